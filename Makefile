@@ -1,0 +1,88 @@
+# troupe: `make help` lists what there is. Two commands set up everything on a fresh Debian machine: `make serve`, `make test`.
+comma := ,
+BUILD ?= build
+CC := $(if $(filter default,$(origin CC)),gcc,$(CC))
+SANITIZER ?=
+ifneq ($(SANITIZER),)
+BUILD := $(BUILD)/sanitize-$(subst $(comma),-,$(SANITIZER))
+endif
+PACKAGES := libzmq libprotobuf-c libmicrohttpd jansson yaml-0.1 libpcre2-8 hwloc
+
+ARCH := $(shell uname -m)
+CFLAGS_BASE := -std=gnu17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Wshadow \
+  -Wstrict-prototypes -Wmissing-prototypes -Wno-unused-parameter -Werror
+CPPFLAGS := -I. -I$(BUILD)/proto -D_GNU_SOURCE $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
+LDLIBS := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null) -lpthread -lm
+ifneq ($(SANITIZER),)
+CFLAGS_BASE += -fsanitize=$(SANITIZER) -fno-sanitize-recover=all
+LDFLAGS += -fsanitize=$(SANITIZER)
+endif
+
+FOLDERS := actors actors/gateway actors/host config coordinator engine kernels kernels/reference model proto router simulator
+ifeq ($(ARCH),x86_64)
+FOLDERS += kernels/x86
+endif
+SOURCES := $(foreach folder,$(FOLDERS),$(wildcard $(folder)/*.c))
+MAIN := actors/host/main.c
+LIBRARY_SOURCES := $(filter-out $(MAIN),$(SOURCES))
+OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o
+TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
+
+.PHONY: all help deps serve test test-live check format tidy clean
+all: $(BUILD)/troupe ## build build/troupe
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+deps: ## install the Debian packages that are missing
+	@sh config/install-packages.sh
+
+serve: deps ## install what is missing, build, serve the demo model on CPU until Ctrl-C
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	$(BUILD)/troupe serve --model models/demo $(ARGS)
+
+test: deps ## build and run every test
+	@$(MAKE) --no-print-directory $(BUILD)/troupe tests-built
+	@sh tests/run.sh $(BUILD)
+
+.PHONY: tests-built
+tests-built: $(TESTS)
+
+$(BUILD)/troupe: $(BUILD)/actors/host/main.o $(BUILD)/libtroupe.a
+	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+
+$(BUILD)/libtroupe.a: $(OBJECTS)
+	@rm -f $@
+	@ar rcs $@ $^
+
+$(BUILD)/proto/troupe.pb-c.c $(BUILD)/proto/troupe.pb-c.h &: proto/troupe.proto
+	@mkdir -p $(BUILD)/proto
+	protoc-c --c_out=$(BUILD)/proto -Iproto proto/troupe.proto
+
+$(BUILD)/proto/troupe.pb-c.o: $(BUILD)/proto/troupe.pb-c.c
+	@$(CC) $(CPPFLAGS) -std=gnu17 -O2 -g $(if $(SANITIZER),-fsanitize=$(SANITIZER)) -c -o $@ $<
+
+# Files for one instruction set carry it in their name and are compiled for it; everything else runs on any machine of its kind.
+ISA_FLAGS = $(if $(findstring _avx512.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mavx2,)$(if $(findstring _amx.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mamx-tile -mamx-bf16,)$(if $(findstring _sse42.c,$<),-msse4.2,)
+
+$(BUILD)/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
+	@mkdir -p $(@D)
+	@echo "  CC $<"
+	@$(CC) $(CPPFLAGS) $(CFLAGS_BASE) $(ISA_FLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_SUPPORT) $(BUILD)/libtroupe.a
+	@echo "  LD $@"
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka
+
+.SECONDARY:
+-include $(OBJECTS:.o=.d) $(TESTS:=.d) $(BUILD)/actors/host/main.d $(TEST_SUPPORT:.o=.d)
+
+format: ## clang-format every source
+	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h'))
+
+tidy: ## clang-tidy
+	clang-tidy $(LIBRARY_SOURCES) -- $(CPPFLAGS) -std=gnu17
+
+clean: ## remove build/
+	rm -rf build

@@ -1,0 +1,130 @@
+/* An engine is an actor's device: it holds the weights of one role, repacked, and its working memory, and runs programs that the
+ * actor asks for with COMPUTE effects. Actors see only what the results say; rows stay in the engine and are moved by gather (into a
+ * frame) and scatter (out of one). Pure computation: weights come as views into mapped files, threads as struct parallel.
+ *
+ * One layer on an attention engine, with the regions of batch slot s:
+ *   EMBED        tokens -> residual                                                   (start of a step)
+ *   LAYER l      residual -> norm -> MLA (writes the latent cache) -> residual -> norm -> normed;
+ *                dense layer: MLP -> residual, done; MoE layer: gate -> choice (result), weights kept
+ *   SHARED l     normed -> shared expert                                               (while experts work)
+ *   SCATTER      rows of a COMBINE frame -> expert outputs [row, slot]
+ *   COMBINE l    expert outputs, shared -> residual, in fixed order (router/combine.h)
+ *   FINISH       chosen rows: residual -> final norm -> final rows */
+#ifndef TROUPE_ENGINE_H
+#define TROUPE_ENGINE_H
+
+#include "engine/sample.h"
+#include "kernels/ops.h"
+#include "model/weights.h"
+#include "proto/frame.h"
+
+enum engine_role { ENGINE_ATTENTION, ENGINE_EXPERT, ENGINE_SAMPLER };
+
+/* Which MLA form a row takes: a property of its token (prompt or generated), never of the schedule. */
+enum mla_form { MLA_EXPANDED, MLA_ABSORBED };
+
+struct batch_row {
+    uint32_t token;
+    uint32_t position;
+    uint32_t sequence;    /* small number, equal for rows of one sequence; rows of one sequence are neighbours, ascending position */
+    uint8_t form;         /* enum mla_form; within a sequence all EXPANDED rows come before all ABSORBED rows */
+    const uint32_t *pages; /* page numbers of the sequence: page of position p is pages[p / PAGE_TOKENS]; owned by the actor */
+};
+
+#define BATCH_SLOTS_MAX 2 /* micro-batches in flight */
+
+enum program_kind {
+    PROGRAM_EMBED,   /* slot, rows, row[] */
+    PROGRAM_LAYER,   /* slot, layer (rows from EMBED) */
+    PROGRAM_SHARED,  /* slot, layer */
+    PROGRAM_SCATTER, /* slot, payload [items, hidden] float, item_row[], item_slot[], items */
+    PROGRAM_COMBINE, /* slot, layer */
+    PROGRAM_FINISH,  /* slot, select[] batch rows, items = how many: final row i is batch row select[i] */
+    PROGRAM_CLEAR_PAGES, /* select[] page numbers, items: zeroes them (a page is cleared when it is handed to a sequence) */
+    PROGRAM_EXPERT,  /* layer, group[], groups, item_row[], items, payload = rows of activations, rows */
+    PROGRAM_SAMPLE,  /* spec[], rows, words[], words_count, payload = hidden rows */
+};
+
+/* Pointers are borrowed until the program has completed (its COMPUTED event has been delivered). */
+struct program {
+    enum program_kind kind;
+    uint32_t slot, layer;
+    uint32_t rows, items, groups;
+    const struct batch_row *row;
+    const uint32_t *select;
+    const struct frame_group *group;
+    const uint32_t *item_row;
+    const uint16_t *item_slot;
+    const struct sample_spec *spec;
+    const uint32_t *words;
+    uint32_t words_count;
+    const void *payload;
+    uint64_t tag; /* copied into the result */
+};
+
+struct program_result {
+    enum program_kind kind;
+    uint32_t slot, layer, rows, items;
+    uint64_t tag;
+    int error; /* 0 or negative */
+    /* LAYER of an MoE layer: [rows, k] experts as chosen, valid until the slot's next LAYER; NULL for dense layers. */
+    const uint16_t *choice;
+    uint32_t k;
+    /* SAMPLE: [rows] results and their words; EXPERT: [items, hidden] float at `output`. Valid until the engine's next program. */
+    const struct sample_result *sampled;
+    const uint32_t *words;
+    uint32_t words_count;
+    const float *output;
+};
+
+/* Regions that TRANSFER gathers rows from. */
+enum region {
+    REGION_NONE,
+    REGION_NORMED, /* attention, slot: [rows] activations for DISPATCH */
+    REGION_FINAL,  /* attention, slot: [selected] activations for SAMPLE */
+    REGION_EXPERT_OUTPUT, /* expert: [items, hidden] float of the last EXPERT program */
+};
+
+struct engine;
+
+struct engine_options {
+    enum engine_role role;
+    const struct kernels *kernels;
+    struct parallel parallel;
+    uint32_t batch_rows; /* largest batch, or largest frame rows (expert, sampler) */
+    uint32_t batch_slots; /* attention: 1 or 2 */
+    uint32_t pages;      /* attention: pages of the latent cache */
+    uint32_t experts_per_token_override; /* 0: the model's */
+    float gate_top_p;    /* 0: off */
+};
+
+/* Takes views into `model`, which must outlive the engine; all weights of ATTENTION and SAMPLER are packed here; EXPERT starts empty.
+ * ERR_NO_MEMORY names how many bytes for what. */
+int engine_open(struct engine **ret, const struct model *model, const struct engine_options *options,
+                struct failure *failure);
+void engine_close(struct engine **self);
+
+/* Runs one program to its end. Never fails for programs that keep the rules above; breaking them is a bug (assertion), so actors check
+ * what came from outside first. */
+void engine_run(struct engine *self, const struct program *program, struct program_result *ret);
+
+/* Bytes of one row of a region as it goes into a frame (without padding: hidden * element size). */
+uint32_t engine_row_bytes(const struct engine *self, enum region region);
+/* Copies rows index[0..count) of a region to ret, one after the other, engine_row_bytes apart; index NULL: rows 0..count-1. */
+void engine_gather(const struct engine *self, enum region region, uint32_t slot,
+                   const uint32_t *index, uint32_t count, void *ret);
+
+/* EXPERT: packing of one (layer, expert). engine_expert_pack may run in any thread, beside engine_run; publishing and dropping happen
+ * in the actor's thread between programs. */
+struct expert_weights;
+int engine_expert_pack(const struct model *model, const struct kernels *kernels, uint32_t layer,
+                       uint32_t expert, struct expert_weights **ret, struct failure *failure);
+void engine_expert_free(struct expert_weights **weights);
+void engine_expert_publish(struct engine *self, uint32_t layer, uint32_t expert,
+                           struct expert_weights **weights); /* takes it */
+void engine_expert_drop(struct engine *self, uint32_t layer, uint32_t expert); /* absent: nothing */
+bool engine_expert_held(const struct engine *self, uint32_t layer, uint32_t expert);
+
+uint64_t engine_memory_bytes(const struct engine *self);
+
+#endif

@@ -1,0 +1,154 @@
+/* The operations of a DeepSeek model on CPU. One table of functions per (numerics profile, instruction set), chosen once at start;
+ * engine/ is written against the table and never asks which one it has.
+ *
+ * "Activation" is the input type of a matrix product: float in the f32 profile, bf16 in the bf16 profile. Rows of activations lie
+ * `stride` elements apart, stride is a multiple of 32 elements (activation_stride()) and the elements between the width and the
+ * stride are zero: producers write those zeros. Everything else (residual stream, logits, outputs of products) is FP32.
+ *
+ * Row independence: the result for a row never depends on the other rows of the call, nor on `parallel`. */
+#ifndef TROUPE_OPS_H
+#define TROUPE_OPS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "actors/errors.h"
+#include "actors/limits.h"
+#include "kernels/numerics.h"
+#include "kernels/parallel.h"
+
+enum dtype { DTYPE_F32, DTYPE_BF16, DTYPE_E4M3, DTYPE_F16, DTYPE_I32, DTYPE_I64, DTYPE_U8 };
+size_t dtype_bytes(enum dtype dtype);
+
+/* A matrix as it lies in a file, or a part of one. Logical element (n, k), n < rows out, k < width in, is
+ *   transposed ? data[(row0 + k) * stride + col0 + n] : data[(row0 + n) * stride + col0 + k]
+ * and, for DTYPE_E4M3, is multiplied by scale[(r / block) * scale_stride + c / block] where r, c are the row and column in
+ * the file's matrix (row0 and col0 included, so parts that start inside a block are right). */
+struct weight_view {
+    enum dtype dtype; /* F32, BF16 or E4M3 */
+    const void *data;
+    uint32_t n; /* outputs */
+    uint32_t k; /* inputs */
+    size_t stride; /* elements from one file row to the next */
+    uint32_t row0, col0;
+    bool transposed;
+    const float *scale; /* E4M3 only */
+    uint32_t scale_stride;
+    uint32_t block; /* 128 */
+};
+
+/* The weights of one product y = W x, repacked for the kernels. Opaque outside kernels/. Packed by 16 outputs and 32 inputs in the
+ * order of the AMX tile (pairs of k), BF16 or E4M3 as stored. K is cut into segments: the runs of k that share one scale row
+ * (128 wide in the plain case; cut at block borders of the file where a part starts inside one); a segment is padded with
+ * zeros to a multiple of 32. Definition of the product, for every (row, n), in this order:
+ *   acc = 0
+ *   for each segment s: for each 32 inputs b of s:
+ *     even = 0; odd = 0; for i in 0..15: even = fma(w[32b+2i], x[32b+2i], even); odd = fma(w[32b+2i+1], x[32b+2i+1], odd)
+ *     scaled weights:   partial = partial + (even + odd)          (partial = 0 at the start of the segment)
+ *     unscaled weights: acc = acc + (even + odd)
+ *   scaled weights: acc = fma(partial, scale[s][n], acc) at the end of the segment
+ * In the f32 profile: weights expanded to FP32 (E4M3 x scale), acc = acc + w*x in ascending k, plain C. */
+struct matrix {
+    uint32_t n, k;
+    enum dtype dtype; /* as packed */
+    uint32_t segments;
+    void *data;             /* owned by `memory` of the packer */
+    const float *scales;    /* [segments][n rounded up to 16], NULL if unscaled */
+    const uint32_t *segment_k; /* [segments + 1]: first k of each */
+    const uint32_t *segment_block; /* [segments + 1]: first 32-wide block of each */
+    size_t bytes;           /* of memory used */
+};
+
+/* Shape of multi-head latent attention. */
+struct mla_shape {
+    uint32_t heads;
+    uint32_t nope, rope, v; /* per head */
+    uint32_t kv_lora;
+    float scale; /* softmax scale: (nope + rope)^-0.5, times mscale^2 under YaRN */
+};
+
+/* Latent cache: a page holds PAGE_TOKENS rows of cache_stride(kv_lora + rope) activations: [latent after kv_a norm | rotated key].
+ * Everything a query may not see (positions above its own, and rows never written) counts as probability 0; memory of pages is
+ * zero before its first use, so it is never NaN. Attention walks blocks of PAGE_TOKENS positions in ascending order with the online softmax:
+ *   block maximum over visible scores, m' = max(m, block maximum), p = exp(s - m') (0 where not visible),
+ *   sum = sum * exp(m - m') + sum_canonical(p), acc = acc * exp(m - m') + P V  (P rounded to the activation type, canonical dot
+ *   product over the 64 positions), out = acc / sum.
+ * so the bits of a row depend on its own position and the cache only. */
+struct mla_rows {
+    uint32_t rows;
+    const uint32_t *position;        /* [rows] */
+    const void *const *const *pages; /* [rows]: pointer to the row's page table (page p holds positions 64p..64p+63) */
+};
+
+struct kernels {
+    const char *name; /* "f32 scalar", "bf16 amx", ... */
+    enum profile profile;
+    enum isa isa;
+    uint32_t activation_bytes; /* 4 or 2 */
+
+    /* Packing. `matrix_bytes` says how much memory (64-byte aligned) `matrix_pack` needs. */
+    size_t (*matrix_bytes)(const struct weight_view *view);
+    void (*matrix_pack)(struct matrix *ret, const struct weight_view *view, void *memory);
+
+    /* y[r][0..n) = W x[r]. x: [rows, x_stride] activations, y: [rows, y_stride] float. rows may be 0. */
+    void (*matmul)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,
+                   size_t y_stride, const struct parallel *parallel);
+
+    /* ret[r] = activation(x[r] * rsqrt(mean(x[r]^2) + eps) * weight). x: [rows, x_stride] float, ret: [rows, ret_stride].
+     * mean by sum_canonical of squares. */
+    void (*rms_norm)(const float *x, size_t x_stride, const float *weight, float eps, uint32_t rows,
+                     uint32_t n, void *ret, size_t ret_stride);
+    /* ret[r] = activation(x[r]). */
+    void (*convert)(const float *x, size_t x_stride, uint32_t rows, uint32_t n, void *ret,
+                    size_t ret_stride);
+    /* ret[r] = activation(silu(gate[r]) * up[r]), silu(g) = g * sigmoid(g). */
+    void (*silu_mul)(const float *gate, const float *up, size_t stride, uint32_t rows, uint32_t n,
+                     void *ret, size_t ret_stride);
+    /* x[r] += y[r], FP32. */
+    void (*add)(float *x, size_t x_stride, const float *y, size_t y_stride, uint32_t rows, uint32_t n);
+    /* Activations to float (embedding rows, hidden rows); exact. */
+    void (*widen)(const void *x, size_t x_stride, uint32_t rows, uint32_t n, float *ret, size_t ret_stride);
+    /* Rotates pairs (2i, 2i+1) of `count` vectors of width `rope`, `stride` floats apart, by the angles of one position:
+     * cos_sin [rope/2][2] floats. */
+    void (*rope)(float *x, size_t stride, uint32_t count, uint32_t rope, const float *cos_sin);
+
+    /* Absorbed form (generated tokens). q: [rows, heads, q_stride] activations [q_nope W_UK (kv_lora wide) | rotated q (rope)],
+     * ret: [rows, heads, ret_stride] activations: probabilities x latents, kv_lora wide (W_UV follows outside).
+     * The dot product of a score runs over kv_lora padded to 32, then rope padded to 32, as one canonical accumulation. */
+    void (*mla_absorbed)(const struct mla_shape *shape, const struct mla_rows *rows, const void *q,
+                         size_t q_stride, void *ret, size_t ret_stride, const struct parallel *parallel);
+    /* Expanded form (prompt tokens): keys and values of every visible position are expanded from the latent by kv_b
+     * (outputs: heads x [nope | v], activations after rounding), a block at a time. q: [rows, heads, q_stride] activations [nope | rope],
+     * ret: [rows, heads * v] activations, row stride ret_stride. All rows of a call belong to one sequence, ascending positions.
+     * Score: canonical dot over nope padded to 32, then rope padded to 32. */
+    void (*mla_expanded)(const struct mla_shape *shape, const struct mla_rows *rows,
+                         const struct matrix *kv_b, const void *q, size_t q_stride, void *ret,
+                         size_t ret_stride, const struct parallel *parallel);
+    /* Bytes of scratch that mla_* need are taken from a per-thread arena of kernels/ that grows once (never in steady state). */
+};
+
+/* Elements from one activation row to the next: width rounded up to 32. */
+size_t activation_stride(size_t width);
+/* Elements of one position in the latent cache: kv_lora rounded up to 32 plus rope rounded up to 32 (rope starts at the first). */
+size_t cache_stride(uint32_t kv_lora, uint32_t rope);
+
+/* The best instruction set that this processor (and operating system: AMX needs permission) offers, or the one asked for;
+ * NULL with ERR_UNSUPPORTED naming what is missing. PROFILE_F32 has one form, whatever the isa. */
+const struct kernels *kernels_select(enum profile profile, enum isa isa, struct failure *failure);
+bool isa_available(enum isa isa);
+const char *isa_name(enum isa isa);
+
+/* cos and sin of every position 0..positions-1: ret [positions][rope/2][2] float. YaRN: yarn_factor > 1. */
+struct rope_parameters {
+    double theta;
+    double yarn_factor; /* 0 or 1: plain RoPE */
+    double original_positions, beta_fast, beta_slow;
+    double mscale, mscale_all_dim;
+};
+void rope_table(const struct rope_parameters *parameters, uint32_t rope, uint32_t first_position,
+                uint32_t positions, float *ret);
+/* YaRN's factor on the softmax scale: (0.1 mscale_all_dim ln(factor) + 1)^2 where mscale_all_dim is set, else 1. */
+double rope_softmax_factor(const struct rope_parameters *parameters);
+
+#endif

@@ -1,0 +1,62 @@
+/* Dispatch: which rows go to which destination. Combine order is fixed by the slots (router/combine.h), so nothing decided here can
+ * change a result. Pure. */
+#ifndef TROUPE_DISPATCH_H
+#define TROUPE_DISPATCH_H
+
+#include "proto/frame.h"
+#include "router/gate.h"
+
+/* Who holds what: for (layer, expert) the list of replica indices into a table of destinations. Built by the actor from the
+ * epoch. Immutable once built. */
+struct placement {
+    uint32_t layers, experts;
+    const uint32_t *first;  /* [layers * experts + 1]: range in `holder` */
+    const uint32_t *holder; /* destination index of each replica, ascending */
+};
+
+/* Chooses a replica among the live ones. `load` [destinations] is the number of items given to each so far in this dispatch plus its
+ * queue; `alive` [destinations]. Deterministic. Returns the destination index, or UINT32_MAX if none is alive. */
+uint32_t replica_choose(const struct placement *placement, uint32_t layer, uint32_t expert,
+                        const uint8_t *alive, const uint32_t *load);
+
+/* One row of one expert that must be computed: `slot` is its place in the row's top-k list. */
+struct dispatch_item {
+    uint32_t row;
+    uint16_t slot;
+    uint16_t expert;
+    uint32_t destination; /* index; UINT32_MAX: nobody alive holds it, the item waits */
+};
+
+/* One frame to send: items of one destination, at most part_items_max of them, grouped by expert. */
+struct dispatch_part {
+    uint32_t destination;
+    uint32_t first_item, items; /* range in plan->item (sorted so that each part is contiguous) */
+    uint32_t first_group, groups;
+    uint32_t first_row, rows;   /* range in plan->row: distinct batch rows of this part, ascending */
+};
+
+struct dispatch_plan {
+    uint32_t items, parts;
+    struct dispatch_item *item;  /* in part order, inside a part by expert then row */
+    struct dispatch_part *part;
+    struct frame_group *group;
+    uint32_t *row;               /* batch row of each row of each part */
+    uint32_t *item_row;          /* per item: index of its row within its part */
+    uint32_t waiting;            /* items without a live destination, at the end of `item` */
+    /* capacities and scratch, set by dispatch_plan_init */
+    uint32_t items_max, parts_max;
+    void *scratch;
+};
+
+/* Sized once for rows_max x k items. */
+int dispatch_plan_init(struct dispatch_plan *self, uint32_t items_max, uint32_t destinations_max);
+void dispatch_plan_free(struct dispatch_plan *self);
+
+/* Plans the given items (row, slot, expert filled in; duplicates of (row, slot) are a bug). part_items_max bounds the items of
+ * one frame. Expert ids GATE_UNUSED must not be passed. */
+void dispatch_plan_build(struct dispatch_plan *self, const struct placement *placement,
+                         uint32_t layer, const struct dispatch_item *items, uint32_t count,
+                         const uint8_t *alive, uint32_t *load, uint32_t destinations,
+                         uint32_t part_items_max);
+
+#endif
