@@ -48,12 +48,12 @@ struct dispatch_plan {
     void *scratch;
 };
 
-/* Sized once for rows_max x k items. */
+/* Sized once for rows_max x k items; the only place that allocates. 0 or ERR_NO_MEMORY. */
 int dispatch_plan_init(struct dispatch_plan *self, uint32_t items_max, uint32_t destinations_max);
 void dispatch_plan_free(struct dispatch_plan *self);
 
 /* Plans the given items (row, slot, expert filled in; duplicates of (row, slot) are a bug). part_items_max bounds the items of
- * one frame. Expert ids GATE_UNUSED must not be passed. */
+ * one frame. Expert ids GATE_UNUSED must not be passed; rows are below BATCH_ROWS_MAX. `load` [destinations] grows by what each is given. */
 void dispatch_plan_build(struct dispatch_plan *self, const struct placement *placement,
                          uint32_t layer, const struct dispatch_item *items, uint32_t count,
                          const uint8_t *alive, uint32_t *load, uint32_t destinations,

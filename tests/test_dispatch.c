@@ -1,0 +1,248 @@
+/* The dispatch plan: one plan written out in full, and the properties that every plan has on random
+ * batches, placements and failures. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "actors/limits.h"
+#include "router/dispatch.h"
+#include "tests/support/random.h"
+
+#include <cmocka.h> /* last: its macro fail() hides the function of actors/errors.h */
+
+/* Experts 0 and 1 on destination 0, expert 1 also on 1, expert 2 on 1, expert 3 on 2. */
+static const uint32_t FIRST[] = {0, 1, 3, 4, 5}, HOLDER[] = {0, 0, 1, 1, 2};
+static const struct placement SMALL = {1, 4, FIRST, HOLDER};
+
+static void a_replica_is_the_least_loaded_live_holder(void **state) {
+    (void)state;
+    uint8_t alive[3] = {1, 1, 1};
+    uint32_t load[3] = {5, 5, 0};
+    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load), 0); /* tie: the lower */
+    load[0] = 6;
+    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load), 1);
+    alive[1] = 0;
+    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load), 0);
+    assert_int_equal(replica_choose(&SMALL, 0, 2, alive, load), UINT32_MAX);
+}
+
+static void a_plan_written_out(void **state) {
+    (void)state;
+    const struct dispatch_item items[] = {
+        {.row = 7, .slot = 0, .expert = 1}, {.row = 7, .slot = 1, .expert = 0},
+        {.row = 2, .slot = 0, .expert = 3}, {.row = 2, .slot = 1, .expert = 1},
+        {.row = 5, .slot = 0, .expert = 0}, {.row = 5, .slot = 1, .expert = 2},
+    };
+    uint8_t alive[3] = {1, 1, 0};
+    uint32_t load[3] = {0, 0, 0};
+    struct dispatch_plan plan;
+    assert_int_equal(dispatch_plan_init(&plan, 6, 3), 0);
+    dispatch_plan_build(&plan, &SMALL, 0, items, 6, alive, load, 3, 100);
+    assert_int_equal(plan.items, 6);
+    assert_int_equal(plan.waiting, 1);
+    assert_int_equal(plan.parts, 2);
+    /* destination 0: row 7's experts 1 (a tie) and 0, row 5's 0; destination 1: row 2's expert 1
+     * and row 5's 2 */
+    static const uint32_t rows[] = {5, 7, 7, 2, 5, 2}, experts[] = {0, 0, 1, 1, 2, 3},
+                          item_row[] = {0, 1, 1, 0, 1};
+    for (int i = 0; i < 6; i++) {
+        assert_int_equal(plan.item[i].row, rows[i]);
+        assert_int_equal(plan.item[i].expert, experts[i]);
+        if (i < 5)
+            assert_int_equal(plan.item_row[i], item_row[i]);
+    }
+    assert_int_equal(plan.item[5].destination, UINT32_MAX);
+    assert_int_equal(plan.part[0].destination, 0);
+    assert_int_equal(plan.part[0].items, 3);
+    assert_int_equal(plan.part[0].groups, 2);
+    assert_int_equal(plan.part[0].rows, 2);
+    assert_int_equal(plan.part[1].destination, 1);
+    assert_int_equal(plan.part[1].first_item, 3);
+    assert_int_equal(plan.part[1].rows, 2);
+    assert_int_equal(plan.group[0].expert, 0);
+    assert_int_equal(plan.group[0].count, 2);
+    assert_int_equal(load[0], 3);
+    assert_int_equal(load[1], 2);
+    dispatch_plan_free(&plan);
+}
+
+struct random_cluster {
+    uint32_t layers, experts, destinations;
+    uint32_t first[3 * 64 + 1], holder[3 * 64 * 8];
+    uint8_t alive[16];
+};
+
+static struct placement random_placement(struct random_cluster *c, uint64_t *random) {
+    c->layers = 1 + random_below(random, 3);
+    c->experts = 1 + random_below(random, 64);
+    c->destinations = 1 + random_below(random, 8);
+    uint32_t used = 0;
+    for (uint32_t entry = 0; entry < c->layers * c->experts; entry++) {
+        c->first[entry] = used;
+        for (uint32_t d = 0; d < c->destinations; d++)
+            if (random_below(random, c->destinations) < 2) /* about two holders, sometimes none */
+                c->holder[used++] = d;
+    }
+    c->first[c->layers * c->experts] = used;
+    for (uint32_t d = 0; d < c->destinations; d++)
+        c->alive[d] = random_below(random, 8) != 0;
+    return (struct placement){c->layers, c->experts, c->first, c->holder};
+}
+
+static int holds(const struct placement *p, uint32_t layer, uint32_t expert, uint32_t destination) {
+    size_t entry = (size_t)layer * p->experts + expert;
+    for (uint32_t i = p->first[entry]; i < p->first[entry + 1]; i++)
+        if (p->holder[i] == destination)
+            return 1;
+    return 0;
+}
+
+#define ROWS_MAX 300
+#define K_MAX    6
+
+/* Rows (ascending or shuffled), each with distinct experts. Returns the number of items. */
+static uint32_t random_items(uint32_t experts, struct dispatch_item *items, uint64_t *random) {
+    uint32_t rows = random_below(random, ROWS_MAX), count = 0;
+    uint32_t k = 1 + random_below(random, experts < K_MAX ? experts : K_MAX);
+    for (uint32_t r = 0; r < rows; r++) {
+        uint32_t offset = random_below(random, experts);
+        for (uint32_t slot = 0; slot < k; slot++)
+            if (random_below(random, 5) != 0) /* holes: a plan for what is left after a failure */
+                items[count++] =
+                    (struct dispatch_item){.row = r * 27,
+                                           .slot = (uint16_t)slot,
+                                           .expert = (uint16_t)((offset + slot) % experts)};
+    }
+    if (random_below(random, 2) == 0)
+        for (uint32_t i = count; i > 1; i--) {
+            uint32_t j = random_below(random, i);
+            struct dispatch_item swap = items[i - 1];
+            items[i - 1] = items[j];
+            items[j] = swap;
+        }
+    return count;
+}
+
+static void check_part(const struct dispatch_plan *plan, const struct dispatch_part *part) {
+    uint32_t item = part->first_item, counted = 0;
+    for (uint32_t g = part->first_group; g < part->first_group + part->groups; g++) {
+        assert_true(plan->group[g].count >= 1);
+        assert_true(g == part->first_group || plan->group[g].expert > plan->group[g - 1].expert);
+        for (uint32_t i = 0; i < plan->group[g].count; i++, item++) {
+            assert_int_equal(plan->item[item].expert, plan->group[g].expert);
+            assert_int_equal(plan->item[item].destination, part->destination);
+            assert_true(i == 0 || plan->item[item].row > plan->item[item - 1].row);
+            assert_true(plan->item_row[item] < part->rows);
+            assert_int_equal(plan->row[part->first_row + plan->item_row[item]],
+                             plan->item[item].row);
+        }
+        counted += plan->group[g].count;
+    }
+    assert_int_equal(counted, part->items);
+    assert_true(part->rows >= 1 && part->rows <= part->items);
+    for (uint32_t r = 1; r < part->rows; r++)
+        assert_true(plan->row[part->first_row + r] > plan->row[part->first_row + r - 1]);
+}
+
+static void check_plan(const struct dispatch_plan *plan, const struct placement *placement,
+                       uint32_t layer, const struct random_cluster *c,
+                       const struct dispatch_item *items, uint32_t count, uint32_t part_max) {
+    static uint8_t seen[ROWS_MAX][K_MAX], given[ROWS_MAX][K_MAX];
+    memset(seen, 0, sizeof seen);
+    memset(given, 0, sizeof given);
+    for (uint32_t i = 0; i < count; i++)
+        given[items[i].row / 27][items[i].slot] = (uint8_t)(items[i].expert + 1);
+    assert_int_equal(plan->items, count);
+    for (uint32_t i = 0; i < count; i++) {
+        const struct dispatch_item *item = &plan->item[i];
+        assert_int_equal(given[item->row / 27][item->slot], item->expert + 1);
+        assert_int_equal(seen[item->row / 27][item->slot]++, 0);
+        int waits = i >= count - plan->waiting;
+        assert_int_equal(waits, item->destination == UINT32_MAX);
+        if (!waits) {
+            assert_true(holds(placement, layer, item->expert, item->destination));
+            assert_true(c->alive[item->destination]);
+        } else {
+            for (uint32_t d = 0; d < c->destinations; d++)
+                assert_false(c->alive[d] && holds(placement, layer, item->expert, d));
+        }
+    }
+    uint32_t item = 0, group = 0, row = 0;
+    for (uint32_t p = 0; p < plan->parts; p++) {
+        const struct dispatch_part *part = &plan->part[p];
+        assert_int_equal(part->first_item, item);
+        assert_int_equal(part->first_group, group);
+        assert_int_equal(part->first_row, row);
+        assert_true(part->items >= 1 && part->items <= part_max);
+        assert_true(p == 0 || part->destination >= plan->part[p - 1].destination);
+        assert_true(p == 0 || part->destination > plan->part[p - 1].destination ||
+                    plan->part[p - 1].items == part_max);
+        check_part(plan, part);
+        item += part->items;
+        group += part->groups;
+        row += part->rows;
+    }
+    assert_int_equal(item, count - plan->waiting);
+}
+
+static void every_plan_keeps_its_invariants(void **state) {
+    (void)state;
+    static struct dispatch_item items[ROWS_MAX * K_MAX];
+    struct dispatch_plan plan;
+    assert_int_equal(dispatch_plan_init(&plan, ROWS_MAX * K_MAX, 8), 0);
+    for (uint64_t seed = 1; seed <= 400; seed++) {
+        uint64_t random = seed;
+        struct random_cluster c;
+        struct placement placement = random_placement(&c, &random);
+        uint32_t layer = random_below(&random, c.layers);
+        uint32_t count = random_items(c.experts, items, &random);
+        uint32_t part_max = 1 + random_below(&random, 200);
+        uint32_t load[16], before[16];
+        for (uint32_t d = 0; d < c.destinations; d++)
+            before[d] = load[d] = random_below(&random, 10);
+        if (seed % 100 == 0)
+            printf("seed %u: %u items\n", (unsigned)seed, count);
+        dispatch_plan_build(&plan, &placement, layer, items, count, c.alive, load, c.destinations,
+                            part_max);
+        check_plan(&plan, &placement, layer, &c, items, count, part_max);
+        for (uint32_t p = 0; p < plan.parts; p++)
+            before[plan.part[p].destination] += plan.part[p].items;
+        assert_memory_equal(before, load, c.destinations * sizeof *load);
+    }
+    dispatch_plan_free(&plan);
+}
+
+/* Two replicas of everything: neither gets more than one item more than the other. */
+static void replicas_share_the_load(void **state) {
+    (void)state;
+    uint32_t first[9], holder[16];
+    for (uint32_t e = 0; e <= 8; e++)
+        first[e] = 2 * e;
+    for (uint32_t i = 0; i < 16; i++)
+        holder[i] = i % 2;
+    struct placement placement = {1, 8, first, holder};
+    struct dispatch_item items[101];
+    for (uint32_t i = 0; i < 101; i++)
+        items[i] = (struct dispatch_item){.row = i, .expert = (uint16_t)(i % 3)};
+    uint8_t alive[2] = {1, 1};
+    uint32_t load[2] = {0, 0};
+    struct dispatch_plan plan;
+    assert_int_equal(dispatch_plan_init(&plan, 101, 2), 0);
+    dispatch_plan_build(&plan, &placement, 0, items, 101, alive, load, 2, FRAME_ITEMS_MAX);
+    assert_int_equal(load[0], 51);
+    assert_int_equal(load[1], 50);
+    dispatch_plan_free(&plan);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_replica_is_the_least_loaded_live_holder),
+        cmocka_unit_test(a_plan_written_out),
+        cmocka_unit_test(every_plan_keeps_its_invariants),
+        cmocka_unit_test(replicas_share_the_load),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
