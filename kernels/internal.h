@@ -1,0 +1,90 @@
+/* What the files of kernels/ share and nobody else sees: the packed form of a matrix, the canonical
+ * dot product, and the forms of each operation that kernels_select() puts into its tables. */
+#ifndef TROUPE_KERNELS_INTERNAL_H
+#define TROUPE_KERNELS_INTERNAL_H
+
+#include "kernels/ops.h"
+
+/* ---- The canonical dot product (reference/dot_bf16.c) ---- */
+
+/* fma(a, b, c) and a + b with denormal inputs and results taken as zero of the same sign. A result
+ * is tiny if its value, rounded to 24 bits with unbounded exponent, lies below 2^-126 (tininess
+ * after rounding, as SSE, AVX-512 and AMX detect it). Right whatever the processor's mode, so these
+ * define what the vector forms compute under numerics_enter(). */
+float fma_canonical(float a, float b, float c);
+float add_canonical(float a, float b);
+
+/* even + odd of one block of 32: x is contiguous, element 2i of w is w[i * pair_step], element 2i +
+ * 1 is w[i * pair_step + odd_step]. Contiguous w: (2, 1). One output of a packed tile: (32, 1). A
+ * column of rows `stride` apart: (2 * stride, stride). */
+float dot_bf16_block(const bf16 *w, size_t pair_step, size_t odd_step, const bf16 *x);
+
+/* acc = 0; for each of `blocks` blocks of 32: acc = acc + dot_bf16_block(...). Both contiguous. */
+float dot_bf16(const bf16 *w, const bf16 *x, uint32_t blocks);
+
+/* ---- Packed matrices (matrix.c) ----
+ *
+ * BF16 and E4M3: data is tiles [panel][block], panel p holding outputs 16p .. 16p+15, block b the
+ * 32 inputs of segment_k[s] + 32 (b - segment_block[s]) ..; zeros where n or the segment ends. BF16
+ * tile, 1 KiB: [16 pairs of k][16 outputs][2], the layout of the second operand of TDPBF16PS. E4M3
+ * tile, 512 B: as stored, in the order [8 double pairs][4 quarters of the outputs][2 pairs][4
+ * outputs][2], so that unpacking the low and the high halves of the 128-bit lanes of 64 bytes
+ * yields two rows of the BF16 tile. F32: [panel][k][16 outputs]. */
+enum { PANEL_OUTPUTS = 16, BLOCK_INPUTS = 32, TILE_ELEMENTS = PANEL_OUTPUTS * BLOCK_INPUTS };
+
+static inline uint32_t matrix_panels(const struct matrix *w) {
+    return w->n / PANEL_OUTPUTS + (w->n % PANEL_OUTPUTS != 0);
+}
+static inline uint32_t matrix_blocks(const struct matrix *w) {
+    return w->segment_block[w->segments];
+}
+/* Where output o (0..15) and input i (0..31) of a tile lie. */
+static inline uint32_t tile_index_bf16(uint32_t o, uint32_t i) {
+    return i / 2 * 32 + o * 2 + i % 2;
+}
+static inline uint32_t tile_index_e4m3(uint32_t o, uint32_t i) {
+    return i / 4 * 64 + o / 4 * 16 + i / 2 % 2 * 8 + o % 4 * 2 + i % 2;
+}
+
+size_t matrix_bytes_bf16(const struct weight_view *view);
+void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *memory);
+size_t matrix_bytes_f32(const struct weight_view *view);
+void matrix_pack_f32(struct matrix *ret, const struct weight_view *view, void *memory);
+
+/* ---- Products: kernels->matmul ---- */
+
+typedef void matmul_function(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
+                             float *y, size_t y_stride, const struct parallel *parallel);
+matmul_function matmul_f32, matmul_bf16_scalar;
+#if defined(__x86_64__)
+matmul_function matmul_bf16_avx512, matmul_bf16_amx;
+#endif
+
+/* One product and the part of it that a thread does: outputs of panels [panel_begin, panel_end),
+ * rows [row_begin, row_end). */
+struct matmul_job {
+    const struct matrix *w;
+    const void *x; /* [rows, x_stride] activations */
+    size_t x_stride;
+    uint32_t rows;
+    float *y; /* [rows, y_stride] */
+    size_t y_stride;
+};
+struct matmul_part {
+    uint32_t panel_begin, panel_end;
+    uint32_t row_begin, row_end;
+};
+typedef void matmul_part_function(const struct matmul_job *job, const struct matmul_part *part);
+
+/* Cuts a product into at most parallel->width parts, by panels (in multiples of panel_step) and,
+ * when panels are few, by rows too (in multiples of row_step); small products stay in the calling
+ * thread. */
+void matmul_run(const struct matmul_job *job, matmul_part_function *function, uint32_t panel_step,
+                uint32_t row_step, const struct parallel *parallel);
+
+#if defined(__x86_64__)
+/* Asks Linux to let this process use the tile registers; true if it may. */
+bool amx_request_permission(void);
+#endif
+
+#endif
