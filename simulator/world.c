@@ -28,7 +28,7 @@ struct peer {
 struct node {
     enum role role;
     uint32_t index;
-    char name[NAME_BYTES], address[NAME_BYTES];
+    char name[NAME_BYTES], address[sizeof "sim://" + NAME_BYTES];
     struct actor_identity identity;
     struct actor *actor;
     struct engine *engine;
