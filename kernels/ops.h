@@ -72,9 +72,9 @@ struct mla_shape {
  * Everything a query may not see (positions above its own, and rows never written) counts as probability 0; memory of pages is
  * zero before its first use, so it is never NaN. Attention walks blocks of PAGE_TOKENS positions in ascending order with the online softmax:
  *   block maximum over visible scores, m' = max(m, block maximum), p = exp(s - m') (0 where not visible),
- *   sum = sum * exp(m - m') + sum_canonical(p), acc = acc * exp(m - m') + P V  (P rounded to the activation type, canonical dot
- *   product over the 64 positions), out = acc / sum.
- * so the bits of a row depend on its own position and the cache only. */
+ *   sum = fma(sum, exp(m - m'), sum_canonical(p)), acc = fma(acc, exp(m - m'), P V)  (P rounded to the activation type, canonical
+ *   dot product over the 64 positions; `sum` takes p unrounded), out = acc / sum,
+ * with s = scale * dot, one FP32 multiplication. So the bits of a row depend on its own position and the cache only. */
 struct mla_rows {
     uint32_t rows;
     const uint32_t *position;        /* [rows] */
@@ -99,7 +99,8 @@ struct kernels {
      * mean by sum_canonical of squares. */
     void (*rms_norm)(const float *x, size_t x_stride, const float *weight, float eps, uint32_t rows,
                      uint32_t n, void *ret, size_t ret_stride);
-    /* ret[r] = activation(x[r]). */
+    /* ret[r] = activation(x[r]). Like all producers it writes activation_stride(n) elements of each row and nothing beyond, so parts of
+     * a row can be written by separate calls. */
     void (*convert)(const float *x, size_t x_stride, uint32_t rows, uint32_t n, void *ret,
                     size_t ret_stride);
     /* ret[r] = activation(silu(gate[r]) * up[r]), silu(g) = g * sigmoid(g). */
@@ -113,20 +114,26 @@ struct kernels {
      * cos_sin [rope/2][2] floats. */
     void (*rope)(float *x, size_t stride, uint32_t count, uint32_t rope, const float *cos_sin);
 
-    /* Absorbed form (generated tokens). q: [rows, heads, q_stride] activations [q_nope W_UK (kv_lora wide) | rotated q (rope)],
+    /* Absorbed form (generated tokens). q: [rows, heads, q_stride] activations laid out as a row of the cache: [q_nope W_UK (kv_lora
+     * wide), padded to activation_stride(kv_lora) | rotated q (rope), padded]; q_stride at least cache_stride(kv_lora, rope).
      * ret: [rows, heads, ret_stride] activations: probabilities x latents, kv_lora wide (W_UV follows outside).
      * The dot product of a score runs over kv_lora padded to 32, then rope padded to 32, as one canonical accumulation. */
     void (*mla_absorbed)(const struct mla_shape *shape, const struct mla_rows *rows, const void *q,
                          size_t q_stride, void *ret, size_t ret_stride, const struct parallel *parallel);
     /* Expanded form (prompt tokens): keys and values of every visible position are expanded from the latent by kv_b
-     * (outputs: heads x [nope | v], activations after rounding), a block at a time. q: [rows, heads, q_stride] activations [nope | rope],
+     * (outputs: heads x [nope | v], activations after rounding), a block at a time. q: [rows, heads, q_stride] activations [nope,
+     * padded to activation_stride(nope) | rotated rope, padded]; q_stride at least cache_stride(nope, rope). (Two calls of `convert`,
+     * one per part, write exactly this: each pads its own part.)
      * ret: [rows, heads * v] activations, row stride ret_stride. All rows of a call belong to one sequence, ascending positions.
      * Score: canonical dot over nope padded to 32, then rope padded to 32. */
     void (*mla_expanded)(const struct mla_shape *shape, const struct mla_rows *rows,
                          const struct matrix *kv_b, const void *q, size_t q_stride, void *ret,
                          size_t ret_stride, const struct parallel *parallel);
-    /* Bytes of scratch that mla_* need are taken from a per-thread arena of kernels/ that grows once (never in steady state). */
+    /* Scratch that mla_* need is taken from a per-thread arena of kernels/ that grows once (never in steady state). */
 };
+
+/* Gives the calling thread's scratch arena back; for threads that end. */
+void scratch_free(void);
 
 /* Elements from one activation row to the next: width rounded up to 32. */
 size_t activation_stride(size_t width);
@@ -139,16 +146,20 @@ const struct kernels *kernels_select(enum profile profile, enum isa isa, struct 
 bool isa_available(enum isa isa);
 const char *isa_name(enum isa isa);
 
-/* cos and sin of every position 0..positions-1: ret [positions][rope/2][2] float. YaRN: yarn_factor > 1. */
+/* Rotary embeddings with the parameters of config.json (rope_theta; rope_scaling: factor, original_max_position_embeddings, beta_fast,
+ * beta_slow, mscale, mscale_all_dim). Absent ones are 0; absent betas then count as 32 and 1. */
 struct rope_parameters {
     double theta;
     double yarn_factor; /* 0 or 1: plain RoPE */
     double original_positions, beta_fast, beta_slow;
     double mscale, mscale_all_dim;
 };
+/* cos and sin of positions first_position ..: ret [positions][rope/2][2] float, YaRN's attention factor included: where mscale and
+ * mscale_all_dim are both set, the quotient of 0.1 m ln(factor) + 1 of the two, else 0.1 ln(factor) + 1. */
 void rope_table(const struct rope_parameters *parameters, uint32_t rope, uint32_t first_position,
                 uint32_t positions, float *ret);
-/* YaRN's factor on the softmax scale: (0.1 mscale_all_dim ln(factor) + 1)^2 where mscale_all_dim is set, else 1. */
+/* YaRN's factor on the softmax scale: (0.1 mscale_all_dim ln(factor) + 1)^2 where mscale_all_dim is set, else 1. Applies to V2 and V3
+ * alike (transformers: yarn_apply_mscale in modeling_deepseek_v2.py and _v3.py). */
 double rope_softmax_factor(const struct rope_parameters *parameters);
 
 #endif

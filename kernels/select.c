@@ -1,0 +1,90 @@
+/* The tables of operations, one per numerics profile and instruction set, and the choice among them
+ * at start. */
+#include "actors/errors.h"
+#include "kernels/internal.h"
+#include "kernels/rows.h"
+
+static const struct kernels F32 = {
+    .name = "f32 scalar",
+    .profile = PROFILE_F32,
+    .isa = ISA_SCALAR,
+    .activation_bytes = sizeof(float),
+    .matrix_bytes = matrix_bytes_f32,
+    .matrix_pack = matrix_pack_f32,
+    .matmul = matmul_f32,
+    .rms_norm = rms_norm_f32,
+    .convert = convert_f32,
+    .silu_mul = silu_mul_f32,
+    .add = add_scalar,
+    .widen = widen_f32,
+    .rope = rope_scalar,
+    .mla_absorbed = mla_absorbed_f32,
+    .mla_expanded = mla_expanded_f32,
+};
+
+static const struct kernels BF16_SCALAR = {
+    .name = "bf16 scalar",
+    .profile = PROFILE_BF16,
+    .isa = ISA_SCALAR,
+    .activation_bytes = sizeof(bf16),
+    .matrix_bytes = matrix_bytes_bf16,
+    .matrix_pack = matrix_pack_bf16,
+    .matmul = matmul_bf16_scalar,
+    .rms_norm = rms_norm_bf16_scalar,
+    .convert = convert_bf16_scalar,
+    .silu_mul = silu_mul_bf16_scalar,
+    .add = add_scalar,
+    .widen = widen_bf16_scalar,
+    .rope = rope_scalar,
+    .mla_absorbed = mla_absorbed_bf16_scalar,
+    .mla_expanded = mla_expanded_bf16_scalar,
+};
+
+/* Fastest first. */
+static const struct kernels *const BF16_FORMS[] = {
+    &BF16_SCALAR,
+};
+
+const struct kernels *kernels_select(enum profile profile, enum isa isa, struct failure *failure) {
+    if (isa != ISA_BEST && !isa_available(isa)) {
+        fail(failure, ERR_UNSUPPORTED,
+             "instruction set %s was asked for, but this processor or operating system does not "
+             "offer "
+             "it; choose a lesser one or let the best be chosen",
+             isa_name(isa));
+        return NULL;
+    }
+    if (profile == PROFILE_F32)
+        return &F32;
+    for (size_t i = 0; i < sizeof(BF16_FORMS) / sizeof(BF16_FORMS[0]); i++)
+        if (isa == ISA_BEST ? isa_available(BF16_FORMS[i]->isa) : BF16_FORMS[i]->isa == isa)
+            return BF16_FORMS[i];
+    fail(failure, ERR_UNSUPPORTED, "this build has no bf16 kernels for instruction set %s",
+         isa_name(isa));
+    return NULL;
+}
+
+size_t dtype_bytes(enum dtype dtype) {
+    switch (dtype) {
+    case DTYPE_E4M3:
+    case DTYPE_U8:
+        return 1;
+    case DTYPE_BF16:
+    case DTYPE_F16:
+        return 2;
+    case DTYPE_F32:
+    case DTYPE_I32:
+        return 4;
+    case DTYPE_I64:
+        return 8;
+    }
+    return 0;
+}
+
+size_t activation_stride(size_t width) {
+    return (width + 31) / 32 * 32;
+}
+
+size_t cache_stride(uint32_t kv_lora, uint32_t rope) {
+    return activation_stride(kv_lora) + activation_stride(rope);
+}
