@@ -165,7 +165,12 @@ void effects_trace(struct effects *self, enum trace_level level, const char *for
 
 /* Hosts deliver one event, then carry out all effects in order, then reset. A COMPUTE effect may complete later; its pointers into the
  * arena must then stay valid: hosts that compute later keep the arena (process host: computes at once, so nothing to keep). The frame of
- * an EVENT_FRAME stays valid until the COMPUTEs of that step have completed. */
+ * an EVENT_FRAME stays valid until the COMPUTEs of that step have completed.
+ *
+ * Programs of one actor run in the order in which they were asked for. The COMPUTED events of a step's programs are delivered in that
+ * order, each with its effects carried out, before any other event of that actor: so a result that is valid until the engine's next
+ * program (EXPERT output, SAMPLE results) is still there when the TRANSFER that its COMPUTED event asks for is carried out, as long as
+ * the step asked for one such program only. */
 struct actor; /* each role's own struct begins with this */
 struct actor_class {
     enum role role;

@@ -35,7 +35,10 @@
 #define HTTP_BODY_MAX          (8u << 20)
 #define HTTP_CONNECTIONS_MAX   4096
 #define JSON_DEPTH_MAX         64
+#define JSON_VALUES_MAX        (4u << 20) /* commas in one body */
+#define JSON_CONTAINERS_MAX    65536      /* lists and objects in one body */
 #define PROMPTS_MAX            1024 /* prompts in one request */
+#define CHAT_MESSAGES_MAX      4096
 #define CHOICES_MAX            128  /* n */
 #define STOP_STRINGS_MAX       16
 #define STOP_STRING_BYTES_MAX  1024

@@ -1,0 +1,378 @@
+/* Joining, heartbeats and epochs, for every role but the coordinator.
+ *
+ *   JOINING   HELLO every hello_retry until WELCOME (or REFUSED: EXIT 1)
+ *   JOINED    heartbeats; COMMITs with a larger epoch are adopted, all others ignored
+ *
+ * Invariants: 1. the adopted epoch only grows; 2. a peer is known by (id, incarnation) of the adopted epoch, anything from anybody
+ * else is ignored; 3. an actor does not adopt an epoch that does not list it. */
+#include "actors/member.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/wire.h"
+
+#define NS_PER_MS 1000000u
+
+/* ---- identity ---- */
+
+static size_t string_bytes(const char *text) {
+    return text == NULL ? 1 : strlen(text) + 1;
+}
+
+static const char *copy_string(char **at, const char *text) {
+    char *ret = *at;
+    size_t size = string_bytes(text);
+    memcpy(ret, text == NULL ? "" : text, size);
+    *at += size;
+    return ret;
+}
+
+char *identity_copy(struct actor_identity *ret, const struct actor_identity *identity) {
+    char *memory = malloc(string_bytes(identity->name) + string_bytes(identity->control_address) +
+                          string_bytes(identity->data_address) + string_bytes(identity->host) +
+                          string_bytes(identity->coordinator_address) +
+                          string_bytes(identity->model_fingerprint) +
+                          string_bytes(identity->numerics));
+    if (memory == NULL)
+        return NULL;
+    char *at = memory;
+    *ret = *identity;
+    ret->name = copy_string(&at, identity->name);
+    ret->control_address = copy_string(&at, identity->control_address);
+    ret->data_address = copy_string(&at, identity->data_address);
+    ret->host = copy_string(&at, identity->host);
+    ret->coordinator_address = copy_string(&at, identity->coordinator_address);
+    ret->model_fingerprint = copy_string(&at, identity->model_fingerprint);
+    ret->numerics = copy_string(&at, identity->numerics);
+    return memory;
+}
+
+uint32_t identity_activation_bytes(const struct actor_identity *identity) {
+    return strcmp(identity->numerics, "f32") == 0 ? 4 : 2;
+}
+
+/* ---- life ---- */
+
+bool member_init(struct member *self, const struct actor_identity *identity,
+                 const struct settings *settings, uint64_t capacity_bytes, uint32_t control_roles,
+                 uint32_t data_roles) {
+    ASSERT(identity->incarnation != 0);
+    memset(self, 0, sizeof *self);
+    self->strings = identity_copy(&self->identity, identity);
+    if (self->strings == NULL)
+        return false;
+    self->capacity_bytes = capacity_bytes;
+    self->hello_retry_ns = (uint64_t)settings->hello_retry_ms * NS_PER_MS;
+    self->heartbeat_interval_ns = (uint64_t)settings->heartbeat_ms * NS_PER_MS;
+    self->control_roles = control_roles;
+    self->data_roles = data_roles;
+    self->hello_at_ns = NEVER;
+    self->heartbeat_at_ns = NEVER;
+    return true;
+}
+
+void member_free(struct member *self) {
+    free(self->strings);
+    free(self->peer);
+    memset(self, 0, sizeof *self);
+}
+
+uint64_t member_deadline(const struct member *self) {
+    if (self->exited)
+        return NEVER;
+    return self->hello_at_ns < self->heartbeat_at_ns ? self->hello_at_ns : self->heartbeat_at_ns;
+}
+
+message member_envelope(const struct member *self) {
+    message envelope = TROUPE__ENVELOPE__INIT;
+    envelope.protocol_version = WIRE_PROTOCOL_VERSION;
+    envelope.from = self->id;
+    envelope.from_incarnation = self->identity.incarnation;
+    return envelope;
+}
+
+static uint32_t leave(struct member *self, int code, const char *reason, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_EXIT);
+    effect->exit.code = code;
+    effect->exit.reason = effects_copy(out, reason, strlen(reason) + 1);
+    self->exited = true;
+    return MEMBER_EXIT | MEMBER_DONE;
+}
+
+/* ---- joining ---- */
+
+static void connect_coordinator(const struct member *self, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_CONNECT);
+    effect->connect.id = ACTOR_COORDINATOR;
+    effect->connect.role = ROLE_COORDINATOR;
+    effect->connect.control_address = self->identity.coordinator_address;
+    effect->connect.data_address = "";
+    effect->connect.host = "";
+}
+
+static void send_hello(struct member *self, uint64_t now_ns, struct effects *out) {
+    const struct actor_identity *identity = &self->identity;
+    Troupe__Hello hello = TROUPE__HELLO__INIT;
+    hello.role = (Troupe__Role)identity->role;
+    hello.control_address = (char *)identity->control_address;
+    hello.data_address = (char *)identity->data_address;
+    hello.host = (char *)identity->host;
+    hello.model_fingerprint = (char *)identity->model_fingerprint;
+    hello.numerics = (char *)identity->numerics;
+    hello.capacity_bytes = self->capacity_bytes;
+    hello.pid = identity->pid;
+    hello.name = (char *)identity->name;
+    hello.threads = identity->threads;
+    message envelope = member_envelope(self);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_HELLO;
+    envelope.hello = &hello;
+    effects_send(out, ACTOR_COORDINATOR, &envelope);
+    self->hello_at_ns = now_ns + self->hello_retry_ns;
+}
+
+static uint32_t on_welcome(struct member *self, const message *envelope, uint64_t now_ns,
+                           struct effects *out) {
+    const Troupe__Welcome *welcome = envelope->welcome;
+    if (self->id != 0 || welcome->incarnation != self->identity.incarnation ||
+        welcome->id <= ACTOR_COORDINATOR)
+        return MEMBER_DONE;
+    self->id = welcome->id;
+    self->coordinator_incarnation = envelope->from_incarnation;
+    if (welcome->heartbeat_interval_ns > 0)
+        self->heartbeat_interval_ns = welcome->heartbeat_interval_ns;
+    self->hello_at_ns = NEVER;
+    self->heartbeat_at_ns = now_ns;
+    effects_trace(out, TRACE_INFO, "%s joined as actor %u", self->identity.name, self->id);
+    return MEMBER_DONE | MEMBER_JOINED;
+}
+
+static uint32_t on_refused(struct member *self, const Troupe__Refused *refused,
+                           struct effects *out) {
+    if (refused->incarnation != self->identity.incarnation)
+        return MEMBER_DONE;
+    effects_trace(out, TRACE_ERROR, "the coordinator refused %s: %s", self->identity.name,
+                  refused->reason);
+    return leave(self, 1, refused->reason, out);
+}
+
+/* ---- epochs ---- */
+
+struct peer *member_peer(const struct member *self, actor_id id) {
+    uint32_t low = 0, high = self->peers;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (self->peer[middle].id < id)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < self->peers && self->peer[low].id == id ? &self->peer[low] : NULL;
+}
+
+static void disconnect(const struct peer *peer, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_DISCONNECT);
+    effect->connect.id = peer->id;
+    effect->connect.role = peer->role;
+    effect->connect.incarnation = peer->incarnation;
+}
+
+static void connect(const struct member *self, const struct peer *peer,
+                    const Troupe__Member *entry, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_CONNECT);
+    effect->connect.id = peer->id;
+    effect->connect.role = peer->role;
+    effect->connect.incarnation = peer->incarnation;
+    /* copied: the message does not outlive the step */
+    effect->connect.control_address =
+        effects_copy(out, entry->control_address, strlen(entry->control_address) + 1);
+    effect->connect.data_address =
+        effects_copy(out, entry->data_address, strlen(entry->data_address) + 1);
+    effect->connect.host = effects_copy(out, entry->host, strlen(entry->host) + 1);
+    effect->connect.data = (self->data_roles & ROLE_BIT(peer->role)) != 0;
+}
+
+static const Troupe__Member *find_self(const struct member *self, const Troupe__Commit *commit) {
+    for (size_t i = 0; i < commit->n_member; i++)
+        if (commit->member[i]->id == self->id &&
+            commit->member[i]->incarnation == self->identity.incarnation)
+            return commit->member[i];
+    return NULL;
+}
+
+static int compare_peers(const void *a, const void *b) {
+    const struct peer *left = a, *right = b;
+    return left->id < right->id ? -1 : left->id > right->id;
+}
+
+static void take_member(struct member *self, const Troupe__Member *entry, uint32_t known,
+                        struct effects *out) {
+    uint32_t all = self->peers;
+    self->peers = known; /* search among the old ones, which are sorted */
+    struct peer *peer = member_peer(self, entry->id);
+    self->peers = all;
+    if (peer == NULL || peer->incarnation != entry->incarnation) {
+        if (peer == NULL)
+            peer = &self->peer[self->peers++];
+        memset(peer, 0, sizeof *peer);
+        peer->id = entry->id;
+        peer->incarnation = entry->incarnation;
+        peer->role = (enum role)entry->role;
+        strncpy(peer->name, entry->name, sizeof peer->name - 1);
+        peer->connected =
+            ((self->control_roles | self->data_roles) & ROLE_BIT(peer->role)) != 0;
+        if (peer->connected)
+            connect(self, peer, entry, out);
+    }
+    peer->state = entry->state;
+    peer->lost = false;
+    peer->marked = true;
+}
+
+static void take_members(struct member *self, const Troupe__Commit *commit, struct effects *out) {
+    uint32_t wanted = self->peers + (uint32_t)commit->n_member;
+    if (wanted > self->peers_capacity) {
+        struct peer *grown = realloc(self->peer, wanted * sizeof *grown);
+        ASSERT(grown != NULL && "memory for peers");
+        self->peer = grown;
+        self->peers_capacity = wanted;
+    }
+    uint32_t known = self->peers;
+    for (uint32_t i = 0; i < known; i++)
+        self->peer[i].marked = false;
+    for (size_t i = 0; i < commit->n_member; i++)
+        if (commit->member[i]->id != self->id && commit->member[i]->id > ACTOR_COORDINATOR)
+            take_member(self, commit->member[i], known, out);
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < self->peers; i++) {
+        if (self->peer[i].marked)
+            self->peer[kept++] = self->peer[i];
+        else if (self->peer[i].connected)
+            disconnect(&self->peer[i], out);
+    }
+    self->peers = kept;
+    qsort(self->peer, self->peers, sizeof *self->peer, compare_peers);
+}
+
+static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uint64_t now_ns,
+                          struct effects *out) {
+    if (self->id == 0 || commit->epoch <= self->epoch)
+        return MEMBER_DONE;
+    const Troupe__Member *own = find_self(self, commit);
+    if (own == NULL) {
+        effects_trace(out, TRACE_WARNING, "epoch %llu does not list actor %u, not adopted",
+                      (unsigned long long)commit->epoch, self->id);
+        return MEMBER_DONE;
+    }
+    take_members(self, commit, out);
+    self->epoch = commit->epoch;
+    self->bias_version = commit->bias_version;
+    self->serving = commit->serving && own->state == TROUPE__ACTOR_STATE__STATE_READY;
+    self->heartbeat_at_ns = now_ns; /* the acknowledgement; others wait for it */
+    effects_trace(out, TRACE_DEBUG, "adopted epoch %llu: %u peers, %zu placements%s",
+                  (unsigned long long)commit->epoch, self->peers, commit->n_layer,
+                  self->serving ? ", serving" : "");
+    return MEMBER_COMMITTED;
+}
+
+/* ---- events ---- */
+
+static uint32_t on_coordinator(struct member *self, const message *envelope, uint64_t now_ns,
+                               struct effects *out) {
+    if (self->id != 0 && envelope->from_incarnation != self->coordinator_incarnation) {
+        effects_trace(out, TRACE_WARNING, "ignored %s of another incarnation of the coordinator",
+                      wire_name(envelope));
+        return MEMBER_DONE;
+    }
+    switch (envelope->body_case) {
+    case TROUPE__ENVELOPE__BODY_WELCOME:
+        return on_welcome(self, envelope, now_ns, out);
+    case TROUPE__ENVELOPE__BODY_REFUSED:
+        return on_refused(self, envelope->refused, out);
+    case TROUPE__ENVELOPE__BODY_COMMIT:
+        return on_commit(self, envelope->commit, now_ns, out);
+    case TROUPE__ENVELOPE__BODY_SHUTDOWN:
+        return leave(self, 0, envelope->shutdown->reason, out);
+    default:
+        return self->id == 0 ? MEMBER_DONE : 0;
+    }
+}
+
+static uint32_t on_message(struct member *self, const message *envelope, uint64_t now_ns,
+                           struct effects *out) {
+    if (envelope->from == ACTOR_COORDINATOR)
+        return on_coordinator(self, envelope, now_ns, out);
+    const struct peer *peer = member_peer(self, envelope->from);
+    if (peer == NULL || peer->incarnation != envelope->from_incarnation) {
+        effects_trace(out, TRACE_WARNING, "ignored %s of unknown actor %u (incarnation %llx)",
+                      wire_name(envelope), envelope->from,
+                      (unsigned long long)envelope->from_incarnation);
+        return MEMBER_DONE;
+    }
+    return 0;
+}
+
+static uint32_t on_peer_lost(struct member *self, const struct event *event, struct effects *out) {
+    if (event->peer.id == ACTOR_COORDINATOR) {
+        effects_trace(out, TRACE_WARNING, "the coordinator is gone; going on with epoch %llu",
+                      (unsigned long long)self->epoch);
+        return MEMBER_DONE;
+    }
+    struct peer *peer = member_peer(self, event->peer.id);
+    if (peer == NULL || peer->incarnation != event->peer.incarnation || peer->lost)
+        return MEMBER_DONE;
+    peer->lost = true;
+    effects_trace(out, TRACE_WARNING, "lost %s (actor %u)", peer->name, peer->id);
+    return MEMBER_LOST;
+}
+
+uint32_t member_step(struct member *self, const struct event *event, uint64_t now_ns,
+                     struct effects *out) {
+    if (self->exited)
+        return MEMBER_EXIT | MEMBER_DONE;
+    uint32_t news = 0;
+    switch (event->kind) {
+    case EVENT_START:
+        connect_coordinator(self, out);
+        self->hello_at_ns = now_ns;
+        news = MEMBER_DONE;
+        break;
+    case EVENT_MESSAGE:
+        news = on_message(self, event->message, now_ns, out);
+        break;
+    case EVENT_PEER_LOST:
+        news = on_peer_lost(self, event, out);
+        break;
+    case EVENT_SHUTDOWN:
+        news = leave(self, 0, "asked to shut down", out);
+        break;
+    default:
+        break;
+    }
+    if ((news & MEMBER_EXIT) != 0)
+        return news;
+    if (now_ns >= self->hello_at_ns)
+        send_hello(self, now_ns, out);
+    if (now_ns >= self->heartbeat_at_ns)
+        news |= MEMBER_HEARTBEAT;
+    return news;
+}
+
+void member_heartbeat(struct member *self, Troupe__Heartbeat *heartbeat, uint64_t now_ns,
+                      struct effects *out) {
+    heartbeat->epoch = self->epoch;
+    message envelope = member_envelope(self);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
+    envelope.heartbeat = heartbeat;
+    effects_send(out, ACTOR_COORDINATOR, &envelope);
+    self->heartbeat_at_ns = now_ns + self->heartbeat_interval_ns;
+}
+
+const struct peer *member_frame_sender(const struct member *self, const struct frame_header *header,
+                                       enum role role) {
+    const struct peer *peer = member_peer(self, header->from);
+    if (peer == NULL || peer->role != role || peer->incarnation != header->from_incarnation ||
+        header->to != self->id || header->to_incarnation != self->identity.incarnation)
+        return NULL;
+    return peer;
+}
