@@ -1,4 +1,5 @@
-/* Knobs: one row per line of knobs.def, from which defaults, checks, YAML, help and the simulator's random values all come. */
+/* Knobs: one row per line of knobs.def, from which defaults, checks, YAML, help and the simulator's
+ * random values all come. */
 #include "config/settings.h"
 
 #include <math.h>
@@ -28,11 +29,13 @@ struct knob {
     const char *why;
 };
 
-#define NUMBER(value) {(uint64_t)(value), (double)(value)}
+#define NUMBER(value)                                                                              \
+    { (uint64_t)(value), (double)(value) }
 static const struct knob knobs[] = {
-#define K(name, type, def, min, max, sim_min, sim_max, why)                           \
-    {#name,       KNOB_##type, offsetof(struct settings, name), NUMBER(def), NUMBER(min), \
-     NUMBER(max), NUMBER(sim_min), NUMBER(sim_max), why},
+#define K(name, type, def, min, max, sim_min, sim_max, why)                                        \
+    {#name,           KNOB_##type,     offsetof(struct settings, name),                            \
+     NUMBER(def),     NUMBER(min),     NUMBER(max),                                                \
+     NUMBER(sim_min), NUMBER(sim_max), why},
 #include "config/knobs.def"
 #undef K
 };
@@ -106,8 +109,8 @@ static const struct knob *find_knob(const char *name, struct failure *failure, i
             closest_distance = distance;
         }
     }
-    *ret_code = fail(failure, ERR_NOT_FOUND, "unknown setting \"%.64s\"; the closest name is \"%s\"", name,
-                     closest->name);
+    *ret_code = fail(failure, ERR_NOT_FOUND,
+                     "unknown setting \"%.64s\"; the closest name is \"%s\"", name, closest->name);
     return NULL;
 }
 
@@ -133,7 +136,8 @@ static bool parse_real(const char *text, double *ret) {
     return *end == 0 && isfinite(*ret);
 }
 
-int settings_set(struct settings *self, const char *name, const char *value, struct failure *failure) {
+int settings_set(struct settings *self, const char *name, const char *value,
+                 struct failure *failure) {
     int code = 0;
     const struct knob *knob = find_knob(name, failure, &code);
     if (knob == NULL)
@@ -142,15 +146,16 @@ int settings_set(struct settings *self, const char *name, const char *value, str
     if (knob->type == KNOB_f64) {
         if (!parse_real(value, &number.real) || number.real < knob->min.real ||
             number.real > knob->max.real)
-            return fail(failure, ERR_INVALID, "%s: expected a number from %g to %g, found \"%.64s\"",
-                        knob->name, knob->min.real, knob->max.real, value);
+            return fail(failure, ERR_INVALID,
+                        "%s: expected a number from %g to %g, found \"%.64s\"", knob->name,
+                        knob->min.real, knob->max.real, value);
     } else {
         if (!parse_whole(value, &number.whole) || number.whole < knob->min.whole ||
             number.whole > knob->max.whole)
             return fail(failure, ERR_INVALID,
-                        "%s: expected a whole number from %llu to %llu, found \"%.64s\"", knob->name,
-                        (unsigned long long)knob->min.whole, (unsigned long long)knob->max.whole,
-                        value);
+                        "%s: expected a whole number from %llu to %llu, found \"%.64s\"",
+                        knob->name, (unsigned long long)knob->min.whole,
+                        (unsigned long long)knob->max.whole, value);
     }
     store(self, knob, number);
     return 0;
@@ -178,7 +183,8 @@ static int unexpected(struct yaml_reader *reader, const char *expected) {
 }
 
 /* Copies a scalar event; anything else, an anchor or an embedded NUL is refused. */
-static int take_scalar(struct yaml_reader *reader, const char *expected, char *ret, size_t capacity) {
+static int take_scalar(struct yaml_reader *reader, const char *expected, char *ret,
+                       size_t capacity) {
     if (reader->event.type != YAML_SCALAR_EVENT || reader->event.data.scalar.anchor != NULL)
         return unexpected(reader, expected);
     const char *text = (const char *)reader->event.data.scalar.value;
@@ -251,10 +257,11 @@ static int read_stream(struct yaml_reader *reader, struct settings *settings) {
     return 0;
 }
 
-int settings_parse_yaml(struct settings *self, const char *text, size_t size, struct failure *failure) {
+int settings_parse_yaml(struct settings *self, const char *text, size_t size,
+                        struct failure *failure) {
     if (size > YAML_BYTES_MAX)
-        return fail(failure, ERR_TOO_LARGE, "settings: expected at most %u bytes of YAML, found %zu",
-                    YAML_BYTES_MAX, size);
+        return fail(failure, ERR_TOO_LARGE,
+                    "settings: expected at most %u bytes of YAML, found %zu", YAML_BYTES_MAX, size);
     struct yaml_reader reader = {.failure = failure};
     if (!yaml_parser_initialize(&reader.parser))
         return fail(failure, ERR_NO_MEMORY, "settings: no memory for a YAML parser");
@@ -275,7 +282,8 @@ static uint64_t mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-/* Keyed by the knob's name, so that a new knob does not change what an old seed gives the others. */
+/* Keyed by the knob's name, so that a new knob does not change what an old seed gives the others.
+ */
 void settings_randomise(struct settings *self, uint64_t seed) {
     for (size_t k = 0; k < KNOBS; k++) {
         const struct knob *knob = &knobs[k];
@@ -304,8 +312,8 @@ static size_t help_line(const struct knob *knob, char *ret, size_t capacity) {
         bytes = snprintf(ret, capacity, "  %-24s %s (default %g, %g to %g)\n", option, knob->why,
                          knob->initial.real, knob->min.real, knob->max.real);
     else
-        bytes = snprintf(ret, capacity, "  %-24s %s (default %llu, %llu to %llu)\n", option, knob->why,
-                         (unsigned long long)knob->initial.whole,
+        bytes = snprintf(ret, capacity, "  %-24s %s (default %llu, %llu to %llu)\n", option,
+                         knob->why, (unsigned long long)knob->initial.whole,
                          (unsigned long long)knob->min.whole, (unsigned long long)knob->max.whole);
     ASSERT(bytes > 0);
     return (size_t)bytes;

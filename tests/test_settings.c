@@ -1,4 +1,5 @@
-/* Settings: defaults, single values, YAML, random values within the simulation's ranges, help, and the example file. */
+/* Settings: defaults, single values, YAML, random values within the simulation's ranges, help, and
+ * the example file. */
 #include "config/settings.h"
 
 #include <setjmp.h>
@@ -20,9 +21,9 @@ static bool within(double value, double min, double max) {
 static void defaults_are_the_tables(void **state) {
     struct settings settings;
     settings_default(&settings);
-#define K(name, type, def, min, max, sim_min, sim_max, why) \
-    assert_true(settings.name == (def));                    \
-    assert_true(within(def, min, max));                     \
+#define K(name, type, def, min, max, sim_min, sim_max, why)                                        \
+    assert_true(settings.name == (def));                                                           \
+    assert_true(within(def, min, max));                                                            \
     assert_true(within(sim_min, min, sim_max) && within(sim_max, sim_min, max));
 #include "config/knobs.def"
 #undef K
@@ -48,7 +49,8 @@ static void set_refuses(void **state) {
         int code;
         const char *says;
     } cases[] = {
-        {"prefill_chunk", "0", ERR_INVALID, "prefill_chunk: expected a whole number from 1 to 8192, found \"0\""},
+        {"prefill_chunk", "0", ERR_INVALID,
+         "prefill_chunk: expected a whole number from 1 to 8192, found \"0\""},
         {"prefill_chunk", "8193", ERR_INVALID, "found \"8193\""},
         {"prefill_chunk", "-1", ERR_INVALID, "found \"-1\""},
         {"prefill_chunk", "", ERR_INVALID, "found \"\""},
@@ -57,7 +59,8 @@ static void set_refuses(void **state) {
         {"prefill_chunk", "7x", ERR_INVALID, "found \"7x\""},
         {"prefill_chunk", "4294967297", ERR_INVALID, "found \"4294967297\""},
         {"prefill_chunk", "18446744073709551617", ERR_INVALID, "found \"18446744073709551617\""},
-        {"gate_top_p", "nan", ERR_INVALID, "gate_top_p: expected a number from 0 to 1, found \"nan\""},
+        {"gate_top_p", "nan", ERR_INVALID,
+         "gate_top_p: expected a number from 0 to 1, found \"nan\""},
         {"gate_top_p", "1.01", ERR_INVALID, "found \"1.01\""},
         {"gate_top_p", "-0.1", ERR_INVALID, "found \"-0.1\""},
         {"gate_top_p", "1e999", ERR_INVALID, "found \"1e999\""},
@@ -89,10 +92,11 @@ static void yaml_changes_what_it_names(void **state) {
     expected.prefill_chunk = 64;
     expected.max_requests = 17;
     expected.gate_top_p = 0.5;
-    assert_int_equal(parse(&settings,
-                           "# comment\nprefill_chunk: 64\nmax-requests: \"17\" # x\n\ngate_top_p: .5\n",
-                           &failure),
-                     0);
+    assert_int_equal(
+        parse(&settings,
+              "# comment\nprefill_chunk: 64\nmax-requests: \"17\" # x\n\ngate_top_p: .5\n",
+              &failure),
+        0);
     assert_memory_equal(&settings, &expected, sizeof settings);
     static const char *const nothing[] = {"", "# only a comment\n", "---\n", "{}", "---\n...\n"};
     for (size_t i = 0; i < sizeof nothing / sizeof nothing[0]; i++) {
@@ -108,7 +112,8 @@ static void yaml_refuses(void **state) {
         const char *says;
     } cases[] = {
         {"prefill_chunk: 64\nprefill_chnk: 1\n", ERR_NOT_FOUND, "prefill_chnk"},
-        {"prefill_chunk: 64\nprefill-chunk: 65\n", ERR_INVALID, "line 2: prefill_chunk is given twice"},
+        {"prefill_chunk: 64\nprefill-chunk: 65\n", ERR_INVALID,
+         "line 2: prefill_chunk is given twice"},
         {"prefill_chunk: many\n", ERR_INVALID, "found \"many\""},
         {"prefill_chunk:\n", ERR_INVALID, "found \"\""},
         {"prefill_chunk: [1]\n", ERR_INVALID, "line 1: expected a number"},
@@ -154,7 +159,7 @@ static void random_values_stay_in_range_and_repeat(void **state) {
     for (uint64_t seed = 1; seed <= 2000; seed++) {
         settings_default(&settings);
         settings_randomise(&settings, seed);
-#define K(name, type, def, min, max, sim_min, sim_max, why) \
+#define K(name, type, def, min, max, sim_min, sim_max, why)                                        \
     assert_true(within((double)settings.name, sim_min, sim_max));
 #include "config/knobs.def"
 #undef K
@@ -174,8 +179,8 @@ static void help_has_a_line_for_each_knob(void **state) {
     size_t lines = 0, knobs = 0;
     for (const char *letter = help; *letter != 0; letter++)
         lines += *letter == '\n';
-#define K(name, type, def, min, max, sim_min, sim_max, why) \
-    knobs++;                                                \
+#define K(name, type, def, min, max, sim_min, sim_max, why)                                        \
+    knobs++;                                                                                       \
     assert_non_null(strstr(help, why));
 #include "config/knobs.def"
 #undef K
@@ -185,7 +190,8 @@ static void help_has_a_line_for_each_knob(void **state) {
     free(help);
 }
 
-/* The example says what every knob is by default; with each '#' before a name removed it changes nothing. */
+/* The example says what every knob is by default; with each '#' before a name removed it changes
+ * nothing. */
 static void example_file_shows_the_defaults(void **state) {
     FILE *file = fopen("config/troupe.yaml", "r");
     assert_non_null(file);
@@ -199,8 +205,8 @@ static void example_file_shows_the_defaults(void **state) {
         }
     }
     fclose(file);
-#define K(name, type, def, min, max, sim_min, sim_max, why) \
-    if (strstr(yaml, #name ": ") == NULL)                   \
+#define K(name, type, def, min, max, sim_min, sim_max, why)                                        \
+    if (strstr(yaml, #name ": ") == NULL)                                                          \
         fail_msg("config/troupe.yaml lacks " #name);
 #include "config/knobs.def"
 #undef K
