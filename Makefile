@@ -23,6 +23,9 @@ ifeq ($(ARCH),x86_64)
 FOLDERS += kernels/x86
 endif
 SOURCES := $(foreach folder,$(FOLDERS),$(wildcard $(folder)/*.c))
+ifneq ($(ARCH),x86_64)
+SOURCES := $(filter-out %_sse42.c,$(SOURCES))
+endif
 MAIN := actors/host/main.c
 LIBRARY_SOURCES := $(filter-out $(MAIN),$(SOURCES))
 OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o
