@@ -58,6 +58,12 @@ typedef void matmul_function(const struct matrix *w, const void *x, size_t x_str
 matmul_function matmul_f32, matmul_bf16_scalar;
 #if defined(__x86_64__)
 matmul_function matmul_bf16_avx512, matmul_bf16_amx;
+
+/* E4M3 tiles to BF16 tiles, exactly. */
+typedef void expand_function(const uint8_t *packed, bf16 *ret, uint32_t tiles);
+expand_function expand_tiles_avx512, expand_tiles_vbmi;
+/* The fastest that this processor has. */
+expand_function *expand_tiles_best(void);
 #endif
 
 /* One product and the part of it that a thread does: outputs of panels [panel_begin, panel_end),
