@@ -123,6 +123,7 @@ void engine_expert_free(struct expert_weights **weights);
 void engine_expert_publish(struct engine *self, uint32_t layer, uint32_t expert,
                            struct expert_weights **weights); /* takes it */
 void engine_expert_drop(struct engine *self, uint32_t layer, uint32_t expert); /* absent: nothing */
+/* False for numbers that the model does not have, so it may be asked about what a frame names. */
 bool engine_expert_held(const struct engine *self, uint32_t layer, uint32_t expert);
 
 uint64_t engine_memory_bytes(const struct engine *self);

@@ -1,0 +1,106 @@
+/* The attention engine's parts: weights of each layer, the latent cache, the regions of each batch
+ * slot and the work space. */
+#ifndef TROUPE_ENGINE_ATTENTION_H
+#define TROUPE_ENGINE_ATTENTION_H
+
+#include "engine/internal.h"
+
+struct attention_layer {
+    float *input_norm, *post_norm, *q_a_norm, *kv_a_norm;
+    struct packed q_a,
+        q_b; /* q_b: from the latent query, or from the hidden row where q_lora is 0 */
+    struct packed kv_a, kv_b, o;
+    /* Absorbed form, per head: w_uk takes a query's nope part into the latent space (transpose of
+     * kv_b's key rows), w_uv takes latents to the head's values. (DeepSeek-V2, 2405.04434,
+     * section 2.1.2.) */
+    struct packed *w_uk, *w_uv; /* [heads] */
+    bool moe, has_mlp;
+    struct mlp mlp; /* dense layer: the MLP; MoE layer: the shared expert, if has_mlp */
+    struct packed gate;
+    float *gate_bias; /* NULL: none */
+};
+
+/* One micro-batch. Strides: residual, shared and outputs `hidden` floats, normed and final
+ * hidden_stride activations. */
+struct attention_slot {
+    uint32_t rows, final_rows;
+    struct batch_row *row;
+    float *residual;   /* [batch_rows, hidden] */
+    void *normed;      /* [batch_rows, hidden_stride] */
+    void *final;       /* [batch_rows, hidden_stride] */
+    float *shared;     /* [batch_rows, hidden] */
+    float *outputs;    /* [batch_rows, k, hidden] */
+    uint8_t *filled;   /* [batch_rows, k]: output has arrived */
+    uint16_t *choice;  /* [batch_rows, k] */
+    float *weights;    /* [batch_rows, k] */
+    bool shared_ready; /* SHARED has run for the current layer */
+};
+
+/* Rows of the absorbed form are taken in blocks, which bounds the work space: a row is heads x
+ * kv_lora wide there. */
+#define ABSORBED_BLOCK 64
+
+/* Work space of MLA; n: rows of the batch, b: rows of a block. */
+struct mla_work {
+    float *q_low;                    /* [n, activation_stride(q_lora)] */
+    void *q_low_norm;                /* [n, activation_stride(q_lora)] */
+    float *q;                        /* [n, heads * (nope + rope)] */
+    float *kv;                       /* [n, kv_lora + rope] */
+    void *q_expanded;                /* [n, heads, expanded_stride] */
+    void *attended;                  /* [n, attended_stride] */
+    float *projected;                /* [n, hidden] */
+    float *part_row;                 /* [threads, heads * the wider of both q strides] */
+    void *q_nope;                    /* [b, heads, activation_stride(nope)] */
+    float *q_wide;                   /* [b, heads, absorbed_stride] */
+    void *q_absorbed;                /* [b, heads, absorbed_stride] */
+    void *latent;                    /* [b, heads, activation_stride(kv_lora)] */
+    float *values;                   /* [b, heads * v] */
+    uint32_t *absorbed_row;          /* [n]: batch rows of the absorbed form */
+    uint32_t *position;              /* [n] */
+    const void *const **pages;       /* [n] */
+    uint32_t *block_position;        /* [b] */
+    const void *const **block_pages; /* [b] */
+};
+
+struct attention {
+    struct attention_layer *layer;
+    struct weight_view embedding;
+    float *final_norm;
+    struct mla_shape shape;
+    struct gate_parameters gate;
+    size_t expanded_stride; /* per head: nope, then rope, each padded */
+    size_t absorbed_stride; /* per head: latent, then rope, each padded; also a position in the
+                               cache */
+    size_t attended_stride; /* heads * v padded */
+    uint32_t slots;
+    struct attention_slot slot[BATCH_SLOTS_MAX];
+
+    uint32_t pages;
+    uint8_t *cache;     /* [pages][layers][PAGE_TOKENS][absorbed_stride] activations */
+    uint8_t *page_used; /* [pages]: written since it was cleared */
+    float *cos_sin; /* [context][rope / 2][2], filled in blocks of PAGE_TOKENS positions when first
+                       needed */
+    uint8_t *cos_sin_ready; /* [context / PAGE_TOKENS rounded up] */
+
+    void
+        *page_table; /* const void *: pages of every sequence of the batch, for the layer at hand */
+    size_t page_table_bytes;
+
+    uint8_t *work; /* one block, laid out anew by each program */
+};
+
+/* Both size the work space (base NULL) and lay it out. */
+size_t mla_work_layout(const struct engine *self, struct mla_work *ret, uint8_t *base);
+struct layer_mlp_work {
+    struct mlp_work mlp;
+    float *out;    /* [batch_rows, hidden] */
+    float *logits; /* [batch_rows, experts] */
+};
+size_t layer_mlp_work_layout(const struct engine *self, struct layer_mlp_work *ret, uint8_t *base);
+
+/* Residual += MLA(normed rows), the latent cache written first. engine/attention_mla.c */
+void attention_mla(struct engine *self, struct attention_slot *slot, uint32_t layer);
+
+uint8_t *cache_at(const struct engine *self, uint32_t page, uint32_t layer);
+
+#endif

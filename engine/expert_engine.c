@@ -1,0 +1,262 @@
+/* The expert engine: routed experts as pure functions of their weights. It holds no request state;
+ * a frame's rows go in, one output per item comes out, each depending on its own row and expert
+ * only. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "engine/internal.h"
+
+/* Items of one expert that are computed together: bounds the work space; large enough to make the
+ * weights' way from memory cheap. */
+#define CHUNK 64
+
+struct expert_weights {
+    struct mlp mlp;
+    uint64_t bytes;
+};
+
+struct group_place {
+    uint32_t first; /* item */
+    uint32_t part;  /* thread that takes the group */
+};
+
+/* A thread's own work space. */
+struct expert_work {
+    void *x; /* [CHUNK, hidden_stride] activations */
+    struct mlp_work mlp;
+};
+
+struct experts {
+    struct expert_weights **held; /* [layers and MTP layers, experts] */
+    uint32_t layers;
+    uint8_t *memory;          /* work spaces */
+    struct expert_work *work; /* [threads] */
+    void *output;             /* [items, hidden] float */
+    size_t output_bytes;
+    uint32_t items; /* of the last program */
+    void *group;    /* struct group_place [groups] */
+    size_t group_bytes;
+    uint32_t *part_items; /* [threads] */
+};
+
+static size_t work_layout(const struct engine *self, struct expert_work *ret,
+                          struct layout *layout) {
+    ret->x = layout_take(layout, CHUNK * self->hidden_stride, self->kernels->activation_bytes);
+    mlp_work_layout(&ret->mlp, layout, self->kernels, CHUNK, self->config->expert_width);
+    return layout->used;
+}
+
+/* Room for a frame's items and groups: the usual sizes at open, more for a frame that needs it. */
+static int grow(struct engine *self, uint32_t items, uint32_t groups, struct failure *failure) {
+    struct experts *x = self->experts;
+    int error = memory_grow(&x->output, &x->output_bytes, items, self->hidden * sizeof(float),
+                            "expert outputs", &self->memory_bytes, failure);
+    return error != 0 ? error
+                      : memory_grow(&x->group, &x->group_bytes, groups, sizeof(struct group_place),
+                                    "groups of a frame", &self->memory_bytes, failure);
+}
+
+int experts_open(struct engine *self, struct failure *failure) {
+    const struct model_config *c = self->config;
+    const size_t threads = (size_t)self->parallel.width;
+    struct experts *x = calloc(1, sizeof *x);
+    if (x == NULL)
+        return fail(failure, ERR_NO_MEMORY, "expert engine: no memory");
+    self->experts = x;
+    x->layers = c->layers + c->mtp_layers;
+    struct expert_work unused;
+    struct layout measure = {NULL, 0};
+    size_t bytes = work_layout(self, &unused, &measure);
+    const struct {
+        void **ret;
+        size_t count, size;
+    } parts[] = {
+        {(void **)&x->held, (size_t)x->layers * c->experts, sizeof *x->held},
+        {(void **)&x->memory, threads, bytes},
+        {(void **)&x->work, threads, sizeof *x->work},
+        {(void **)&x->part_items, threads, sizeof *x->part_items},
+    };
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].ret = memory_take(parts[i].count, parts[i].size, "work space of experts",
+                                    &self->memory_bytes, failure);
+        if (*parts[i].ret == NULL)
+            return ERR_NO_MEMORY;
+    }
+    struct layout layout = {x->memory, 0};
+    for (size_t t = 0; t < threads; t++)
+        work_layout(self, &x->work[t], &layout);
+    return grow(self, self->batch_rows, c->experts, failure);
+}
+
+void experts_close(struct engine *self) {
+    struct experts *x = self->experts;
+    if (x == NULL)
+        return;
+    for (size_t i = 0; x->held != NULL && i < (size_t)x->layers * self->config->experts; i++)
+        engine_expert_free(&x->held[i]);
+    void *const parts[] = {x->held, x->memory, x->work, x->output, x->group, x->part_items};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        memory_free(parts[i]);
+    free(x);
+    self->experts = NULL;
+}
+
+int engine_expert_pack(const struct model *model, const struct kernels *kernels, uint32_t layer,
+                       uint32_t expert, struct expert_weights **ret, struct failure *failure) {
+    const struct model_config *c = model_config(model);
+    if (layer >= c->layers + c->mtp_layers || expert >= c->experts ||
+        (layer < c->layers && !model_layer_is_moe(c, layer)))
+        return fail(failure, ERR_NOT_FOUND, "expert %u of layer %u: the model has no such expert",
+                    expert, layer);
+    struct expert_weights *weights = calloc(1, sizeof *weights);
+    if (weights == NULL)
+        return fail(failure, ERR_NO_MEMORY, "expert %u of layer %u: no memory", expert, layer);
+    const struct weight_view view[3] = {
+        model_expert_weight(model, layer, expert, EXPERT_GATE),
+        model_expert_weight(model, layer, expert, EXPERT_UP),
+        model_expert_weight(model, layer, expert, EXPERT_DOWN),
+    };
+    numerics_enter();
+    int error = mlp_open(&weights->mlp, kernels, view, "expert weights", &weights->bytes, failure);
+    if (error != 0) {
+        free(weights);
+        return error;
+    }
+    *ret = weights;
+    return 0;
+}
+
+void engine_expert_free(struct expert_weights **weights) {
+    if (*weights == NULL)
+        return;
+    mlp_close(&(*weights)->mlp);
+    free(*weights);
+    *weights = NULL;
+}
+
+static struct expert_weights **held_at(const struct engine *self, uint32_t layer, uint32_t expert) {
+    ASSERT(self->role == ENGINE_EXPERT);
+    ASSERT(layer < self->experts->layers && expert < self->config->experts);
+    return &self->experts->held[(size_t)layer * self->config->experts + expert];
+}
+
+void engine_expert_publish(struct engine *self, uint32_t layer, uint32_t expert,
+                           struct expert_weights **weights) {
+    engine_expert_drop(self, layer, expert);
+    *held_at(self, layer, expert) = *weights;
+    self->memory_bytes += (*weights)->bytes;
+    *weights = NULL;
+}
+
+void engine_expert_drop(struct engine *self, uint32_t layer, uint32_t expert) {
+    struct expert_weights **held = held_at(self, layer, expert);
+    if (*held != NULL)
+        self->memory_bytes -= (*held)->bytes;
+    engine_expert_free(held);
+}
+
+bool engine_expert_held(const struct engine *self, uint32_t layer, uint32_t expert) {
+    ASSERT(self->role == ENGINE_EXPERT);
+    return layer < self->experts->layers && expert < self->config->experts &&
+           *held_at(self, layer, expert) != NULL;
+}
+
+/* One group, a chunk of items at a time. */
+static void run_group(const struct engine *self, const struct program *program, uint32_t group,
+                      const struct expert_work *work, const struct parallel *parallel) {
+    const struct experts *x = self->experts;
+    const struct kernels *kernels = self->kernels;
+    const size_t row_bytes = self->hidden * kernels->activation_bytes;
+    const struct expert_weights *weights =
+        *held_at(self, program->layer, program->group[group].expert);
+    for (uint32_t done = 0; done < program->group[group].count; done += CHUNK) {
+        const struct group_place *place = (const struct group_place *)x->group + group;
+        uint32_t first = place->first + done, rows = program->group[group].count - done;
+        rows = rows < CHUNK ? rows : CHUNK;
+        for (uint32_t i = 0; i < rows; i++) {
+            const uint8_t *row = (const uint8_t *)program->payload;
+            /* the padding of work->x is zero from the start: only the width is ever written */
+            memcpy(activation_at(kernels, work->x, i * self->hidden_stride),
+                   row + program->item_row[first + i] * row_bytes, row_bytes);
+        }
+        mlp_run(&weights->mlp, kernels, work->x, self->hidden_stride, rows, &work->mlp,
+                (float *)x->output + (size_t)first * self->hidden, self->hidden, parallel);
+    }
+}
+
+struct expert_job {
+    const struct engine *engine;
+    const struct program *program;
+};
+
+static void run_part(void *argument, int part, int parts) {
+    const struct expert_job *job = argument;
+    const struct experts *x = job->engine->experts;
+    const struct group_place *place = x->group;
+    (void)parts;
+    for (uint32_t g = 0; g < job->program->groups; g++)
+        if (place[g].part == (uint32_t)part)
+            run_group(job->engine, job->program, g, &x->work[part], &PARALLEL_SERIAL);
+}
+
+/* Checks the groups, notes where each begins; returns the largest one's items. */
+static uint32_t measure_groups(const struct engine *self, const struct program *program) {
+    struct group_place *place = self->experts->group;
+    uint32_t items = 0, largest = 0;
+    for (uint32_t g = 0; g < program->groups; g++) {
+        uint32_t count = program->group[g].count;
+        ASSERT(engine_expert_held(self, program->layer, program->group[g].expert));
+        ASSERT(count <= program->items - items);
+        place[g].first = items;
+        items += count;
+        largest = count > largest ? count : largest;
+    }
+    ASSERT(items == program->items);
+    for (uint32_t i = 0; i < items; i++)
+        ASSERT(program->item_row[i] < program->rows);
+    return largest;
+}
+
+/* Gives each group, in order, to the thread with the fewest items. */
+static void share_groups(const struct engine *self, const struct program *program) {
+    struct experts *x = self->experts;
+    struct group_place *place = x->group;
+    const uint32_t threads = (uint32_t)self->parallel.width;
+    memset(x->part_items, 0, threads * sizeof *x->part_items);
+    for (uint32_t g = 0; g < program->groups; g++) {
+        uint32_t best = 0;
+        for (uint32_t t = 1; t < threads; t++)
+            if (x->part_items[t] < x->part_items[best])
+                best = t;
+        place[g].part = best;
+        x->part_items[best] += program->group[g].count;
+    }
+}
+
+/* Threads take whole groups where no group is more than a thread's share, else they work inside
+ * each product together. Either way a row's bits are the same. */
+void experts_run(struct engine *self, const struct program *program, struct program_result *ret) {
+    struct experts *x = self->experts;
+    uint32_t threads = (uint32_t)self->parallel.width;
+    struct failure failure;
+    x->items = 0;
+    ret->error = grow(self, program->items, program->groups, &failure);
+    if (ret->error != 0)
+        return;
+    uint32_t largest = measure_groups(self, program);
+    x->items = program->items;
+    ret->output = x->output;
+    if (threads > 1 && (uint64_t)largest * threads <= program->items) {
+        share_groups(self, program);
+        struct expert_job job = {self, program};
+        self->parallel.run(self->parallel.pool, run_part, &job, (int)threads);
+        return;
+    }
+    for (uint32_t g = 0; g < program->groups; g++)
+        run_group(self, program, g, &x->work[0], &self->parallel);
+}
+
+const float *experts_output(const struct engine *self, uint32_t *ret_items) {
+    *ret_items = self->experts->items;
+    return self->experts->output;
+}

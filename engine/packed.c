@@ -1,0 +1,81 @@
+/* Weights as the kernels want them, and the MLP that dense layers, shared experts and routed
+ * experts have in common. */
+#include "engine/internal.h"
+
+int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
+                const char *what, uint64_t *total, struct failure *failure) {
+    void *memory = memory_take(kernels->matrix_bytes(view), 1, what, total, failure);
+    if (memory == NULL)
+        return ERR_NO_MEMORY;
+    kernels->matrix_pack(&ret->matrix, view, memory);
+    ret->memory = memory;
+    return 0;
+}
+
+void packed_close(struct packed *self) {
+    memory_free(self->memory);
+    *self = (struct packed){0};
+}
+
+int floats_open(float **ret, const struct weight_view *view, uint32_t n, const char *what,
+                uint64_t *total, struct failure *failure) {
+    float *values = memory_take(n, sizeof *values, what, total, failure);
+    if (values == NULL)
+        return ERR_NO_MEMORY;
+    weight_to_float(view, values);
+    *ret = values;
+    return 0;
+}
+
+int mlp_open(struct mlp *ret, const struct kernels *kernels, const struct weight_view view[3],
+             const char *what, uint64_t *total, struct failure *failure) {
+    int error = packed_open(&ret->gate, kernels, &view[0], what, total, failure);
+    if (error == 0)
+        error = packed_open(&ret->up, kernels, &view[1], what, total, failure);
+    if (error == 0)
+        error = packed_open(&ret->down, kernels, &view[2], what, total, failure);
+    if (error != 0)
+        mlp_close(ret);
+    return error;
+}
+
+void mlp_close(struct mlp *self) {
+    packed_close(&self->gate);
+    packed_close(&self->up);
+    packed_close(&self->down);
+}
+
+void mlp_work_layout(struct mlp_work *ret, struct layout *layout, const struct kernels *kernels,
+                     uint32_t rows, uint32_t width) {
+    size_t n = rows * activation_stride(width);
+    ret->gate = layout_take(layout, n, sizeof(float));
+    ret->up = layout_take(layout, n, sizeof(float));
+    ret->inner = layout_take(layout, n, kernels->activation_bytes);
+}
+
+struct silu_job {
+    const struct kernels *kernels;
+    const struct mlp_work *work;
+    uint32_t width;
+};
+
+static void silu_rows(void *argument, uint32_t first, uint32_t end, int part) {
+    const struct silu_job *job = argument;
+    size_t stride = activation_stride(job->width), start = first * stride;
+    (void)part;
+    job->kernels->silu_mul(job->work->gate + start, job->work->up + start, stride, end - first,
+                           job->width, activation_at(job->kernels, job->work->inner, start),
+                           stride);
+}
+
+void mlp_run(const struct mlp *self, const struct kernels *kernels, const void *x, size_t x_stride,
+             uint32_t rows, const struct mlp_work *work, float *y, size_t y_stride,
+             const struct parallel *parallel) {
+    uint32_t width = self->gate.matrix.n;
+    size_t stride = activation_stride(width);
+    kernels->matmul(&self->gate.matrix, x, x_stride, rows, work->gate, stride, parallel);
+    kernels->matmul(&self->up.matrix, x, x_stride, rows, work->up, stride, parallel);
+    struct silu_job job = {kernels, work, width};
+    rows_run(parallel, rows, 16, silu_rows, &job);
+    kernels->matmul(&self->down.matrix, work->inner, stride, rows, y, y_stride, parallel);
+}
