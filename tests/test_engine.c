@@ -1,0 +1,237 @@
+/* The engines against an outside oracle (golden.safetensors: Hugging Face in float32), and against
+ * themselves: the same sequence gives the same bits however it is cut into steps, whatever shares
+ * its batches. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/support/one_process.h"
+#include "tests/support/random.h"
+
+#include <cmocka.h> /* last: its macro fail() hides the function of actors/errors.h */
+
+#define POSITIONS 256
+#define ROWS      192
+
+static const char *const COMMITTED[] = {"tests/golden/v3-fp8", "tests/golden/v2-lite"};
+static const char *const SHARED[] = {"../shared/golden/v3-yarn", "../shared/golden/v3-onegroup",
+                                     "../shared/golden/v2"};
+#define DEMO "models/demo"
+
+/* --- oracle results --- */
+
+struct golden {
+    void *bytes;
+    struct safetensors *file;
+    const struct tensor *ids, *logits, *prompt, *output;
+    uint32_t sequences, length, vocabulary;
+};
+
+static bool golden_open(struct golden *ret, const char *directory) {
+    char path[512];
+    size_t size;
+    snprintf(path, sizeof path, "%s/golden.safetensors", directory);
+    ret->bytes = read_whole_file(path, &size);
+    if (ret->bytes == NULL)
+        return false;
+    struct failure failure;
+    assert_int_equal(safetensors_open(&ret->file, ret->bytes, size, path, &failure), 0);
+    ret->ids = safetensors_find(ret->file, "input_ids");
+    ret->logits = safetensors_find(ret->file, "logits");
+    ret->prompt = safetensors_find(ret->file, "greedy_prompt");
+    ret->output = safetensors_find(ret->file, "greedy_output");
+    assert_true(ret->ids && ret->logits && ret->prompt && ret->output);
+    ret->sequences = (uint32_t)ret->logits->shape[0];
+    ret->length = (uint32_t)ret->logits->shape[1];
+    ret->vocabulary = (uint32_t)ret->logits->shape[2];
+    return true;
+}
+
+static void golden_close(struct golden *self) {
+    safetensors_close(&self->file);
+    free(self->bytes);
+}
+
+static uint32_t token_at(const struct tensor *tensor, size_t index) {
+    int32_t token;
+    memcpy(&token, (const uint8_t *)tensor->data + index * sizeof token, sizeof token);
+    return (uint32_t)token;
+}
+
+static const float *oracle_row(const struct golden *g, uint32_t sequence, uint32_t position) {
+    return (const float *)g->logits->data +
+           ((size_t)sequence * g->length + position) * g->vocabulary;
+}
+
+/* --- one comparison --- */
+
+struct comparison {
+    double worst, divergence;
+    uint32_t rows, top_differs_at_25, top_differs_at_50;
+};
+
+static uint32_t largest(const float *x, uint32_t n) {
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < n; i++)
+        best = x[i] > x[best] ? i : best;
+    return best;
+}
+
+static double log_sum(const float *x, uint32_t n, double max) {
+    double sum = 0;
+    for (uint32_t i = 0; i < n; i++)
+        sum += exp((double)x[i] - max);
+    return max + log(sum);
+}
+
+static void compare_row(struct comparison *c, const float *oracle, const float *ours, uint32_t n) {
+    uint32_t top = largest(oracle, n), second = top == 0;
+    double zo = log_sum(oracle, n, (double)oracle[top]), divergence = 0;
+    double zr = log_sum(ours, n, (double)ours[largest(ours, n)]);
+    for (uint32_t i = 0; i < n; i++) {
+        c->worst = fmax(c->worst, fabs((double)oracle[i] - (double)ours[i]));
+        second = i != top && oracle[i] > oracle[second] ? i : second;
+        double lo = (double)oracle[i] - zo;
+        divergence += exp(lo) * (lo - ((double)ours[i] - zr));
+    }
+    c->divergence += divergence;
+    c->rows++;
+    double margin = (double)oracle[top] - (double)oracle[second];
+    if (largest(ours, n) != top) {
+        c->top_differs_at_25 += margin > 0.25;
+        c->top_differs_at_50 += margin > 0.5;
+    }
+}
+
+/* All sequences of the golden file: positions below `absorbed_from` in the expanded form in one
+ * step, the others in the absorbed form in the next. */
+static struct comparison run_golden(struct one_process *m, const struct golden *g,
+                                    uint32_t sequences, uint32_t absorbed_from) {
+    static struct batch_row row[ROWS];
+    static uint32_t select[ROWS];
+    struct comparison c = {0};
+    float *logits = malloc((size_t)ROWS * g->vocabulary * sizeof *logits);
+    for (uint32_t s = 0; s < sequences; s++)
+        for (uint32_t first = 0; first < g->length;) {
+            enum mla_form form = first < absorbed_from ? MLA_EXPANDED : MLA_ABSORBED;
+            uint32_t end =
+                form == MLA_EXPANDED && absorbed_from < g->length ? absorbed_from : g->length;
+            for (uint32_t p = first; p < end; p++) {
+                row[p - first] =
+                    one_process_row(m, s, p, token_at(g->ids, s * g->length + p), form);
+                select[p - first] = p - first;
+            }
+            one_process_step(m, row, end - first, select, end - first, logits);
+            for (uint32_t p = first; p < end; p++)
+                compare_row(&c, oracle_row(g, s, p), logits + (size_t)(p - first) * g->vocabulary,
+                            g->vocabulary);
+            first = end;
+        }
+    free(logits);
+    for (uint32_t s = 0; s < sequences; s++)
+        one_process_forget(m, s);
+    c.divergence /= c.rows;
+    return c;
+}
+
+/* The greedy continuation: prompt expanded, then one absorbed row at a time. Returns how many
+ * tokens agree, of *ret_count. */
+static uint32_t run_greedy(struct one_process *m, const struct golden *g, uint32_t *ret_count) {
+    uint32_t prompt = (uint32_t)g->prompt->shape[1], total = (uint32_t)g->output->shape[1];
+    struct batch_row row[POSITIONS];
+    float *logits = malloc(g->vocabulary * sizeof *logits);
+    assert_true(total <= POSITIONS);
+    for (uint32_t p = 0; p < prompt; p++)
+        row[p] = one_process_row(m, 0, p, token_at(g->prompt, p), MLA_EXPANDED);
+    uint32_t last = prompt - 1, equal = 0;
+    one_process_step(m, row, prompt, &last, 1, logits);
+    for (uint32_t p = prompt; p < total; p++) {
+        uint32_t token = largest(logits, g->vocabulary), zero = 0;
+        if (token != token_at(g->output, p))
+            break;
+        equal++;
+        row[0] = one_process_row(m, 0, p, token, MLA_ABSORBED);
+        one_process_step(m, row, 1, &zero, 1, logits);
+    }
+    *ret_count = total - prompt;
+    one_process_forget(m, 0);
+    free(logits);
+    return equal;
+}
+
+static void check_f32(const char *directory) {
+    struct golden g;
+    struct one_process m;
+    if (!golden_open(&g, directory)) {
+        printf("golden: %s is not here, left out\n", directory);
+        return;
+    }
+    struct failure failure;
+    const struct kernels *kernels = kernels_select(PROFILE_F32, ISA_BEST, &failure);
+    assert_true(one_process_open(&m, directory, kernels, &PARALLEL_SERIAL, ROWS, POSITIONS));
+    struct comparison expanded = run_golden(&m, &g, g.sequences, g.length);
+    struct comparison mixed = run_golden(&m, &g, 1, 8);
+    uint32_t count, equal = run_greedy(&m, &g, &count);
+    printf("golden: %s f32: largest difference %.2g expanded, %.2g absorbed; greedy %u of %u\n",
+           directory, expanded.worst, mixed.worst, equal, count);
+    assert_true(expanded.worst <= 2e-3 && mixed.worst <= 2e-3);
+    assert_int_equal(equal, count);
+    one_process_close(&m);
+    golden_close(&g);
+}
+
+static void f32_agrees_with_the_oracle(void **state) {
+    (void)state;
+    for (size_t i = 0; i < sizeof COMMITTED / sizeof *COMMITTED; i++)
+        check_f32(COMMITTED[i]);
+    for (size_t i = 0; i < sizeof SHARED / sizeof *SHARED; i++)
+        check_f32(SHARED[i]);
+    check_f32(DEMO);
+}
+
+static void check_bf16(const char *directory, double divergence_max) {
+    struct golden g;
+    struct one_process m;
+    if (!golden_open(&g, directory)) {
+        printf("golden: %s is not here, left out\n", directory);
+        return;
+    }
+    struct failure failure;
+    const struct kernels *kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+    assert_true(one_process_open(&m, directory, kernels, &PARALLEL_SERIAL, ROWS, POSITIONS));
+    struct comparison c = run_golden(&m, &g, g.sequences, g.length);
+    struct comparison mixed = run_golden(&m, &g, g.sequences, 8);
+    printf("golden: %s %s: mean KL %.2e expanded, %.2e absorbed; top-1 differs at %u and %u of %u "
+           "with "
+           "margin > 0.25 (%u and %u > 0.5)\n",
+           directory, kernels->name, c.divergence, mixed.divergence, c.top_differs_at_25,
+           mixed.top_differs_at_25, c.rows, c.top_differs_at_50, mixed.top_differs_at_50);
+    assert_true(c.divergence <= divergence_max);
+    if (strcmp(directory, DEMO) == 0) {
+        assert_int_equal(c.top_differs_at_25, 0);
+        assert_int_equal(c.top_differs_at_50 + mixed.top_differs_at_50, 0);
+    }
+    one_process_close(&m);
+    golden_close(&g);
+}
+
+static void bf16_is_close_to_the_oracle(void **state) {
+    (void)state;
+    for (size_t i = 0; i < sizeof COMMITTED / sizeof *COMMITTED; i++)
+        check_bf16(COMMITTED[i], 1e-2);
+    for (size_t i = 0; i < sizeof SHARED / sizeof *SHARED; i++)
+        check_bf16(SHARED[i], 1e-2);
+    check_bf16(DEMO, 1.4e-3);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(f32_agrees_with_the_oracle),
+        cmocka_unit_test(bf16_is_close_to_the_oracle),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
