@@ -75,7 +75,7 @@ uint8_t e4m3_from_float(float value) {
 }
 
 /* exp(x) = 2^k exp(r), k = round(x / ln 2), |r| <= 0.35, exp(r) by its Taylor polynomial of
- * degree 7. Largest error over all floats with a normal result: 1.1 units in the last place. */
+ * degree 7. Largest error over all floats with a normal result: 1.0 units in the last place. */
 FUSED float exp_canonical(float x) {
     float bounded = EXP_INPUT_MAX < x ? EXP_INPUT_MAX : x;
     float rounded = __builtin_fmaf(bounded, EXP_LOG2E, EXP_ROUND);

@@ -100,9 +100,9 @@ static inline size_t part_begin(size_t items, int part, int parts) {
 void run_parts(const struct parallel *parallel, void (*task)(void *argument, int part, int parts),
                void *argument, size_t items);
 
-/* How many rows of an expanded call are walked together: bounds the memory of their accumulators.
- */
-uint32_t mla_expanded_group(const struct mla_shape *shape);
+/* How many rows of an expanded call are walked together: bounds the memory of accumulators,
+ * `row_floats` for each row. */
+uint32_t mla_expanded_group(size_t row_floats);
 
 /* ---- Forms ---- */
 typedef void rms_norm_function(const float *x, size_t x_stride, const float *weight, float eps,
@@ -132,5 +132,15 @@ add_function add_scalar;
 rope_function rope_scalar;
 mla_absorbed_function mla_absorbed_f32, mla_absorbed_bf16_scalar;
 mla_expanded_function mla_expanded_f32, mla_expanded_bf16_scalar;
+#if defined(__x86_64__)
+rms_norm_function rms_norm_bf16_avx512;
+convert_function convert_bf16_avx512;
+silu_mul_function silu_mul_bf16_avx512;
+widen_function widen_bf16_avx512;
+add_function add_avx512;
+rope_function rope_avx512;
+mla_absorbed_function mla_absorbed_bf16_avx512;
+mla_expanded_function mla_expanded_bf16_avx512, mla_expanded_bf16_amx;
+#endif
 
 #endif

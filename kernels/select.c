@@ -40,8 +40,51 @@ static const struct kernels BF16_SCALAR = {
     .mla_expanded = mla_expanded_bf16_scalar,
 };
 
+#if defined(__x86_64__)
+static const struct kernels BF16_AVX512 = {
+    .name = "bf16 avx512",
+    .profile = PROFILE_BF16,
+    .isa = ISA_AVX512,
+    .activation_bytes = sizeof(bf16),
+    .matrix_bytes = matrix_bytes_bf16,
+    .matrix_pack = matrix_pack_bf16,
+    .matmul = matmul_bf16_avx512,
+    .rms_norm = rms_norm_bf16_avx512,
+    .convert = convert_bf16_avx512,
+    .silu_mul = silu_mul_bf16_avx512,
+    .add = add_avx512,
+    .widen = widen_bf16_avx512,
+    .rope = rope_avx512,
+    .mla_absorbed = mla_absorbed_bf16_avx512,
+    .mla_expanded = mla_expanded_bf16_avx512,
+};
+
+/* Processors with AMX have AVX-512, which does all but the products. */
+static const struct kernels BF16_AMX = {
+    .name = "bf16 amx",
+    .profile = PROFILE_BF16,
+    .isa = ISA_AMX,
+    .activation_bytes = sizeof(bf16),
+    .matrix_bytes = matrix_bytes_bf16,
+    .matrix_pack = matrix_pack_bf16,
+    .matmul = matmul_bf16_amx,
+    .rms_norm = rms_norm_bf16_avx512,
+    .convert = convert_bf16_avx512,
+    .silu_mul = silu_mul_bf16_avx512,
+    .add = add_avx512,
+    .widen = widen_bf16_avx512,
+    .rope = rope_avx512,
+    .mla_absorbed = mla_absorbed_bf16_avx512,
+    .mla_expanded = mla_expanded_bf16_amx,
+};
+#endif
+
 /* Fastest first. */
 static const struct kernels *const BF16_FORMS[] = {
+#if defined(__x86_64__)
+    &BF16_AMX,
+    &BF16_AVX512,
+#endif
     &BF16_SCALAR,
 };
 

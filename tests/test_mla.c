@@ -326,9 +326,9 @@ static void test_forms_of_bf16_agree_bit_for_bit(void **state) {
         const struct kernels *fast = table(PROFILE_BF16, isa);
         for (uint32_t i = 0; fast && i < 135; i++) {
             struct mla_shape shape = {.heads = heads[i % 3],
-                                      .nope = 17,
+                                      .nope = i % 2 ? 17 : 70,
                                       .rope = ropes[i / 3 % 3],
-                                      .v = 24,
+                                      .v = i % 7 ? 24 : 67,
                                       .kv_lora = loras[i / 9 % 3]};
             struct scene s = scene_make(shape, contexts[i / 27], 1 + i % 19, i % 5 ? 1 : 100);
             struct laid a = lay(&s, scalar), b = lay(&s, fast);

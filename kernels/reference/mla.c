@@ -24,8 +24,8 @@ void run_parts(const struct parallel *parallel, void (*task)(void *argument, int
         parallel->run(parallel->pool, task, argument, (int)parts);
 }
 
-uint32_t mla_expanded_group(const struct mla_shape *shape) {
+uint32_t mla_expanded_group(size_t row_floats) {
     const size_t accumulators_bytes = 32u << 20;
-    size_t rows = accumulators_bytes / (sizeof(float) * shape->heads * ((size_t)shape->v + 2));
+    size_t rows = accumulators_bytes / (sizeof(float) * (row_floats + 1));
     return rows < 16 ? 16 : rows > BATCH_ROWS_MAX ? BATCH_ROWS_MAX : (uint32_t)rows;
 }

@@ -66,6 +66,7 @@ static void absorbed_head(const struct absorbed *job, uint32_t r, uint32_t head,
 }
 
 static void absorbed_task(void *argument, int part, int parts) {
+    numerics_enter();
     const struct absorbed *job = argument;
     uint32_t heads = job->shape->heads;
     size_t items = (size_t)job->rows->rows * heads;
@@ -142,6 +143,7 @@ static void expanded_head(const struct expanded *job, uint32_t head, const bf16 
 }
 
 static void expanded_task(void *argument, int part, int parts) {
+    numerics_enter();
     const struct expanded *job = argument;
     const struct mla_shape *shape = job->shape;
     size_t heads = shape->heads;
@@ -193,7 +195,7 @@ void mla_expanded_bf16_scalar(const struct mla_shape *shape, const struct mla_ro
                               size_t ret_stride, const struct parallel *parallel) {
     ASSERT(kv_b->n == (size_t)shape->heads * (shape->nope + shape->v));
     struct expanded job = {shape, rows, q, q_stride, ret, ret_stride, .row_begin = 0};
-    uint32_t group = mla_expanded_group(shape);
+    uint32_t group = mla_expanded_group((size_t)shape->heads * (shape->v + 2));
     for (; job.row_begin < rows->rows; job.row_begin = job.row_end) {
         uint32_t left = rows->rows - job.row_begin;
         job.row_end = job.row_begin + (left < group ? left : group);

@@ -56,6 +56,7 @@ static void absorbed_head(const struct absorbed *job, uint32_t r, uint32_t head)
 }
 
 static void absorbed_task(void *argument, int part, int parts) {
+    numerics_enter();
     const struct absorbed *job = argument;
     uint32_t heads = job->shape->heads;
     size_t items = (size_t)job->rows->rows * heads;
@@ -119,6 +120,7 @@ static void expanded_head(const struct expanded *job, uint32_t head) {
 }
 
 static void expanded_task(void *argument, int part, int parts) {
+    numerics_enter();
     const struct expanded *job = argument;
     size_t heads = job->shape->heads;
     for (size_t h = part_begin(heads, part, parts); h < part_begin(heads, part + 1, parts); h++)
@@ -159,7 +161,7 @@ void mla_expanded_f32(const struct mla_shape *shape, const struct mla_rows *rows
                       size_t ret_stride, const struct parallel *parallel) {
     ASSERT(kv_b->n == (size_t)shape->heads * (shape->nope + shape->v));
     struct expanded job = {shape, rows, q, q_stride, ret, ret_stride, .row_begin = 0};
-    uint32_t group = mla_expanded_group(shape);
+    uint32_t group = mla_expanded_group((size_t)shape->heads * (shape->v + 2));
     for (; job.row_begin < rows->rows; job.row_begin = job.row_end) {
         uint32_t left = rows->rows - job.row_begin;
         job.row_end = job.row_begin + (left < group ? left : group);
