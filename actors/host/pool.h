@@ -1,0 +1,15 @@
+/* The thread pool behind struct parallel: fork and join over futexes, nothing spins while it has nothing to do. */
+#ifndef TROUPE_HOST_POOL_H
+#define TROUPE_HOST_POOL_H
+
+#include "actors/errors.h"
+#include "kernels/parallel.h"
+
+struct pool;
+
+/* `width` threads in all: the one that calls run, and width - 1 of its own. Width 1 starts none. */
+int pool_open(struct pool **ret, int width, struct failure *failure);
+void pool_close(struct pool **self);
+struct parallel pool_parallel(struct pool *self);
+
+#endif
