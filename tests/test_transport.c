@@ -1,0 +1,464 @@
+/* The ring and the shared-memory transport: order, wrapping, full rings, growth, restarts, and memory that a peer has
+ * scribbled over. Both ends live in this process; that they can live in two is what the live tests show. */
+#include <dirent.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "actors/host/ring.h"
+#include "actors/host/transport.h"
+
+/* last: cmocka has a macro fail() */
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <setjmp.h>
+#include <cmocka.h>
+
+static uint64_t random_state = 20240607;
+static uint32_t draw(void) {
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(random_state >> 33);
+}
+
+static char stem[64];
+
+static unsigned segments(void) {
+    unsigned count = 0;
+    DIR *directory = opendir("/dev/shm");
+    for (struct dirent *entry; (entry = readdir(directory)) != NULL;)
+        count += strncmp(entry->d_name, stem, strlen(stem)) == 0;
+    closedir(directory);
+    return count;
+}
+
+static void ring_pair(struct ring *producer, struct ring *consumer, uint64_t capacity) {
+    struct failure failure;
+    assert_int_equal(ring_create(producer, stem, capacity, &failure), 0);
+    assert_int_equal(ring_open(consumer, stem, &failure), 0);
+    assert_int_equal(segments(), 0); /* the name is gone as soon as both ends have it */
+}
+
+/* Records of random sizes come out whole, in order, in one piece; the ring is full at times. */
+static void test_ring_order(void **state) {
+    struct ring producer, consumer;
+    ring_pair(&producer, &consumer, 8192);
+    uint32_t sent = 0, received = 0;
+    unsigned busy = 0;
+    uint32_t size_of[64];
+    while (received < 20000) {
+        void *room;
+        uint32_t size = draw() % 4000;
+        if (draw() % 3 != 0) {
+            int error = ring_reserve(&producer, size, &room);
+            if (error == 0) {
+                assert_int_equal((uintptr_t)room % 64, 0);
+                memset(room, (int)(sent & 0xff), size);
+                size_of[sent++ % 64] = size;
+                ring_commit(&producer);
+            } else {
+                assert_int_equal(error, ERR_BUSY);
+                busy++;
+            }
+        } else {
+            const void *bytes;
+            size_t found;
+            int result = ring_peek(&consumer, &bytes, &found);
+            if (result == 0) {
+                assert_int_equal(sent, received);
+                continue;
+            }
+            assert_int_equal(result, 1);
+            assert_int_equal(found, size_of[received % 64]);
+            for (size_t i = 0; i < found; i++)
+                assert_int_equal(((const uint8_t *)bytes)[i], received & 0xff);
+            received++;
+            ring_release(&consumer);
+        }
+    }
+    assert_true(busy > 100);
+    assert_int_equal(ring_reserve(&producer, 5000, &(void *){NULL}), ERR_TOO_LARGE);
+    assert_int_equal(ring_reserve(&producer, SIZE_MAX, &(void *){NULL}), ERR_TOO_LARGE);
+    ring_close(&producer);
+    assert_true(ring_peer_closed(&consumer));
+    ring_close(&consumer);
+}
+
+/* The consumer says that the producer waits exactly once after it found the ring full. */
+static void test_ring_full_is_announced(void **state) {
+    struct ring producer, consumer;
+    ring_pair(&producer, &consumer, 1024);
+    void *room;
+    const void *bytes;
+    size_t size;
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(ring_reserve(&producer, 400, &room), 0);
+        ring_commit(&producer);
+    }
+    assert_int_equal(ring_reserve(&producer, 400, &room), ERR_BUSY);
+    assert_int_equal(ring_peek(&consumer, &bytes, &size), 1);
+    assert_true(ring_release(&consumer));
+    assert_int_equal(ring_peek(&consumer, &bytes, &size), 1);
+    assert_false(ring_release(&consumer));
+    assert_int_equal(ring_reserve(&producer, 400, &room), 0);
+    ring_close(&producer);
+    ring_close(&consumer);
+}
+
+/* Whatever a peer writes over the shared part, the other side only ever sees records inside the ring, or ERR_CORRUPT. */
+static void test_ring_is_untrusted(void **state) {
+    printf("seed %llu\n", (unsigned long long)random_state);
+    for (int round = 0; round < 3000; round++) {
+        struct ring producer, consumer;
+        ring_pair(&producer, &consumer, 2048);
+        void *room;
+        for (uint32_t i = draw() % 4; i > 0; i--) {
+            if (ring_reserve(&producer, draw() % 600, &room) == 0)
+                ring_commit(&producer);
+        }
+        for (uint32_t i = 1 + draw() % 6; i > 0; i--) {
+            uint64_t value = draw() % 3 == 0 ? UINT64_MAX - draw() % 128 : draw() % 4096;
+            switch (draw() % 3) {
+            case 0:
+                atomic_store(&producer.page->head, value);
+                break;
+            case 1:
+                atomic_store(&producer.page->tail, value);
+                break;
+            default:
+                memcpy(producer.page->data + draw() % 32 * 64, &value, sizeof value);
+            }
+        }
+        for (int i = 0; i < 40; i++) {
+            const void *bytes = NULL;
+            size_t size = 0;
+            int result = ring_peek(&consumer, &bytes, &size);
+            if (result != 1)
+                break;
+            const uint8_t *from = bytes;
+            assert_true(from >= consumer.page->data && size <= 2048 &&
+                        from + size <= consumer.page->data + 2048);
+            ring_release(&consumer);
+        }
+        if (ring_reserve(&producer, 100, &room) == 0) {
+            uint8_t *to = room;
+            assert_true(to >= producer.page->data && to + 100 <= producer.page->data + 2048);
+        }
+        ring_close(&producer);
+        ring_close(&consumer);
+    }
+}
+
+static void test_ring_refuses_bad_headers(void **state) {
+    struct ring producer, consumer;
+    struct failure failure;
+    assert_int_equal(ring_open(&consumer, stem, &failure), ERR_NOT_FOUND);
+    assert_int_equal(ring_create(&producer, stem, 4096, &failure), 0);
+    producer.page->capacity = 1u << 30; /* more than the file holds */
+    assert_int_equal(ring_open(&consumer, stem, &failure), ERR_CORRUPT);
+    producer.page->capacity = 4096;
+    producer.page->version = 77;
+    assert_int_equal(ring_open(&consumer, stem, &failure), ERR_CORRUPT);
+    ring_close(&producer);
+    assert_int_equal(segments(), 0);
+}
+
+/* Two ends of an edge. */
+struct end {
+    struct bell bell;
+    struct transport *transport;
+    char name[80];
+    uint64_t incarnation;
+};
+
+static void end_open(struct end *end, unsigned number, uint64_t incarnation) {
+    struct failure failure;
+    char bell[BELL_NAME_BYTES];
+    snprintf(end->name, sizeof end->name, "%s-%u-%llx", stem, number,
+             (unsigned long long)incarnation);
+    snprintf(bell, sizeof bell, "%s.bell", end->name);
+    assert_int_equal(bell_create(&end->bell, bell, incarnation, &failure), 0);
+    end->incarnation = incarnation;
+    struct transport_options options = {
+        .name = end->name,
+        .incarnation = incarnation,
+        .bell = &end->bell,
+        .ring_bytes = 8192,
+        .check_crc = true,
+        .waiting_bytes_max = 100000,
+    };
+    assert_int_equal(transport_shm_open(&end->transport, &options, &failure), 0);
+}
+
+static void end_close(struct end *end) {
+    end->transport->class->close(&end->transport);
+    bell_close(&end->bell);
+}
+
+static int end_connect(struct end *end, actor_id id, const struct end *peer) {
+    struct failure failure;
+    return end->transport->class->connect(end->transport, id, peer->incarnation, peer->name,
+                                          &failure);
+}
+
+static void fill_rows(void *context, void *ret_rows) {
+    memset(ret_rows, *(const uint8_t *)context, 64);
+}
+
+/* A COMBINE frame of `items` rows of 64 bytes, numbered by its batch. */
+static int post(struct end *from, actor_id to, const struct end *receiver, uint32_t items,
+                uint64_t batch) {
+    uint8_t *fill = malloc(items);
+    memset(fill, (int)batch, items);
+    struct outgoing frame = {.seal = true, .gather = NULL};
+    frame.header = (struct frame_header){
+        .magic = FRAME_MAGIC,
+        .version = FRAME_VERSION,
+        .kind = FRAME_COMBINE,
+        .from = 5,
+        .to = to,
+        .from_incarnation = from->incarnation,
+        .to_incarnation = receiver->incarnation,
+        .batch = batch,
+        .rows = items,
+        .items = items,
+        .row_bytes = 64,
+    };
+    frame.bytes = frame_bytes(FRAME_COMBINE, items, items, 0, 64);
+    frame.rows_offset = frame_rows_offset(FRAME_COMBINE, items, items, 0);
+    frame.header.payload_bytes = (uint32_t)(frame.bytes - sizeof frame.header);
+    frame.gather = items == 1 ? fill_rows : NULL;
+    frame.context = fill;
+    int error = from->transport->class->post_send(from->transport, to, &frame);
+    from->transport->class->flush(from->transport);
+    free(fill);
+    return error;
+}
+
+/* Receives one frame and returns its batch; 0: there is none. */
+static uint64_t take(struct end *end) {
+    struct incoming frame;
+    end->transport->class->progress(end->transport);
+    if (!end->transport->class->receive(end->transport, &frame))
+        return 0;
+    uint64_t batch = frame.frame.header->batch;
+    assert_int_equal(((uintptr_t)frame.frame.payload - sizeof(struct frame_header)) % FRAME_ALIGN, 0);
+    if (frame.frame.header->items == 1)
+        assert_int_equal(*(const uint8_t *)frame_rows(&frame.frame), (uint8_t)batch);
+    end->transport->class->release(end->transport, &frame);
+    return batch;
+}
+
+/* Whichever end connects first, frames arrive in order in both directions, and nothing is left in /dev/shm at the end. */
+static void test_edge(void **state) {
+    for (int sender_first = 0; sender_first < 2; sender_first++) {
+        struct end a, b;
+        end_open(&a, 1, 0xaaaa);
+        end_open(&b, 2, 0xbbbb);
+        if (!sender_first)
+            assert_int_equal(end_connect(&b, 10, &a), 0);
+        assert_int_equal(end_connect(&a, 20, &b), 0);
+        assert_int_equal(post(&a, 20, &b, 1, 1), 0);
+        if (sender_first)
+            assert_int_equal(end_connect(&b, 10, &a), 0);
+        assert_int_equal(end_connect(&a, 20, &b), 0); /* again: the same edge */
+        assert_int_equal(post(&a, 20, &b, 1, 2), 0);
+        assert_int_equal(take(&b), 1);
+        assert_int_equal(take(&b), 2);
+        assert_int_equal(take(&b), 0);
+        assert_int_equal(post(&b, 10, &a, 3, 3), 0);
+        assert_int_equal(take(&a), 3);
+        assert_int_equal(post(&a, 99, &b, 1, 1), ERR_NOT_FOUND);
+        end_close(&a);
+        end_close(&b);
+        assert_int_equal(segments(), 0);
+    }
+}
+
+/* A full ring defers frames in order, the bound drops them, the consumer's release moves them on. */
+static void test_full_edge_defers(void **state) {
+    struct end a, b;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    end_connect(&a, 20, &b);
+    end_connect(&b, 10, &a);
+    uint64_t posted = 0;
+    while (post(&a, 20, &b, 10, posted + 1) == 0)
+        posted++;
+    assert_true(a.transport->counters.deferred > 50);
+    assert_int_equal(a.transport->counters.dropped, 1);
+    uint32_t rung = bell_seen(&a.bell);
+    for (uint64_t batch = 1; batch <= posted; batch++) {
+        uint64_t got = take(&b);
+        if (got == 0) {
+            assert_int_not_equal(bell_seen(&a.bell), rung); /* b has told a that there is room */
+            rung = bell_seen(&a.bell);
+            a.transport->class->progress(a.transport);
+            got = take(&b);
+        }
+        assert_int_equal(got, batch);
+    }
+    assert_int_equal(take(&b), 0);
+    end_close(&a);
+    end_close(&b);
+}
+
+/* A frame larger than the ring makes a larger ring; what lay in the old one is read first, and nothing is lost even if the
+ * peer had not opened the first ring yet. */
+static void test_edge_grows(void **state) {
+    for (int opened = 0; opened < 2; opened++) {
+        struct end a, b;
+        end_open(&a, 1, 0xaaaa);
+        end_open(&b, 2, 0xbbbb);
+        end_connect(&a, 20, &b);
+        if (opened)
+            end_connect(&b, 10, &a);
+        assert_int_equal(post(&a, 20, &b, 1, 1), 0);
+        assert_int_equal(post(&a, 20, &b, 1000, 2), 0);
+        assert_int_equal(post(&a, 20, &b, 1, 3), 0);
+        if (!opened)
+            end_connect(&b, 10, &a);
+        a.transport->class->progress(a.transport);
+        for (uint64_t batch = 1; batch <= 3; batch++)
+            assert_int_equal(take(&b), batch);
+        end_close(&a);
+        end_close(&b);
+        assert_int_equal(segments(), 0);
+    }
+}
+
+/* A restarted peer has a new incarnation: frames for the old one never reach it. */
+static void test_restart_is_fenced(void **state) {
+    struct end a, b, c;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    end_connect(&a, 20, &b);
+    assert_int_equal(post(&a, 20, &b, 1, 1), 0);
+    end_close(&b);
+    for (uint64_t i = 0; i < 300; i++)
+        post(&a, 20, &b, 10, 2); /* to nobody: no harm */
+    end_open(&c, 2, 0xcccc);
+    assert_int_equal(end_connect(&a, 20, &b), 0); /* stale address, known edge */
+    assert_int_equal(end_connect(&a, 20, &c), 0);
+    assert_int_equal(end_connect(&c, 10, &a), 0);
+    assert_int_equal(post(&a, 20, &b, 1, 3), 0); /* meant for the old incarnation */
+    assert_int_equal(post(&a, 20, &c, 1, 4), 0);
+    assert_int_equal(take(&c), 4);
+    assert_int_equal(c.transport->counters.refused, 1);
+    assert_int_equal(end_connect(&a, 30, &b), ERR_NOT_FOUND);
+    end_close(&a);
+    end_close(&c);
+    assert_int_equal(segments(), 0);
+}
+
+/* A peer that disappears while its frame is being read. */
+static void test_disconnect_with_a_frame_out(void **state) {
+    struct end a, b;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    end_connect(&a, 20, &b);
+    end_connect(&b, 10, &a);
+    post(&a, 20, &b, 1, 7);
+    struct incoming frame;
+    b.transport->class->progress(b.transport);
+    assert_true(b.transport->class->receive(b.transport, &frame));
+    end_close(&a);
+    b.transport->class->disconnect(b.transport, 10);
+    assert_false(b.transport->class->connected(b.transport, 10));
+    assert_int_equal(frame.frame.header->batch, 7);
+    b.transport->class->release(b.transport, &frame);
+    end_close(&b);
+    assert_int_equal(segments(), 0);
+}
+
+/* Somebody writes rubbish into a ring: the consumer drops the ring, and the edge works again with the next one. */
+static void test_malformed_ring_heals(void **state) {
+    struct end a, b;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    /* a ring under a's name, made by somebody who writes rubbish */
+    char name[RING_NAME_BYTES];
+    struct ring rubbish;
+    struct failure failure;
+    snprintf(name, sizeof name, "%s.%016llx", a.name, (unsigned long long)b.incarnation);
+    assert_int_equal(ring_create(&rubbish, name, 4096, &failure), 0);
+    assert_int_equal(end_connect(&b, 10, &a), 0);
+    atomic_store(&rubbish.page->head, 1000003);
+    assert_int_equal(take(&b), 0);
+    assert_true(ring_peer_closed(&rubbish));
+    assert_int_equal(b.transport->counters.refused, 1);
+    ring_close(&rubbish);
+    /* the edge works once the real peer has made its ring */
+    assert_int_equal(end_connect(&a, 20, &b), 0);
+    assert_int_equal(post(&a, 20, &b, 1, 9), 0);
+    assert_int_equal(take(&b), 9);
+    end_close(&a);
+    end_close(&b);
+    assert_int_equal(segments(), 0);
+}
+
+/* A damaged frame is counted and left out; the ones around it arrive. */
+static void test_damaged_frame_is_refused(void **state) {
+    struct end b;
+    struct ring ring;
+    struct failure failure;
+    struct end a;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    char name[RING_NAME_BYTES];
+    snprintf(name, sizeof name, "%s.%016llx", a.name, (unsigned long long)b.incarnation);
+    assert_int_equal(ring_create(&ring, name, 65536, &failure), 0);
+    assert_int_equal(end_connect(&b, 10, &a), 0);
+    for (uint64_t batch = 1; batch <= 200; batch++) {
+        size_t bytes = frame_bytes(FRAME_COMBINE, 2, 2, 0, 64);
+        struct frame_header *header;
+        void *room;
+        assert_int_equal(ring_reserve(&ring, bytes, &room), 0);
+        memset(room, 0, bytes);
+        header = room;
+        *header = (struct frame_header){.magic = FRAME_MAGIC, .version = FRAME_VERSION,
+            .kind = FRAME_COMBINE, .from_incarnation = a.incarnation,
+            .to_incarnation = b.incarnation, .batch = batch, .rows = 2, .items = 2,
+            .row_bytes = 64, .payload_bytes = (uint32_t)(bytes - sizeof *header)};
+        frame_seal(header);
+        if (batch % 2 == 0)
+            ((uint8_t *)room)[draw() % bytes] ^= (uint8_t)(1u << draw() % 8);
+        ring_commit(&ring);
+        assert_int_equal(take(&b), batch % 2 == 0 ? 0 : batch);
+    }
+    assert_int_equal(b.transport->counters.refused, 100);
+    ring_close(&ring);
+    end_close(&a);
+    end_close(&b);
+}
+
+static void test_sweep(void **state) {
+    struct bell bell;
+    char name[BELL_NAME_BYTES];
+    snprintf(name, sizeof name, "%s-left.bell", stem);
+    assert_int_equal(bell_create(&bell, name, 1, NULL), 0);
+    assert_int_equal(segments(), 1);
+    transport_shm_sweep(stem);
+    assert_int_equal(segments(), 0);
+    bell_close(&bell);
+}
+
+int main(void) {
+    snprintf(stem, sizeof stem, "troupe-test%d", getpid());
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_ring_order),
+        cmocka_unit_test(test_ring_full_is_announced),
+        cmocka_unit_test(test_ring_is_untrusted),
+        cmocka_unit_test(test_ring_refuses_bad_headers),
+        cmocka_unit_test(test_edge),
+        cmocka_unit_test(test_full_edge_defers),
+        cmocka_unit_test(test_edge_grows),
+        cmocka_unit_test(test_restart_is_fenced),
+        cmocka_unit_test(test_disconnect_with_a_frame_out),
+        cmocka_unit_test(test_malformed_ring_heals),
+        cmocka_unit_test(test_damaged_frame_is_refused),
+        cmocka_unit_test(test_sweep),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
