@@ -1,0 +1,27 @@
+/* Packs experts in the background: LOAD effects in, LOADED events out. */
+#ifndef TROUPE_HOST_LOADER_H
+#define TROUPE_HOST_LOADER_H
+
+#include "actors/host/bell.h"
+#include "actors/host/files.h"
+#include "engine/engine.h"
+
+struct loaded {
+    struct loaded *next;
+    uint32_t layer, expert;
+    uint64_t operation, bytes;
+    struct expert_weights *weights; /* NULL if it failed */
+    struct failure failure;
+};
+
+struct loader;
+int loader_open(struct loader **ret, const struct model_directory *directory,
+                const struct kernels *kernels, struct bell *bell, struct failure *failure);
+/* Finishes what is being packed and forgets the rest. */
+void loader_close(struct loader **self);
+void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation);
+/* The next finished one, in the order of loader_add; NULL: none. loaded_free when done with it. */
+struct loaded *loader_take(struct loader *self);
+void loaded_free(struct loaded **self); /* weights not taken out are freed */
+
+#endif
