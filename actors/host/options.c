@@ -1,0 +1,269 @@
+/* Options by a table: what is accepted, how it is read and what --help says come from the same rows. */
+#include "actors/host/options.h"
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "actors/host/files.h"
+
+enum option_type { OPTION_TEXT, OPTION_NUMBER, OPTION_FRACTION, OPTION_FLAG, OPTION_KNOB };
+
+struct option_row {
+    const char *name, *argument;
+    enum option_type type;
+    size_t offset;
+    uint64_t min, max;
+    unsigned commands;
+    const char *help;
+};
+
+#define TEXT(name, field, argument, commands, help) \
+    {name, argument, OPTION_TEXT, offsetof(struct options, field), 0, 0, commands, help}
+#define NUMBER(name, field, min, max, commands, help) \
+    {name, "N", OPTION_NUMBER, offsetof(struct options, field), min, max, commands, help}
+#define FLAG(name, field, commands, help) \
+    {name, NULL, OPTION_FLAG, offsetof(struct options, field), 0, 0, commands, help}
+
+static const struct option_row table[] = {
+    TEXT("model", model, "DIR", FOR_MODELS, "model directory in Hugging Face layout (default models/demo)"),
+    NUMBER("experts", experts, 1, 512, FOR_SERVE | FOR_GENERATE | FOR_CHECK, "expert processes (default 4)"),
+    NUMBER("attention", attention, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK, "attention processes (default 1)"),
+    NUMBER("samplers", samplers, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK, "sampler processes (default 1)"),
+    TEXT("host", host, "ADDRESS", FOR_SERVE | FOR_GATEWAY | FOR_CHECK, "address to listen on for HTTP (default 127.0.0.1)"),
+    NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK, "port to listen on for HTTP, 0 for any free one (default 8000)"),
+    TEXT("served-model-name", served_model, "NAME", FOR_SERVE | FOR_GATEWAY, "name in /v1/models (default: name of the model directory)"),
+    TEXT("api-key", api_key, "KEY", FOR_SERVE | FOR_GATEWAY, "clients must send it as a bearer token"),
+    TEXT("run-dir", run_dir, "DIR", FOR_SERVE | FOR_ACTORS | FOR_CONTROL, "directory of sockets, pid files and logs (serve: default a new one under XDG_RUNTIME_DIR)"),
+    TEXT("coordinator", coordinator, "ADDRESS", FOR_GATEWAY | FOR_WORKER | FOR_CONTROL, "address of the coordinator, tcp://host:port (default: the one in --run-dir)"),
+    TEXT("bind", bind, "ADDRESS", FOR_ACTORS, "where this actor's control inbox listens (default: in --run-dir, else tcp://*:*)"),
+    TEXT("bind-data", bind_data, "ADDRESS", FOR_WORKER, "where its data plane listens for other hosts (default: as --bind)"),
+    TEXT("name", name, "NAME", FOR_ACTORS, "name for people and logs (default: the role)"),
+    TEXT("numerics", numerics, "f32|bf16", FOR_MODELS, "numerics profile (default bf16)"),
+    TEXT("isa", isa, "best|scalar|avx512|amx", FOR_MODELS, "instruction set; all give the same bits (default best)"),
+    TEXT("transport", transport, "auto|shm|zmq", FOR_SERVE | FOR_WORKER, "data plane: shared memory on one host and ZeroMQ between hosts, or one of them always (default auto)"),
+    TEXT("cpus", cpus, "LIST", FOR_ACTORS, "run on these processors only, for instance 0-3,8"),
+    NUMBER("memory-mib", memory_mib, 0, 1u << 30, FOR_SERVE | FOR_EXPERT, "weights that an expert process may hold, 0: no limit (default 0)"),
+    TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
+    TEXT("config", config, "FILE", FOR_MODELS, "YAML file with knobs"),
+    FLAG("verbose", verbose, FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK, "log everything"),
+    NUMBER("listen-fd", listen_fd, 0, 1u << 20, FOR_GATEWAY, "descriptor of a listening socket handed down by a supervisor"),
+    TEXT("prompt", prompt, "TEXT", FOR_GENERATE, "what to continue"),
+    NUMBER("max-tokens", max_tokens, 1, 1u << 20, FOR_GENERATE, "longest answer (default 64)"),
+    {"temperature", "X", OPTION_FRACTION, offsetof(struct options, temperature), 0, 2, FOR_GENERATE, "0 for the likeliest token each time (default 0)"},
+    NUMBER("seed", seed, 0, UINT64_MAX >> 1, FOR_GENERATE | FOR_SYNTH, "seed of the draws (default 0)"),
+    TEXT("golden", golden, "DIR", FOR_CHECK, "compare with DIR/golden.safetensors, running the model in DIR"),
+    TEXT("shape", shape, "FILE", FOR_SYNTH, "config.json of the model to make"),
+    FLAG("help", help, ~0u, "this text"),
+};
+#define ROWS (sizeof table / sizeof table[0])
+
+static const struct {
+    const char *name;
+    const char *help;
+} knobs[] = {
+#define K(name, type, def, min, max, sim_min, sim_max, why) {#name, why},
+#include "config/knobs.def"
+#undef K
+};
+
+static bool knob_name_is(const char *knob, const char *name, size_t length) {
+    if (strlen(knob) != length)
+        return false;
+    for (size_t i = 0; i < length; i++) {
+        if (knob[i] != (name[i] == '-' ? '_' : name[i]))
+            return false;
+    }
+    return true;
+}
+
+/* The row of "name" or a row for a knob of that name. */
+static bool find(const char *name, size_t length, unsigned command, struct option_row *ret) {
+    for (size_t i = 0; i < ROWS; i++) {
+        if (strlen(table[i].name) == length && strncmp(table[i].name, name, length) == 0 &&
+            (table[i].commands & command) != 0) {
+            *ret = table[i];
+            return true;
+        }
+    }
+    for (size_t i = 0; i < sizeof knobs / sizeof knobs[0]; i++) {
+        if ((command & FOR_MODELS) != 0 && knob_name_is(knobs[i].name, name, length)) {
+            *ret = (struct option_row){.name = knobs[i].name, .argument = "N", .type = OPTION_KNOB};
+            return true;
+        }
+    }
+    return false;
+}
+
+static int store(struct options *self, const struct option_row *row, const char *value,
+                 struct failure *failure) {
+    void *field = (char *)self + row->offset;
+    char *end = NULL;
+    errno = 0;
+    switch (row->type) {
+    case OPTION_TEXT:
+        *(const char **)field = value;
+        return 0;
+    case OPTION_FLAG:
+        *(bool *)field = true;
+        return 0;
+    case OPTION_KNOB:
+        return settings_set(&self->settings, row->name, value, failure);
+    case OPTION_NUMBER: {
+        unsigned long long number = strtoull(value, &end, 10);
+        if (end == value || *end != 0 || errno != 0 || value[0] == '-' || number < row->min ||
+            number > row->max)
+            return fail(failure, ERR_INVALID, "--%s: expected a whole number from %llu to %llu, found '%s'",
+                        row->name, (unsigned long long)row->min, (unsigned long long)row->max, value);
+        *(uint64_t *)field = number;
+        self->port_set |= row->offset == offsetof(struct options, port);
+        return 0;
+    }
+    case OPTION_FRACTION: {
+        double number = strtod(value, &end);
+        if (end == value || *end != 0 || !(number >= (double)row->min && number <= (double)row->max))
+            return fail(failure, ERR_INVALID, "--%s: expected a number from %llu to %llu, found '%s'",
+                        row->name, (unsigned long long)row->min, (unsigned long long)row->max, value);
+        *(double *)field = number;
+        return 0;
+    }
+    }
+    return 0;
+}
+
+static int parse_one(struct options *self, int argc, char **argv, int *index, unsigned command,
+                     struct failure *failure) {
+    const char *name = argv[*index] + 2, *equals = strchr(name, '=');
+    size_t length = equals != NULL ? (size_t)(equals - name) : strlen(name);
+    struct option_row row;
+    if (!find(name, length, command, &row))
+        return fail(failure, ERR_NOT_FOUND, "'%s' is not an option of 'troupe %s'; see troupe %s --help",
+                    argv[*index], argv[0], argv[0]);
+    const char *value = equals != NULL ? equals + 1 : NULL;
+    if (row.argument == NULL && value != NULL)
+        return fail(failure, ERR_INVALID, "--%s takes no value", row.name);
+    if (row.argument != NULL && value == NULL) {
+        if (*index + 1 >= argc)
+            return fail(failure, ERR_INVALID, "--%s expects %s", row.name, row.argument);
+        value = argv[++*index];
+    }
+    return store(self, &row, value, failure);
+}
+
+static int parse_config(struct options *self, int argc, char **argv, struct failure *failure) {
+    const char *path = NULL;
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--config") == 0 && i + 1 < argc)
+            path = argv[i + 1];
+        else if (strncmp(argv[i], "--config=", 9) == 0)
+            path = argv[i] + 9;
+    }
+    if (path == NULL)
+        return 0;
+    struct mapped file;
+    const char *slash = strrchr(path, '/');
+    char directory[4096];
+    snprintf(directory, sizeof directory, "%.*s", slash != NULL ? (int)(slash - path) : 1,
+             slash != NULL ? path : ".");
+    int error = mapped_open(&file, slash == path ? "/" : directory, slash != NULL ? slash + 1 : path,
+                            JSON_FILE_MAX, failure);
+    if (error < 0)
+        return error;
+    error = settings_parse_yaml(&self->settings, file.bytes, file.size, failure);
+    mapped_close(&file);
+    return error;
+}
+
+static int check_word(const char *option, const char *value, const char *const *words,
+                      const char *all, struct failure *failure) {
+    for (; *words != NULL; words++) {
+        if (strcmp(value, *words) == 0)
+            return 0;
+    }
+    return fail(failure, ERR_INVALID, "--%s: expected %s, found '%s'", option, all, value);
+}
+
+static int check_words(const struct options *self, struct failure *failure) {
+    static const char *const numerics[] = {"f32", "bf16", NULL};
+    static const char *const isas[] = {"best", "scalar", "avx512", "amx", NULL};
+    static const char *const transports[] = {"auto", "shm", "zmq", NULL};
+    int error = check_word("numerics", self->numerics, numerics, "f32 or bf16", failure);
+    if (error == 0)
+        error = check_word("isa", self->isa, isas, "best, scalar, avx512 or amx", failure);
+    if (error == 0)
+        error = check_word("transport", self->transport, transports, "auto, shm or zmq", failure);
+    return error;
+}
+
+int options_parse(struct options *ret, int argc, char **argv, unsigned command,
+                  struct failure *failure) {
+    struct options self = {
+        .model = "models/demo",
+        .numerics = "bf16",
+        .isa = "best",
+        .transport = "auto",
+        .host = "127.0.0.1",
+        .experts = 4,
+        .attention = 1,
+        .samplers = 1,
+        .port = 8000,
+        .listen_fd = UINT64_MAX,
+        .max_tokens = 64,
+    };
+    settings_default(&self.settings);
+    int error = parse_config(&self, argc, argv, failure);
+    for (int i = 1; error == 0 && i < argc; i++) {
+        if (strncmp(argv[i], "--", 2) == 0)
+            error = parse_one(&self, argc, argv, &i, command, failure);
+        else if (self.positionals == POSITIONAL_MAX || (command & (FOR_INSPECT | FOR_SYNTH | FOR_CONTROL)) == 0)
+            error = fail(failure, ERR_INVALID, "unexpected argument '%s'; see troupe %s --help",
+                         argv[i], argv[0]);
+        else
+            self.positional[self.positionals++] = argv[i];
+    }
+    if (error == 0)
+        error = check_words(&self, failure);
+    if (error == 0)
+        *ret = self;
+    return error;
+}
+
+void options_help(unsigned command) {
+    for (size_t i = 0; i < ROWS; i++) {
+        if ((table[i].commands & command) == 0)
+            continue;
+        char left[64];
+        snprintf(left, sizeof left, "--%s %s", table[i].name,
+                 table[i].argument != NULL ? table[i].argument : "");
+        printf("  %-34s %s\n", left, table[i].help);
+    }
+    if ((command & FOR_MODELS) != 0) {
+        char *text = settings_help();
+        printf("\nKnobs, also in the file given with --config:\n%s", text != NULL ? text : "");
+        free(text);
+    }
+}
+
+int options_changed_knobs(const struct options *self, char **list, int room) {
+    struct settings initial;
+    int count = 0;
+    settings_default(&initial);
+#define u32 "%.0f"
+#define u64 "%.0f"
+#define f64 "%.17g"
+#define K(knob, type, def, min, max, sim_min, sim_max, why)                      \
+    if (self->settings.knob != initial.knob && count + 2 <= room) {              \
+        char value[64];                                                          \
+        snprintf(value, sizeof value, type, (double)self->settings.knob);        \
+        list[count++] = strdup("--" #knob);                                      \
+        list[count++] = strdup(value);                                           \
+    }
+#include "config/knobs.def"
+#undef K
+#undef u32
+#undef u64
+#undef f64
+    return count;
+}

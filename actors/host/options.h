@@ -1,0 +1,51 @@
+/* The command line: one table of options, and every knob of config/knobs.def. */
+#ifndef TROUPE_HOST_OPTIONS_H
+#define TROUPE_HOST_OPTIONS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "config/settings.h"
+
+/* Which commands an option belongs to; bits. */
+enum command_bit {
+    FOR_SERVE = 1,
+    FOR_COORDINATOR = 2,
+    FOR_GATEWAY = 4,
+    FOR_WORKER = 8, /* attention, expert, sampler */
+    FOR_EXPERT = 16,
+    FOR_GENERATE = 32,
+    FOR_CHECK = 64,
+    FOR_INSPECT = 128,
+    FOR_SYNTH = 256,
+    FOR_CONTROL = 512,
+    FOR_VERSION = 1024,
+    FOR_ACTORS = FOR_COORDINATOR | FOR_GATEWAY | FOR_WORKER,
+    FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK,
+};
+
+#define POSITIONAL_MAX 4
+
+struct options {
+    const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
+        *bind, *bind_data, *cpus, *log, *served_model, *api_key, *prompt, *golden, *shape;
+    uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib;
+    double temperature;
+    bool verbose, help, port_set;
+    struct settings settings;
+    const char *positional[POSITIONAL_MAX];
+    int positionals;
+};
+
+/* Fills `ret` with defaults, then with --config's file, then with the command line. argv[0] is the command's name. Strings are
+ * borrowed from argv. */
+int options_parse(struct options *ret, int argc, char **argv, unsigned command,
+                  struct failure *failure);
+/* Prints the options of a command to stdout. */
+void options_help(unsigned command);
+
+/* Appends to `list` (of char *, malloc'd) "--knob", "value" for every knob that differs from its default; at most `room` entries.
+ * Returns how many. Whole numbers and fractions come out exactly as settings_set reads them. */
+int options_changed_knobs(const struct options *self, char **list, int room);
+
+#endif
