@@ -1,0 +1,207 @@
+/* Identity: a sequence's logits have the same bits however it is cut into steps, whatever shares
+ * its batches, however work is cut over threads and frames, on every instruction set, fresh or
+ * replayed. */
+#include <malloc.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/support/one_process.h"
+
+#include <cmocka.h> /* last: its macro fail() hides the function of actors/errors.h */
+
+#define LENGTH    80 /* beyond one page */
+#define PROMPT    70
+#define ROWS      160
+#define POSITIONS 128
+
+struct variant {
+    const char *name;
+    uint32_t chunk;      /* prompt rows of one step */
+    uint32_t generated;  /* generated rows of one step; 1: as they are first made, more: a replay */
+    uint32_t other;      /* rows of another sequence that share each step */
+    uint32_t part_items; /* largest EXPERT program; 0: everything in one */
+    bool together;       /* the last of the prompt and the first generated rows share a step */
+};
+
+static const struct variant VARIANTS[] = {
+    {"whole", LENGTH, 1, 0, 0, false},
+    {"chunks of 1", 1, 1, 0, 0, false},
+    {"chunks of 7", 7, 1, 0, 0, false},
+    {"chunks of 64", 64, 1, 0, 0, false},
+    {"replay in one step", LENGTH, LENGTH, 0, 0, true},
+    {"replay in chunks", 33, 4, 0, 0, true},
+    {"batched with another", LENGTH, 1, 17, 0, false},
+    {"batched, chunks of 7", 7, 2, 40, 0, true},
+    {"frames of 1 item", 64, 1, 3, 1, false},
+    {"frames of 23 items", LENGTH, LENGTH, 30, 23, true},
+};
+
+static uint32_t tokens[2][LENGTH]; /* of the sequence and of the other */
+
+/* Tokens from the oracle's input. */
+static void load_tokens(const char *directory) {
+    char path[512];
+    size_t size;
+    snprintf(path, sizeof path, "%s/golden.safetensors", directory);
+    void *bytes = read_whole_file(path, &size);
+    assert_non_null(bytes);
+    struct safetensors *file;
+    struct failure failure;
+    assert_int_equal(safetensors_open(&file, bytes, size, path, &failure), 0);
+    const struct tensor *ids = safetensors_find(file, "input_ids");
+    assert_true(ids != NULL && ids->bytes >= sizeof tokens);
+    memcpy(tokens, ids->data, sizeof tokens);
+    safetensors_close(&file);
+    free(bytes);
+}
+
+static enum mla_form form_of(uint32_t position) {
+    return position < PROMPT ? MLA_EXPANDED : MLA_ABSORBED;
+}
+
+/* Sequence 2 from its start to its end, sequence 5 beside it, before or after it in the batch by
+ * turns. All logits of sequence 2 to ret [LENGTH, vocabulary]. */
+static void run_variant(struct one_process *m, const struct variant *v, float *ret) {
+    static struct batch_row row[ROWS];
+    static uint32_t select[ROWS];
+    const uint32_t vocabulary = m->config->vocabulary;
+    uint32_t other_done = 0, step = 0;
+    m->part_items_max = v->part_items != 0 ? v->part_items : ROWS * m->config->gate.k;
+    for (uint32_t done = 0; done < LENGTH; step++) {
+        uint32_t end = done < PROMPT ? done + v->chunk : done + v->generated;
+        if (done < PROMPT && end >= PROMPT)
+            end = v->together ? PROMPT + v->generated : PROMPT;
+        end = end < LENGTH ? end : LENGTH;
+        uint32_t others = v->other < LENGTH - other_done ? v->other : LENGTH - other_done;
+        uint32_t count = end - done, n = 0, mine = step % 2 == 0 ? 0 : others;
+        for (uint32_t p = done; p < end; p++)
+            row[mine + p - done] = one_process_row(m, 2, p, tokens[0][p], form_of(p));
+        for (uint32_t i = 0; i < others; i++)
+            row[(mine == 0 ? count : 0) + i] = one_process_row(
+                m, 5, other_done + i, tokens[1][other_done + i], form_of(other_done + i));
+        for (n = 0; n < count; n++)
+            select[n] = mine + n;
+        one_process_step(m, row, count + others, select, count, ret + (size_t)done * vocabulary);
+        other_done += others;
+        done = end;
+    }
+    one_process_forget(m, 2);
+    one_process_forget(m, 5);
+}
+
+/* Every variant on one engine against `expected`, which the first engine makes. */
+static void run_variants(const char *directory, const struct kernels *kernels,
+                         const struct parallel *parallel, size_t variants, float **expected) {
+    struct one_process m;
+    assert_true(one_process_open(&m, directory, kernels, parallel, ROWS, POSITIONS));
+    size_t bytes = (size_t)LENGTH * m.config->vocabulary * sizeof(float);
+    float *found = malloc(bytes);
+    for (size_t i = 0; i < variants; i++) {
+        memset(found, 0xff, bytes);
+        run_variant(&m, &VARIANTS[i], found);
+        if (*expected == NULL) {
+            *expected = malloc(bytes);
+            memcpy(*expected, found, bytes);
+        }
+        if (memcmp(found, *expected, bytes) != 0)
+            printf("%s, %s, %d threads: \"%s\" differs\n", directory, kernels->name,
+                   parallel->width, VARIANTS[i].name);
+        assert_memory_equal(found, *expected, bytes);
+    }
+    printf("identity: %s, %s, %d part(s): %zu ways to run a sequence, the same bits\n", directory,
+           kernels->name, parallel->width, variants);
+    free(found);
+    one_process_close(&m);
+}
+
+static void check_model(const char *directory, size_t variants) {
+    load_tokens(directory);
+    float *expected = NULL;
+    struct failure failure;
+    for (int isa = ISA_SCALAR; isa <= ISA_AMX; isa++) {
+        const struct kernels *kernels = isa_available((enum isa)isa)
+                                            ? kernels_select(PROFILE_BF16, (enum isa)isa, &failure)
+                                            : NULL;
+        if (kernels == NULL)
+            continue;
+        run_variants(directory, kernels, &PARALLEL_SERIAL, variants, &expected);
+        run_variants(directory, kernels, &PARALLEL_REVERSED, variants, &expected);
+    }
+    free(expected);
+    expected = NULL;
+    const struct kernels *f32 = kernels_select(PROFILE_F32, ISA_BEST, &failure);
+    run_variants(directory, f32, &PARALLEL_SERIAL, variants, &expected);
+    run_variants(directory, f32, &PARALLEL_REVERSED, variants, &expected);
+    free(expected);
+}
+
+static void no_way_of_running_changes_a_bit(void **state) {
+    (void)state;
+    const size_t all = sizeof VARIANTS / sizeof *VARIANTS;
+    check_model("tests/golden/v3-fp8", all);
+    check_model("tests/golden/v2-lite", all);
+}
+
+/* Forgotten pages are zero again: what was in them cannot be seen by the next sequence, and a page
+ * of NaN would be. */
+static void cleared_pages_leave_no_trace(void **state) {
+    (void)state;
+    struct failure failure;
+    const struct kernels *kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+    struct one_process m;
+    load_tokens("tests/golden/v3-fp8");
+    assert_true(
+        one_process_open(&m, "tests/golden/v3-fp8", kernels, &PARALLEL_SERIAL, ROWS, POSITIONS));
+    size_t n = (size_t)LENGTH * m.config->vocabulary;
+    float *first = malloc(n * sizeof *first), *second = malloc(n * sizeof *second);
+    run_variant(&m, &VARIANTS[0], first);
+    struct batch_row row[LENGTH];
+    for (uint32_t p = 0; p < LENGTH; p++)
+        row[p] = one_process_row(&m, 2, p, tokens[1][p], MLA_ABSORBED);
+    one_process_step(&m, row, LENGTH, NULL, 0, NULL);
+    one_process_forget(&m, 2);
+    run_variant(&m, &VARIANTS[2], second);
+    assert_memory_equal(first, second, n * sizeof *first);
+    free(first), free(second);
+    one_process_close(&m);
+}
+
+/* After the first steps an engine takes no more memory. (Where the allocator is replaced, as by
+ * sanitizers, it reports nothing.) */
+static void steady_state_takes_no_memory(void **state) {
+    (void)state;
+    struct failure failure;
+    const struct kernels *kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+    struct one_process m;
+    load_tokens("tests/golden/v3-fp8");
+    assert_true(
+        one_process_open(&m, "tests/golden/v3-fp8", kernels, &PARALLEL_SERIAL, ROWS, POSITIONS));
+    float *logits = malloc((size_t)LENGTH * m.config->vocabulary * sizeof *logits);
+    for (size_t i = 4; i < 10; i++)
+        run_variant(&m, &VARIANTS[i], logits);
+    struct mallinfo2 before = mallinfo2();
+    uint64_t held = engine_memory_bytes(m.attention) + engine_memory_bytes(m.expert) +
+                    engine_memory_bytes(m.sampler);
+    for (size_t i = 4; i < 10; i++)
+        run_variant(&m, &VARIANTS[i], logits);
+    struct mallinfo2 after = mallinfo2();
+    assert_int_equal(engine_memory_bytes(m.attention) + engine_memory_bytes(m.expert) +
+                         engine_memory_bytes(m.sampler),
+                     held);
+    assert_true(after.uordblks == before.uordblks && after.hblkhd == before.hblkhd);
+    free(logits);
+    one_process_close(&m);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(no_way_of_running_changes_a_bit),
+        cmocka_unit_test(cleared_pages_leave_no_trace),
+        cmocka_unit_test(steady_state_takes_no_memory),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
