@@ -13,7 +13,7 @@
 #define SPLITS_MAX        16 /* pre-tokenizer stages */
 #define ADDED_TOKENS_MAX  16384
 #define ADDED_BYTES_MAX   1024 /* longest added token */
-#define PATTERN_BYTES_MAX 65536
+#define PATTERN_BYTES_MAX 16384
 #define ENCODE_BYTES_MAX  (1u << 30)
 
 enum token_flags {
@@ -117,9 +117,9 @@ int bpe_encode(const struct bpe *self, const struct vocabulary *vocabulary, cons
 
 /* tokenizer_pattern.c */
 
-/* An Oniguruma pattern in PCRE2's terms; ERR_UNSUPPORTED names what has no equal. */
-int pattern_translate(const char *pattern, size_t length, char *ret, size_t capacity,
-                      size_t *ret_length, struct failure *failure);
+/* An Oniguruma pattern in PCRE2's terms (malloc'd); ERR_UNSUPPORTED names what has no equal. */
+int pattern_translate(const char *pattern, size_t length, char **ret, size_t *ret_length,
+                      struct failure *failure);
 
 /* tokenizer_split.c */
 

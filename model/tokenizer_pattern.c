@@ -4,11 +4,16 @@
 #include "model/tokenizer_parts.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+
+#define UNICODE_VERSION 16
 
 struct translation {
     const char *from, *end;
-    char *to, *to_end;
+    char *to;
+    size_t length, capacity;
+    bool old_unicode; /* PCRE2 knows fewer characters than Hugging Face's engine */
     struct failure *failure;
 };
 
@@ -27,10 +32,16 @@ static int refuse(const struct translation *self, const char *at, size_t length)
 }
 
 static int put(struct translation *self, const char *text, size_t length) {
-    if ((size_t)(self->to_end - self->to) < length)
-        return fail(self->failure, ERR_TOO_LARGE, "regex: too long");
-    memcpy(self->to, text, length);
-    self->to += length;
+    if (self->capacity - self->length < length) {
+        size_t capacity = 2 * self->capacity + length;
+        char *grown = realloc(self->to, capacity);
+        if (grown == NULL)
+            return fail(self->failure, ERR_NO_MEMORY, "no memory for a regex");
+        self->to = grown;
+        self->capacity = capacity;
+    }
+    memcpy(self->to + self->length, text, length);
+    self->length += length;
     return 0;
 }
 
@@ -41,22 +52,61 @@ static int copy(struct translation *self, size_t length) {
     return code;
 }
 
-/* \p{L}, \P{Lu}, \p{^N}: general categories only; names of scripts mean different sets. */
-static int property(struct translation *self) {
-    const char *at = self->from + 2;
-    if (at == self->end || *at != '{')
-        return refuse(self, self->from, 3);
-    at++;
-    if (at != self->end && *at == '^')
+/* The characters of a category, as ranges, that PCRE2's Unicode does not have yet. */
+static int put_additions(struct translation *self, const char *category, size_t letters) {
+    static const struct {
+        const char *range, *category;
+    } additions[] = {
+#define A(first, last, category) {"\\x{" #first "}-\\x{" #last "}", #category},
+#include "model/unicode.def"
+#undef A
+    };
+    int code = 0;
+    for (size_t i = 0; code == 0 && i < sizeof additions / sizeof additions[0]; i++)
+        if (strncmp(additions[i].category, category, letters) == 0)
+            code = put(self, additions[i].range, strlen(additions[i].range));
+    return code;
+}
+
+/* A general category of one or two letters, or its complement. */
+static int put_category(struct translation *self, const char *category, size_t letters,
+                        bool complement, bool in_class) {
+    char text[8];
+    int length = snprintf(text, sizeof text, "\\p{%.*s}", (int)letters, category);
+    int code = in_class ? 0 : put(self, complement ? "[^" : "[", complement ? 2 : 1);
+    if (code == 0)
+        code = put(self, text, (size_t)length);
+    if (code == 0 && self->old_unicode)
+        code = put_additions(self, category, letters);
+    if (code == 0 && !in_class)
+        code = put(self, "]", 1);
+    return code;
+}
+
+/* \p{L}, \p{Lu}, \P{N}, \p{^N}: general categories only, for names of scripts mean different sets;
+ * without C, which shrinks from one Unicode to the next. A complement inside of a set could not be
+ * extended. */
+static int property(struct translation *self, bool in_class) {
+    const char *start = self->from, *at = start + 2;
+    bool complement = start[1] == 'P';
+    if (at < self->end && *at == '{')
         at++;
-    if (at == self->end || strchr("LMNPSZC", *at) == NULL || *at == 0)
-        return refuse(self, self->from, 12);
-    at++;
-    if (at != self->end && *at >= 'a' && *at <= 'z')
+    else
+        return refuse(self, start, 3);
+    if (at < self->end && *at == '^') {
+        complement = !complement;
         at++;
-    if (at == self->end || *at != '}')
-        return refuse(self, self->from, 12);
-    return copy(self, (size_t)(at + 1 - self->from));
+    }
+    const char *category = at;
+    while (at < self->end && *at != '}' && at - category < 3)
+        at++;
+    size_t letters = (size_t)(at - category);
+    if (at == self->end || *at != '}' || letters < 1 || letters > 2 ||
+        strchr("LMNPSZ", category[0]) == NULL || category[0] == 0 ||
+        (letters == 2 && (category[1] < 'a' || category[1] > 'z')) || (complement && in_class))
+        return refuse(self, start, 12);
+    self->from = at + 1;
+    return put_category(self, category, letters, complement, in_class);
 }
 
 static int hexadecimal(struct translation *self) {
@@ -89,7 +139,7 @@ static int escape(struct translation *self, bool in_class) {
     switch (c) {
     case 'p':
     case 'P':
-        return property(self);
+        return property(self, in_class);
     case 'x':
     case 'u':
         return hexadecimal(self);
@@ -100,11 +150,11 @@ static int escape(struct translation *self, bool in_class) {
         text = "\\P{White_Space}";
         break;
     case 'd':
-        text = "\\p{Nd}";
-        break;
     case 'D':
-        text = "\\P{Nd}";
-        break;
+        if (c == 'D' && in_class)
+            break;
+        self->from += 2;
+        return put_category(self, "Nd", 2, c == 'D', in_class);
     case 'v': /* all vertical space in PCRE2 */
         text = "\\x0b";
         break;
@@ -190,10 +240,17 @@ static int repetition(struct translation *self) {
     return copy(self, (size_t)(at - self->from));
 }
 
-int pattern_translate(const char *pattern, size_t length, char *ret, size_t capacity,
-                      size_t *ret_length, struct failure *failure) {
-    struct translation self = {pattern, pattern + length, ret, ret + capacity, failure};
-    int code = 0;
+int pattern_translate(const char *pattern, size_t length, char **ret, size_t *ret_length,
+                      struct failure *failure) {
+    char version[32] = "";
+    if (pcre2_config(PCRE2_CONFIG_UNICODE_VERSION, NULL) <= (int)sizeof version)
+        pcre2_config(PCRE2_CONFIG_UNICODE_VERSION, version);
+    struct translation self = {.from = pattern,
+                               .end = pattern + length,
+                               .old_unicode = strtol(version, NULL, 10) < UNICODE_VERSION,
+                               .failure = failure};
+    int code =
+        length > 0 ? 0 : fail(failure, ERR_INVALID, "regex: expected one, found an empty text");
     while (code == 0 && self.from < self.end) {
         switch (*self.from) {
         case '\\':
@@ -213,6 +270,11 @@ int pattern_translate(const char *pattern, size_t length, char *ret, size_t capa
             break;
         }
     }
-    *ret_length = (size_t)(self.to - ret);
-    return code;
+    if (code < 0) {
+        free(self.to);
+        return code;
+    }
+    *ret = self.to;
+    *ret_length = self.length;
+    return 0;
 }

@@ -7,9 +7,8 @@
 
 /* Backtracking of one match, for the quadratic cases that some patterns have (a long run of
  * spaces): about half a second. */
-#define MATCH_STEPS_MAX   50000000u
-#define MATCH_HEAP_KIB    65536u
-#define TRANSLATED_FACTOR 8 /* "\s" grows from 2 to 15 */
+#define MATCH_STEPS_MAX 50000000u
+#define MATCH_HEAP_KIB  65536u
 
 int splitter_add(struct splitter *self, const char *pattern, size_t length,
                  struct failure *failure) {
@@ -25,33 +24,31 @@ int splitter_add(struct splitter *self, const char *pattern, size_t length,
         pcre2_set_match_limit(self->context, MATCH_STEPS_MAX);
         pcre2_set_heap_limit(self->context, MATCH_HEAP_KIB);
     }
-    size_t translated_length = 0, capacity = length * TRANSLATED_FACTOR + 1;
-    char *translated = malloc(capacity);
+    char *translated;
+    size_t translated_length;
+    int code = pattern_translate(pattern, length, &translated, &translated_length, failure);
+    if (code < 0)
+        return code;
     pcre2_compile_context *context = pcre2_compile_context_create(NULL);
-    if (translated == NULL || context == NULL) {
+    if (context == NULL) {
         free(translated);
-        pcre2_compile_context_free(context);
         return fail(failure, ERR_NO_MEMORY, "no memory for a regex");
     }
-    int code =
-        pattern_translate(pattern, length, translated, capacity, &translated_length, failure);
-    if (code == 0) {
-        int error;
-        size_t offset;
-        pcre2_set_newline(context, PCRE2_NEWLINE_LF);
-        pcre2_code *compiled =
-            pcre2_compile((PCRE2_SPTR)translated, translated_length,
-                          PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error,
-                          &offset, context);
-        if (compiled != NULL) {
-            pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE); /* without it, slower */
-            self->stage[self->stages++] = compiled;
-        } else {
-            unsigned char text[128];
-            pcre2_get_error_message(error, text, sizeof text);
-            code = fail(failure, ERR_INVALID, "regex: %s: \"%.*s\"", text,
-                        clip(pattern, length, 200), pattern);
-        }
+    pcre2_set_newline(context, PCRE2_NEWLINE_LF);
+    int error;
+    size_t offset;
+    pcre2_code *compiled =
+        pcre2_compile((PCRE2_SPTR)translated, translated_length,
+                      PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error,
+                      &offset, context);
+    if (compiled != NULL) {
+        pcre2_jit_compile(compiled, PCRE2_JIT_COMPLETE); /* without it, slower */
+        self->stage[self->stages++] = compiled;
+    } else {
+        unsigned char text[128];
+        pcre2_get_error_message(error, text, sizeof text);
+        code = fail(failure, ERR_INVALID, "regex: %s: \"%.*s\"", text, clip(pattern, length, 200),
+                    pattern);
     }
     free(translated);
     pcre2_compile_context_free(context);
