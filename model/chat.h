@@ -5,7 +5,16 @@
 
 #include "model/tokenizer.h"
 
-enum chat_format { CHAT_NONE, CHAT_DEMO, CHAT_V2, CHAT_V3 /* V2.5 and V3 */, CHAT_R1, CHAT_V31 };
+enum chat_format {
+    CHAT_NONE,
+    CHAT_DEMO,
+    CHAT_V2,
+    CHAT_V3, /* V2.5 and V3 */
+    CHAT_R1,
+    CHAT_V31,     /* V3.1, V3.2 */
+    CHAT_V3_0324, /* the assistant's marker follows each user message */
+    CHAT_R1_0528, /* likewise; the model opens <think> by itself */
+};
 
 /* CHAT_NONE with a text in `failure` (naming the first characters of the template) when the template is unknown or absent. */
 enum chat_format chat_recognise(const struct tokenizer *tokenizer, struct failure *failure);

@@ -19,6 +19,7 @@ struct token_list {
     uint32_t *token;
     uint32_t count, capacity;
 };
+int token_list_append(struct token_list *self, uint32_t token, struct failure *failure);
 void token_list_free(struct token_list *self);
 
 /* Appends the tokens of `text` (valid UTF-8, else ERR_INVALID naming the byte offset). add_bos: begin with the bos token if

@@ -145,7 +145,6 @@ int tokenizer_read_config(struct tokenizer *self, const char *json, size_t bytes
 
 /* At most `most` bytes of a text, no character cut in two: for "%.*s" in messages. */
 int clip(const char *text, size_t length, size_t most);
-int token_list_append(struct token_list *self, uint32_t token, struct failure *failure);
 /* The added token that is `content`; TOKEN_NONE if there is none. */
 uint32_t added_find(const struct tokenizer *self, const char *content, size_t length);
 
