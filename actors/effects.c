@@ -95,9 +95,9 @@ struct effect *effects_add(struct effects *self, enum effect_kind kind) {
 
 void effects_send(struct effects *self, actor_id to, const message *envelope) {
     ASSERT(envelope->from_incarnation != 0 && envelope->protocol_version == WIRE_PROTOCOL_VERSION);
-    size_t size = troupe__envelope__get_packed_size(envelope);
+    size_t size = wire_packed_bytes(envelope);
     uint8_t *bytes = effects_alloc(self, size);
-    troupe__envelope__pack(envelope, bytes);
+    wire_pack(envelope, bytes);
     struct effect *effect = effects_add(self, EFFECT_SEND);
     effect->send.to = to;
     effect->send.bytes = bytes;

@@ -1,0 +1,253 @@
+/* The attention actor's rooms share this header; nobody else includes it.
+ *   attention.c           life, events, admission of messages, heartbeats
+ *   attention_sequence.c  sequences: SUBMIT checked, tables, lists, pages, finishing
+ *   attention_batch.c     which rows go into the next step; programs of a step
+ *   attention_dispatch.c  rows to experts and back: parts, replies, resending
+ *   attention_sample.c    rows to samplers and back
+ *   attention_report.c    tokens to gateways */
+#ifndef TROUPE_ATTENTION_H
+#define TROUPE_ATTENTION_H
+
+#include "actors/actors.h"
+#include "actors/member.h"
+#include "router/dispatch.h"
+
+/* ---- sequences ---- */
+
+enum sequence_state {
+    SEQUENCE_WAITING, /* no pages yet */
+    SEQUENCE_RUNNING, /* has a number and pages; prefill while more than one known token is not computed */
+    SEQUENCE_DONE,    /* kept for Poll until Cancel; no pages */
+};
+
+/* What a sampler said about one position. */
+struct entry {
+    uint32_t id;
+    float logprob;
+    uint32_t rank, top;
+};
+struct top_entry {
+    uint32_t token;
+    float logprob;
+};
+
+/* Distinct tokens with counts, for penalties: a list in order of first appearance and an index by open addressing. */
+struct token_counts {
+    uint32_t *token, *times; /* [count] */
+    uint32_t *index;         /* [index_size] position + 1, 0: empty */
+    uint32_t count, capacity, index_size;
+};
+
+struct sequence {
+    struct sequence *hash_next;
+    struct sequence *previous, *next; /* list of its state */
+    uint64_t id;                      /* unique together with the gateway */
+    actor_id gateway;
+    enum sequence_state state;
+    bool in_batch;  /* has rows in the batch in flight: neither pages nor memory may go */
+    bool cancelled; /* dropped when the batch in flight has ended */
+    bool reported;  /* scratch of attention_report.c */
+
+    uint32_t *token; /* [tokens_max]: prompt, generated */
+    uint32_t prompt_tokens, given_tokens; /* given: prompt and what a resumed sequence brought along */
+    uint32_t tokens, tokens_max;
+    uint32_t computed; /* positions 0.. whose latent entries are in the cache */
+    uint32_t min_tokens, max_tokens;
+    uint32_t *page; /* [pages] */
+    uint32_t pages; /* needed; held while RUNNING */
+    uint32_t number; /* while RUNNING: its place in attention.running */
+
+    struct sample_spec sampling; /* everything of it that does not change from token to token */
+    bool logprobs;
+    uint32_t top_logprobs;
+    uint32_t *bias;   /* [2 * biases]: token, float bits */
+    uint32_t biases;
+    uint32_t *stop_token;
+    uint32_t stop_tokens;
+    bool ignore_eos, score_prompt, full_logits;
+    struct token_counts prompt_counts, output_counts; /* filled only if a penalty asks for them */
+
+    Troupe__FinishReason finish;
+    uint32_t stopped_by;
+    char error[96];
+    uint32_t told_tokens, told_prompt; /* generated tokens and prompt entries sent so far */
+    struct entry *entry;               /* [tokens_max - given_tokens], if logprobs */
+    struct top_entry *entry_top;       /* [same * top_logprobs] */
+    struct entry *prompt_entry;        /* [prompt_entries] */
+    struct top_entry *prompt_top;      /* [prompt_entries * top_logprobs] */
+    float *prompt_logits;              /* [prompt_entries * vocabulary], if full_logits */
+    uint32_t prompt_entries, prompt_complete;
+};
+
+struct sequence_list {
+    struct sequence *first, *last;
+    uint32_t count;
+};
+
+/* ---- the batch in flight ---- */
+
+enum batch_phase {
+    BATCH_IDLE,
+    BATCH_LAYERS,   /* programs up to an MoE layer's gate, or up to the end */
+    BATCH_EXPERTS,  /* rows are with experts */
+    BATCH_SAMPLERS, /* rows are with samplers */
+};
+
+/* A final row: what a sampler is asked about it. */
+struct question {
+    struct sequence *sequence;
+    uint32_t row, position; /* of the batch; of the sequence */
+    uint32_t flags, target;
+};
+
+enum part_state { PART_FREE, PART_SENT, PART_WAITING /* for a holder, or for its turn */ };
+
+struct part {
+    enum part_state state;
+    actor_id to;
+    uint64_t to_incarnation;
+    uint32_t attempt;
+    uint32_t first, count; /* items of the flight, or places in batch.order */
+    uint64_t deadline_ns;
+};
+
+/* Rows of one layer on their way. Parts are disjoint ranges of the items; a part that failed is planned anew over its own range. */
+struct flight {
+    uint32_t items, missing;
+    uint32_t *item_row;    /* [items_max] */
+    uint16_t *item_slot;   /* [items_max] */
+    uint16_t *item_expert; /* [items_max] */
+    struct part *part;     /* [items_max] */
+    uint32_t *free_part;   /* stack */
+    uint32_t parts, free_parts, attempt;
+    struct dispatch_plan plan;
+    struct dispatch_item *planned; /* [items_max] scratch */
+};
+
+struct batch {
+    enum batch_phase phase;
+    uint32_t slot;
+    uint64_t number, wait_tag;
+    uint32_t layer; /* the MoE layer that BATCH_LAYERS ends with or BATCH_EXPERTS is about; config.layers: none */
+    struct batch_row *row; /* [batch_tokens] */
+    uint32_t rows;
+    struct sequence **sequence; /* [max_sequences] */
+    uint32_t *sequence_rows;    /* [max_sequences] rows of each */
+    uint32_t sequences;
+    uint32_t *clear; /* [pages_total] pages handed out at the start of this batch */
+    uint32_t clears;
+    struct question *question; /* [batch_tokens] */
+    uint32_t *select;          /* [batch_tokens] row of each question */
+    uint32_t questions;
+    uint32_t *order;         /* [batch_tokens] questions in the order of the sample parts */
+    struct part *sample_part; /* [batch_tokens] */
+    uint32_t sample_parts, sample_missing;
+    struct flight flight;
+};
+
+/* ---- the actor ---- */
+
+struct destination {
+    actor_id id;
+    uint64_t incarnation;
+};
+
+struct attention {
+    struct actor actor;
+    struct member member;
+    struct settings settings;
+    struct model_config config;
+    uint32_t context, k, activation_bytes;
+    uint32_t part_items_max, sample_rows_max;
+    uint64_t row_deadline_ns;
+    bool failed;
+
+    uint32_t *free_page; /* stack */
+    uint32_t free_pages, pages_total;
+    struct sequence **hash; /* [hash_size] */
+    uint32_t hash_size;
+    struct sequence_list waiting, done;
+    struct sequence **running; /* [max_sequences], NULL: number is free */
+    uint32_t runnings, done_max;
+    uint32_t decode_cursor, prefill_cursor;
+
+    struct batch batch;
+    uint64_t last_batch, last_tag;
+
+    /* Who holds what, of the adopted epoch. */
+    struct placement placement;
+    uint32_t *placement_first, *placement_holder, holders_capacity;
+    struct destination *destination; /* ascending id */
+    uint8_t *alive;
+    uint32_t *queued; /* items outstanding at each, recomputed for each plan */
+    uint32_t destinations, destinations_capacity;
+
+    /* Totals since start. */
+    uint64_t prompt_total, generated_total, steps, frames, rows, frames_resent, frames_stale;
+    uint64_t *load; /* [layers * experts] rows routed to each */
+    uint32_t load_cursor, load_heartbeats; /* heartbeats that still carry loads after the last change */
+    char description[192];
+};
+
+/* attention_sequence.c */
+void attention_on_submit(struct attention *self, const message *envelope, struct effects *out);
+void attention_on_poll(struct attention *self, const message *envelope, struct effects *out);
+void attention_on_cancel(struct attention *self, const message *envelope);
+void attention_cancel_gateway(struct attention *self, actor_id gateway);
+/* Moves waiting sequences that fit to the running ones; their pages join batch.clear. */
+void attention_admit(struct attention *self);
+void sequence_finish(struct sequence *sequence, Troupe__FinishReason reason, uint32_t stopped_by);
+/* A running sequence leaves: kept as DONE, or dropped if it was cancelled. Not while it is in a batch. */
+void attention_retire(struct attention *self, struct sequence *sequence);
+void attention_drop_all(struct attention *self);
+bool sequence_draws(const struct sequence *sequence); /* another token is wanted after the known ones */
+/* Appends a drawn token and decides whether the sequence is finished. */
+void attention_append(struct attention *self, struct sequence *sequence, uint32_t token);
+bool token_counts_add(struct token_counts *self, uint32_t token);
+
+/* attention_batch.c */
+bool batch_init(struct attention *self);
+void batch_free(struct attention *self);
+void batch_start(struct attention *self, uint64_t now_ns, struct effects *out); /* if idle and there is work */
+void batch_computed(struct attention *self, const struct program_result *result, uint64_t now_ns,
+                    struct effects *out);
+void batch_combine(struct attention *self, struct effects *out); /* all experts have answered */
+void batch_end(struct attention *self, struct effects *out);
+struct program *batch_program(struct attention *self, struct effects *out, enum program_kind kind,
+                              uint32_t layer);
+
+/* attention_dispatch.c */
+bool flight_init(struct attention *self);
+void flight_free(struct attention *self);
+void dispatch_adopt(struct attention *self, const Troupe__Commit *commit, uint64_t now_ns,
+                    struct effects *out);
+void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now_ns,
+                    struct effects *out);
+void dispatch_on_combine(struct attention *self, const struct frame *frame, uint64_t now_ns,
+                         struct effects *out);
+void dispatch_on_moved(struct attention *self, const struct frame_header *header, uint64_t now_ns,
+                       struct effects *out);
+void dispatch_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out);
+void dispatch_timer(struct attention *self, uint64_t now_ns, struct effects *out);
+/* Earliest deadline of the parts. */
+uint64_t parts_deadline(const struct part *part, uint32_t parts);
+/* The one place where replies are judged: the outstanding part that `header` answers, or NULL (counted as stale). */
+struct part *reply_part(struct attention *self, const struct frame_header *header, enum role role,
+                        struct part *part, uint32_t parts, struct effects *out);
+
+/* attention_sample.c */
+void sample_start(struct attention *self, uint64_t now_ns, struct effects *out);
+void sample_on_sampled(struct attention *self, const struct frame *frame, uint64_t now_ns,
+                       struct effects *out);
+void sample_adopt(struct attention *self, uint64_t now_ns, struct effects *out);
+void sample_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out);
+void sample_timer(struct attention *self, uint64_t now_ns, struct effects *out);
+
+/* attention_report.c */
+void report_batch(struct attention *self, struct effects *out); /* what the batch brought, per gateway */
+void report_sequence(struct attention *self, struct sequence *sequence, uint32_t first_token,
+                     uint32_t first_prompt, struct effects *out);
+void report_rejected(struct attention *self, actor_id gateway, uint64_t sequence, int code,
+                     bool unknown, const char *reason, struct effects *out);
+
+#endif

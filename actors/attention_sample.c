@@ -1,0 +1,355 @@
+/* The last rows of a batch to the samplers and their answers back.
+ *
+ * Questions are split over the live samplers by sequence, and into parts of bounded size; a row that asks for all its logits goes alone, and
+ * only a few of those are out at a time. A part without an answer is asked again, of another sampler if there is one: samplers keep no
+ * state, so the answer is the same.
+ *
+ * Invariants: 1. parts are disjoint ranges of batch.order that cover the questions; 2. a part's answer is taken once; 3. the batch ends
+ * when every part is answered. */
+#include "actors/attention.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#define PART_WORDS_MAX  65536u /* variable words in one frame of several rows */
+#define HEAVY_PARTS_MAX 4u     /* parts with whole rows of logits that are out at once */
+#define NEGATIVE_INFINITY_BITS 0xff800000u
+
+/* ---- what is asked ---- */
+
+static uint32_t forbidden_count(const struct attention *self, const struct sequence *sequence) {
+    if (sequence->tokens - sequence->prompt_tokens >= sequence->min_tokens)
+        return 0;
+    return sequence->stop_tokens + (sequence->ignore_eos ? 0 : self->config.eos_count);
+}
+
+static bool draws(const struct question *question) {
+    return (question->flags & SAMPLE_DRAW) != 0;
+}
+
+static bool is_heavy(const struct question *question) {
+    return (question->flags & SAMPLE_FULL_LOGITS) != 0;
+}
+
+static uint32_t question_words(const struct attention *self, const struct question *question) {
+    const struct sequence *sequence = question->sequence;
+    if (!draws(question))
+        return 0;
+    return 2 * (sequence->biases + forbidden_count(self, sequence)) + sequence->prompt_counts.count +
+           2 * sequence->output_counts.count;
+}
+
+static uint32_t *put_forbidden(uint32_t *word, uint32_t token) {
+    *word++ = token;
+    *word++ = NEGATIVE_INFINITY_BITS;
+    return word;
+}
+
+/* Writes the variable part of a question at `word`; returns its end. */
+static uint32_t *put_words(const struct attention *self, const struct sequence *sequence,
+                           struct sample_spec *spec, uint32_t *word) {
+    spec->bias_count = sequence->biases + forbidden_count(self, sequence);
+    spec->prompt_count = sequence->prompt_counts.count;
+    spec->output_count = sequence->output_counts.count;
+    memcpy(word, sequence->bias, 2 * (size_t)sequence->biases * sizeof *word);
+    word += 2 * sequence->biases;
+    if (forbidden_count(self, sequence) > 0) {
+        for (uint32_t i = 0; !sequence->ignore_eos && i < self->config.eos_count; i++)
+            word = put_forbidden(word, (uint32_t)self->config.eos[i]);
+        for (uint32_t i = 0; i < sequence->stop_tokens; i++)
+            word = put_forbidden(word, sequence->stop_token[i]);
+    }
+    for (uint32_t i = 0; i < sequence->prompt_counts.count; i++)
+        *word++ = sequence->prompt_counts.token[i];
+    for (uint32_t i = 0; i < sequence->output_counts.count; i++) {
+        *word++ = sequence->output_counts.token[i];
+        *word++ = sequence->output_counts.times[i];
+    }
+    return word;
+}
+
+static uint32_t *put_question(const struct attention *self, const struct question *question,
+                              struct sample_spec *spec, const uint32_t *words, uint32_t *word) {
+    const struct sequence *sequence = question->sequence;
+    *spec = sequence->sampling;
+    spec->flags = question->flags;
+    spec->target = question->target;
+    spec->counter = question->position + 1;
+    spec->top = (question->flags & SAMPLE_LOGPROBS) != 0 ? sequence->top_logprobs : 0;
+    spec->first_word = (uint32_t)(word - words);
+    return draws(question) ? put_words(self, sequence, spec, word) : word;
+}
+
+/* ---- parts ---- */
+
+static bool usable(const struct peer *peer) {
+    return peer->role == ROLE_SAMPLER && peer->state == TROUPE__ACTOR_STATE__STATE_READY &&
+           !peer->lost;
+}
+
+static uint32_t samplers(const struct attention *self) {
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < self->member.peers; i++)
+        count += usable(&self->member.peer[i]);
+    return count;
+}
+
+/* The next sampler in turn for each attempt. NULL: there is none. */
+static const struct peer *choose_sampler(const struct attention *self, const struct part *part) {
+    uint32_t count = samplers(self);
+    if (count == 0)
+        return NULL;
+    const struct batch *batch = &self->batch;
+    const struct sequence *sequence = batch->question[batch->order[part->first]].sequence;
+    uint32_t wanted = (sequence->number + part->attempt) % count;
+    for (uint32_t i = 0; i < self->member.peers; i++)
+        if (usable(&self->member.peer[i]) && wanted-- == 0)
+            return &self->member.peer[i];
+    return NULL;
+}
+
+static void send_sample(struct attention *self, struct part *part, uint64_t now_ns,
+                        struct effects *out) {
+    const struct batch *batch = &self->batch;
+    const uint32_t *order = batch->order + part->first;
+    uint32_t words = 0;
+    for (uint32_t i = 0; i < part->count; i++)
+        words += question_words(self, &batch->question[order[i]]);
+    size_t spec_bytes = part->count * sizeof(struct sample_spec);
+    uint8_t *prefix = effects_alloc(out, spec_bytes + (size_t)words * sizeof(uint32_t));
+    struct sample_spec *spec = (struct sample_spec *)prefix;
+    uint32_t *first = (uint32_t *)(prefix + spec_bytes), *word = first;
+    for (uint32_t i = 0; i < part->count; i++)
+        word = put_question(self, &batch->question[order[i]], &spec[i], first, word);
+    ASSERT((size_t)(word - first) == words);
+    struct effect *effect = effects_add(out, EFFECT_TRANSFER);
+    effect->transfer.header = (struct frame_header){
+        .kind = FRAME_SAMPLE,
+        .from = self->member.id,
+        .to = part->to,
+        .from_incarnation = self->member.identity.incarnation,
+        .to_incarnation = part->to_incarnation,
+        .epoch = self->member.epoch,
+        .batch = batch->number,
+        .attempt = part->attempt,
+        .part = (uint32_t)(part - batch->sample_part),
+        .rows = part->count,
+        .items = words,
+    };
+    effect->transfer.prefix = prefix;
+    effect->transfer.prefix_bytes = spec_bytes + (size_t)words * sizeof(uint32_t);
+    effect->transfer.region = REGION_FINAL;
+    effect->transfer.slot = batch->slot;
+    effect->transfer.index = effects_copy(out, order, part->count * sizeof *order);
+    effect->transfer.count = part->count;
+    part->state = PART_SENT;
+    part->deadline_ns = now_ns + self->row_deadline_ns;
+    self->frames++;
+    self->rows += part->count;
+}
+
+static bool part_heavy(const struct batch *batch, const struct part *part) {
+    return is_heavy(&batch->question[batch->order[part->first]]);
+}
+
+/* Sends every part that waits and may go now. */
+static void pump(struct attention *self, uint64_t now_ns, struct effects *out) {
+    struct batch *batch = &self->batch;
+    uint32_t heavy = 0;
+    for (uint32_t i = 0; i < batch->sample_parts; i++)
+        heavy += batch->sample_part[i].state == PART_SENT && part_heavy(batch, &batch->sample_part[i]);
+    for (uint32_t i = 0; i < batch->sample_parts; i++) {
+        struct part *part = &batch->sample_part[i];
+        if (part->state != PART_WAITING)
+            continue;
+        bool is_heavy_part = part_heavy(batch, part);
+        if (is_heavy_part && heavy >= HEAVY_PARTS_MAX)
+            continue;
+        const struct peer *peer = choose_sampler(self, part);
+        if (peer == NULL)
+            return; /* the next epoch may bring one */
+        part->to = peer->id;
+        part->to_incarnation = peer->incarnation;
+        send_sample(self, part, now_ns, out);
+        heavy += is_heavy_part;
+    }
+}
+
+/* A sequence whose penalties name more tokens than a frame can carry ends here rather than stop everybody. */
+static bool askable(struct attention *self, const struct question *question) {
+    struct sequence *sequence = question->sequence;
+    if (question_words(self, question) <= FRAME_ITEMS_MAX)
+        return true;
+    sequence_finish(sequence, TROUPE__FINISH_REASON__FINISH_ERROR, 0);
+    snprintf(sequence->error, sizeof sequence->error, "penalties over %u tokens, a frame holds %u words",
+             sequence->prompt_counts.count + sequence->output_counts.count, FRAME_ITEMS_MAX);
+    return false;
+}
+
+static void cut_parts(struct attention *self, uint32_t turn, uint32_t turns, uint64_t now_ns) {
+    struct batch *batch = &self->batch;
+    uint32_t words = 0;
+    struct part *open = NULL;
+    for (uint32_t i = 0; i < batch->questions; i++) {
+        const struct question *question = &batch->question[i];
+        if (question->sequence->number % turns != turn || !askable(self, question))
+            continue;
+        uint32_t more = question_words(self, question);
+        if (open == NULL || open->count == self->sample_rows_max || is_heavy(question) ||
+            part_heavy(batch, open) || words + more > PART_WORDS_MAX) {
+            open = &batch->sample_part[batch->sample_parts++];
+            *open = (struct part){.state = PART_WAITING,
+                                  .first = batch->sample_missing,
+                                  .deadline_ns = now_ns + self->row_deadline_ns};
+            words = 0;
+        }
+        batch->order[batch->sample_missing++] = i;
+        open->count++;
+        words += more;
+    }
+}
+
+void sample_start(struct attention *self, uint64_t now_ns, struct effects *out) {
+    struct batch *batch = &self->batch;
+    batch->phase = BATCH_SAMPLERS;
+    batch->sample_parts = batch->sample_missing = 0;
+    uint32_t turns = samplers(self);
+    if (turns == 0) {
+        effects_trace(out, TRACE_WARNING, "%u rows wait for a sampler", batch->questions);
+        turns = 1;
+    }
+    for (uint32_t turn = 0; turn < turns; turn++)
+        cut_parts(self, turn, turns, now_ns);
+    if (batch->sample_missing == 0)
+        batch_end(self, out);
+    else
+        pump(self, now_ns, out);
+}
+
+/* ---- answers ---- */
+
+static bool answer_fits(const struct attention *self, const struct question *question,
+                        const struct sample_result *result, uint32_t words) {
+    uint64_t end = (uint64_t)result->first_word + 2 * (uint64_t)result->top + result->logits;
+    uint32_t logits = is_heavy(question) ? self->config.vocabulary : 0;
+    uint32_t top = (question->flags & SAMPLE_LOGPROBS) != 0 ? question->sequence->top_logprobs : 0;
+    return result->token < self->config.vocabulary && result->top <= top &&
+           result->logits == logits && end <= words;
+}
+
+static bool answers_fit(const struct attention *self, const struct part *part,
+                        const struct sample_result *result, uint32_t words) {
+    const struct batch *batch = &self->batch;
+    for (uint32_t i = 0; i < part->count; i++)
+        if (!answer_fits(self, &batch->question[batch->order[part->first + i]], &result[i], words))
+            return false;
+    return true;
+}
+
+static void keep_entry(const struct sequence *sequence, struct entry *entry,
+                       struct top_entry *entry_top, uint32_t place,
+                       const struct sample_result *result, const uint32_t *words) {
+    entry[place] = (struct entry){result->token, result->logprob, result->rank, result->top};
+    memcpy(entry_top + (size_t)place * sequence->top_logprobs, words + result->first_word,
+           2 * (size_t)result->top * sizeof *words);
+}
+
+_Static_assert(sizeof(struct top_entry) == 2 * sizeof(uint32_t), "copied as words");
+
+static void take_answer(struct attention *self, const struct question *question,
+                        const struct sample_result *result, const uint32_t *words) {
+    struct sequence *sequence = question->sequence;
+    if (sequence->cancelled)
+        return;
+    if (question->position < sequence->prompt_entries) {
+        keep_entry(sequence, sequence->prompt_entry, sequence->prompt_top, question->position, result,
+                   words);
+        if (is_heavy(question))
+            memcpy(sequence->prompt_logits + (size_t)question->position * self->config.vocabulary,
+                   words + result->first_word + 2 * (size_t)result->top,
+                   result->logits * sizeof(float));
+    }
+    if (!draws(question))
+        return;
+    if (sequence->entry != NULL)
+        keep_entry(sequence, sequence->entry, sequence->entry_top,
+                   sequence->tokens - sequence->given_tokens, result, words);
+    attention_append(self, sequence, result->token);
+}
+
+static void ask_again(struct attention *self, struct part *part) {
+    part->state = PART_WAITING;
+    part->attempt++;
+    self->frames_resent++;
+}
+
+void sample_on_sampled(struct attention *self, const struct frame *frame, uint64_t now_ns,
+                       struct effects *out) {
+    struct batch *batch = &self->batch;
+    const struct frame_header *header = frame->header;
+    struct part *part =
+        reply_part(self, header, ROLE_SAMPLER, batch->sample_part, batch->sample_parts, out);
+    if (part == NULL)
+        return;
+    const struct sample_result *result = (const struct sample_result *)frame->payload;
+    const uint32_t *words = (const uint32_t *)(result + header->rows);
+    if (header->rows != part->count || !answers_fit(self, part, result, header->items)) {
+        effects_trace(out, TRACE_ERROR, "the reply of actor %u to %u rows does not fit; asking again",
+                      header->from, part->count);
+        ask_again(self, part);
+        part->deadline_ns = now_ns + self->row_deadline_ns;
+        pump(self, now_ns, out);
+        return;
+    }
+    for (uint32_t i = 0; i < part->count; i++)
+        take_answer(self, &batch->question[batch->order[part->first + i]], &result[i], words);
+    part->state = PART_FREE;
+    batch->sample_missing -= part->count;
+    if (batch->sample_missing == 0)
+        batch_end(self, out);
+    else
+        pump(self, now_ns, out);
+}
+
+/* ---- changes around ---- */
+
+void sample_adopt(struct attention *self, uint64_t now_ns, struct effects *out) {
+    struct batch *batch = &self->batch;
+    if (batch->phase != BATCH_SAMPLERS)
+        return;
+    for (uint32_t i = 0; i < batch->sample_parts; i++) {
+        struct part *part = &batch->sample_part[i];
+        const struct peer *peer = member_peer(&self->member, part->to);
+        if (part->state == PART_SENT && (peer == NULL || peer->incarnation != part->to_incarnation))
+            ask_again(self, part);
+    }
+    pump(self, now_ns, out);
+}
+
+void sample_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out) {
+    struct batch *batch = &self->batch;
+    if (batch->phase != BATCH_SAMPLERS)
+        return;
+    for (uint32_t i = 0; i < batch->sample_parts; i++)
+        if (batch->sample_part[i].state == PART_SENT && batch->sample_part[i].to == id)
+            ask_again(self, &batch->sample_part[i]);
+    pump(self, now_ns, out);
+}
+
+void sample_timer(struct attention *self, uint64_t now_ns, struct effects *out) {
+    struct batch *batch = &self->batch;
+    if (batch->phase != BATCH_SAMPLERS || parts_deadline(batch->sample_part, batch->sample_parts) > now_ns)
+        return;
+    for (uint32_t i = 0; i < self->member.peers; i++)
+        if (self->member.peer[i].role == ROLE_SAMPLER)
+            self->member.peer[i].lost = false; /* believe in it again rather than wait for ever */
+    for (uint32_t i = 0; i < batch->sample_parts; i++) {
+        struct part *part = &batch->sample_part[i];
+        if (part->state == PART_FREE || part->deadline_ns > now_ns)
+            continue;
+        if (part->state == PART_SENT)
+            ask_again(self, part);
+        part->deadline_ns = now_ns + self->row_deadline_ns;
+    }
+    pump(self, now_ns, out);
+}

@@ -1,0 +1,395 @@
+/* An expert actor: holds weights of (layer, expert) pairs and computes rows for attention actors. No request state at all.
+ *
+ * Each pair:  ABSENT -> (ASSIGN) LOADING -> HELD -> (RELEASE) ABSENT;   LOADING -> (RELEASE) DOOMED -> ABSENT once it has loaded.
+ * Operations of the coordinator are numbered; only the newest counts, older ones that arrive late are ignored, the newest repeated gives
+ * READY again.
+ *
+ * Invariants: 1. at most LOADS_MAX loads are outstanding; 2. rows are computed only for held pairs, otherwise MOVED is answered; 3. every frame
+ * is answered to the incarnation that sent it, with its batch, layer, part and attempt. */
+#include "actors/actors.h"
+#include "actors/member.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LOADS_MAX   4u
+#define RUNNING_MAX 64u /* frames whose programs have not completed */
+
+enum pair_state { PAIR_ABSENT, PAIR_WANTED, PAIR_LOADING, PAIR_DOOMED, PAIR_HELD };
+enum operation_state { OPERATION_NONE, OPERATION_WORKING, OPERATION_DONE, OPERATION_FAILED };
+
+struct running {
+    struct frame_header header;
+    uint64_t tag, since_ns;
+};
+
+struct expert {
+    struct actor actor;
+    struct member member;
+    struct model_config config;
+    uint32_t frame_items_max, row_bytes;
+    uint8_t *pair;       /* [layers * experts] enum pair_state */
+    uint32_t *pair_bytes_kib; /* [layers * experts] of held pairs, rounded up */
+    uint32_t pairs, loading, held;
+    uint32_t wanted;        /* pairs in PAIR_WANTED */
+    uint32_t next_wanted;   /* where the search for the next load starts */
+    uint64_t operation;
+    enum operation_state state;
+    char error[256];
+    uint64_t memory_kib;
+    struct running running[RUNNING_MAX];
+    uint32_t first_running, runnings;
+    uint64_t last_tag, frames, rows, busy_ns;
+    char description[128];
+};
+
+static bool in_model(const struct expert *self, uint32_t layer, uint32_t expert) {
+    return layer < self->config.layers && expert < self->config.experts &&
+           model_layer_is_moe(&self->config, layer);
+}
+
+static uint32_t place_of(const struct expert *self, uint32_t layer, uint32_t expert) {
+    return layer * self->config.experts + expert;
+}
+
+/* ---- operations of the coordinator ---- */
+
+static void send_ready(struct expert *self, struct effects *out) {
+    Troupe__Ready ready = TROUPE__READY__INIT;
+    ready.operation = self->operation;
+    ready.ok = self->state == OPERATION_DONE;
+    ready.error = self->error;
+    ready.bytes = self->memory_kib * 1024;
+    message envelope = member_envelope(&self->member);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_READY;
+    envelope.ready = &ready;
+    effects_send(out, ACTOR_COORDINATOR, &envelope);
+}
+
+static void fail_operation(struct expert *self, const char *why, struct effects *out) {
+    self->state = OPERATION_FAILED;
+    snprintf(self->error, sizeof self->error, "%s", why);
+    for (uint32_t i = 0; i < self->pairs; i++)
+        if (self->pair[i] == PAIR_WANTED)
+            self->pair[i] = PAIR_ABSENT;
+    self->wanted = 0;
+    effects_trace(out, TRACE_ERROR, "operation %llu failed: %s", (unsigned long long)self->operation,
+                  why);
+    send_ready(self, out);
+}
+
+static void load_next(struct expert *self, struct effects *out) {
+    while (self->wanted > 0 && self->loading < LOADS_MAX) {
+        while (self->pair[self->next_wanted] != PAIR_WANTED)
+            self->next_wanted = (self->next_wanted + 1) % self->pairs;
+        uint32_t place = self->next_wanted;
+        self->pair[place] = PAIR_LOADING;
+        self->wanted--;
+        self->loading++;
+        struct effect *effect = effects_add(out, EFFECT_LOAD);
+        effect->load.layer = place / self->config.experts;
+        effect->load.expert = place % self->config.experts;
+        effect->load.operation = self->operation;
+    }
+}
+
+/* An operation is complete when nothing it asked for is still to come. */
+static void check_complete(struct expert *self, struct effects *out) {
+    if (self->state != OPERATION_WORKING || self->wanted > 0)
+        return;
+    for (uint32_t i = 0; self->loading > 0 && i < self->pairs; i++)
+        if (self->pair[i] == PAIR_LOADING)
+            return;
+    self->state = OPERATION_DONE;
+    effects_trace(out, TRACE_INFO, "operation %llu done: %u experts held",
+                  (unsigned long long)self->operation, self->held);
+    send_ready(self, out);
+}
+
+/* True if the operation is new; the newest one said again is answered with what came of it. */
+static bool begin_operation(struct expert *self, uint64_t operation, struct effects *out) {
+    if (operation == self->operation && self->state >= OPERATION_DONE)
+        send_ready(self, out);
+    if (operation <= self->operation)
+        return false;
+    self->operation = operation;
+    self->state = OPERATION_WORKING;
+    self->error[0] = '\0';
+    for (uint32_t i = 0; i < self->pairs; i++)
+        if (self->pair[i] == PAIR_WANTED)
+            self->pair[i] = PAIR_ABSENT;
+    self->wanted = 0;
+    return true;
+}
+
+static void want(struct expert *self, uint32_t place) {
+    if (self->pair[place] == PAIR_ABSENT) {
+        self->pair[place] = PAIR_WANTED;
+        self->wanted++;
+    } else if (self->pair[place] == PAIR_DOOMED) {
+        self->pair[place] = PAIR_LOADING;
+    }
+}
+
+static void on_assign(struct expert *self, const Troupe__Assign *assign, struct effects *out) {
+    if (!begin_operation(self, assign->operation, out))
+        return;
+    for (size_t i = 0; i < assign->n_layer; i++) {
+        if (!in_model(self, assign->layer[i], assign->expert[i])) {
+            char why[128];
+            snprintf(why, sizeof why, "layer %u expert %u is not one of the model's %u x %u",
+                     assign->layer[i], assign->expert[i], self->config.layers, self->config.experts);
+            fail_operation(self, why, out);
+            return;
+        }
+        want(self, place_of(self, assign->layer[i], assign->expert[i]));
+    }
+    load_next(self, out);
+    check_complete(self, out);
+}
+
+static void drop(struct expert *self, uint32_t place, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_UNLOAD);
+    effect->load.layer = place / self->config.experts;
+    effect->load.expert = place % self->config.experts;
+    effect->load.operation = self->operation;
+    self->pair[place] = PAIR_ABSENT;
+}
+
+static void release_place(struct expert *self, uint32_t place, struct effects *out) {
+    if (self->pair[place] == PAIR_LOADING) {
+        self->pair[place] = PAIR_DOOMED;
+    } else if (self->pair[place] == PAIR_HELD) {
+        self->held--;
+        self->memory_kib -= self->pair_bytes_kib[place];
+        drop(self, place, out);
+    }
+}
+
+static void on_release(struct expert *self, const Troupe__Release *release, struct effects *out) {
+    if (!begin_operation(self, release->operation, out))
+        return;
+    for (size_t i = 0; i < release->n_layer; i++)
+        if (in_model(self, release->layer[i], release->expert[i]))
+            release_place(self, place_of(self, release->layer[i], release->expert[i]), out);
+    check_complete(self, out);
+}
+
+static void on_loaded(struct expert *self, const struct event *event, struct effects *out) {
+    if (!in_model(self, event->loaded.layer, event->loaded.expert))
+        return;
+    uint32_t place = place_of(self, event->loaded.layer, event->loaded.expert);
+    if (self->pair[place] != PAIR_LOADING && self->pair[place] != PAIR_DOOMED)
+        return;
+    bool doomed = self->pair[place] == PAIR_DOOMED;
+    self->loading--;
+    if (event->loaded.error < 0) {
+        self->pair[place] = PAIR_ABSENT;
+        if (!doomed && self->state == OPERATION_WORKING)
+            fail_operation(self, event->loaded.text != NULL ? event->loaded.text : "loading failed",
+                           out);
+    } else if (doomed) {
+        drop(self, place, out);
+    } else {
+        self->pair[place] = PAIR_HELD;
+        self->pair_bytes_kib[place] = (uint32_t)((event->loaded.bytes + 1023) / 1024);
+        self->memory_kib += self->pair_bytes_kib[place];
+        self->held++;
+    }
+    load_next(self, out);
+    check_complete(self, out);
+}
+
+/* ---- rows ---- */
+
+/* Header of an answer: everything that tells what is answered comes from the question. */
+static struct frame_header answer_header(const struct expert *self, enum frame_kind kind,
+                                         const struct frame_header *question) {
+    return (struct frame_header){
+        .kind = (uint16_t)kind,
+        .from = self->member.id,
+        .to = question->from,
+        .from_incarnation = self->member.identity.incarnation,
+        .to_incarnation = question->from_incarnation,
+        .epoch = question->epoch,
+        .batch = question->batch,
+        .layer = question->layer,
+        .attempt = question->attempt,
+        .part = question->part,
+    };
+}
+
+static void send_moved(struct expert *self, const struct frame_header *question, uint32_t expert,
+                       struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_TRANSFER);
+    effect->transfer.header = answer_header(self, FRAME_MOVED, question);
+    effect->transfer.header.detail = expert;
+    effects_trace(out, TRACE_INFO, "answered MOVED for layer %u expert %u to actor %u",
+                  question->layer, expert, question->from);
+}
+
+/* Why a frame cannot be computed here, NULL if it can. */
+static const char *refuse(const struct expert *self, const struct frame_header *header) {
+    if (member_frame_sender(&self->member, header, ROLE_ATTENTION) == NULL)
+        return "its sender is unknown or meant another incarnation";
+    if (header->row_bytes != self->row_bytes)
+        return "its rows have another size than this model's";
+    if (header->items > self->frame_items_max || header->rows > self->frame_items_max)
+        return "it has more items than frame_rows allows";
+    if (header->items == 0 || header->rows == 0)
+        return "it is empty";
+    if (self->runnings == RUNNING_MAX)
+        return "too many frames are in work";
+    return NULL;
+}
+
+static void on_dispatch(struct expert *self, const struct frame *frame, uint64_t now_ns,
+                        struct effects *out) {
+    const struct frame_header *header = frame->header;
+    const char *why = refuse(self, header);
+    if (why != NULL) {
+        effects_trace(out, TRACE_WARNING, "dropped a dispatch of actor %u (%u rows of %u bytes): %s",
+                      header->from, header->rows, header->row_bytes, why);
+        return;
+    }
+    const struct frame_group *group = frame_groups(frame);
+    for (uint32_t i = 0; i < header->groups; i++)
+        if (!in_model(self, header->layer, group[i].expert) ||
+            self->pair[place_of(self, header->layer, group[i].expert)] != PAIR_HELD) {
+            send_moved(self, header, group[i].expert, out);
+            return;
+        }
+    struct running *running =
+        &self->running[(self->first_running + self->runnings++) % RUNNING_MAX];
+    *running = (struct running){*header, ++self->last_tag, now_ns};
+    struct effect *effect = effects_add(out, EFFECT_COMPUTE);
+    effect->compute = (struct program){
+        .kind = PROGRAM_EXPERT,
+        .layer = header->layer,
+        .rows = header->rows,
+        .items = header->items,
+        .groups = header->groups,
+        .group = group,
+        .item_row = frame_item_rows(frame),
+        .payload = frame_rows(frame),
+        .tag = running->tag,
+    };
+}
+
+static void on_computed(struct expert *self, const struct program_result *result, uint64_t now_ns,
+                        struct effects *out) {
+    struct running *running = &self->running[self->first_running];
+    if (self->runnings == 0 || running->tag != result->tag)
+        return;
+    self->first_running = (self->first_running + 1) % RUNNING_MAX;
+    self->runnings--;
+    if (result->error < 0) { /* the sender asks again, or somebody else */
+        effects_trace(out, TRACE_ERROR, "computing layer %u failed: %s", running->header.layer,
+                      error_name(result->error));
+        return;
+    }
+    self->frames++;
+    self->rows += running->header.items;
+    self->busy_ns += now_ns - running->since_ns;
+    struct effect *effect = effects_add(out, EFFECT_TRANSFER);
+    effect->transfer.header = answer_header(self, FRAME_COMBINE, &running->header);
+    effect->transfer.header.items = running->header.items;
+    effect->transfer.region = REGION_EXPERT_OUTPUT;
+    effect->transfer.count = running->header.items;
+}
+
+/* ---- events ---- */
+
+static void send_heartbeat(struct expert *self, uint64_t now_ns, struct effects *out) {
+    Troupe__Heartbeat heartbeat = TROUPE__HEARTBEAT__INIT;
+    heartbeat.state = self->state == OPERATION_WORKING ? TROUPE__ACTOR_STATE__STATE_LOADING
+                                                       : TROUPE__ACTOR_STATE__STATE_READY;
+    heartbeat.memory_bytes = self->memory_kib * 1024;
+    heartbeat.frames = self->frames;
+    heartbeat.rows = self->rows;
+    heartbeat.busy_ns = self->busy_ns;
+    member_heartbeat(&self->member, &heartbeat, now_ns, out);
+}
+
+static void on_message(struct expert *self, const message *envelope, struct effects *out) {
+    if (envelope->from == ACTOR_COORDINATOR &&
+        envelope->body_case == TROUPE__ENVELOPE__BODY_ASSIGN)
+        on_assign(self, envelope->assign, out);
+    else if (envelope->from == ACTOR_COORDINATOR &&
+             envelope->body_case == TROUPE__ENVELOPE__BODY_RELEASE)
+        on_release(self, envelope->release, out);
+    else
+        effects_trace(out, TRACE_WARNING, "ignored a message of kind %d from actor %u",
+                      envelope->body_case, envelope->from);
+}
+
+static void expert_step(struct actor *actor, const struct event *event, uint64_t now_ns,
+                        struct effects *out) {
+    struct expert *self = (struct expert *)actor;
+    uint32_t news = member_step(&self->member, event, now_ns, out);
+    if ((news & MEMBER_EXIT) != 0)
+        return;
+    if ((news & (MEMBER_DONE | MEMBER_COMMITTED)) == 0) {
+        if (event->kind == EVENT_MESSAGE)
+            on_message(self, event->message, out);
+        else if (event->kind == EVENT_FRAME && event->frame->header->kind == FRAME_DISPATCH)
+            on_dispatch(self, event->frame, now_ns, out);
+        else if (event->kind == EVENT_COMPUTED)
+            on_computed(self, event->computed, now_ns, out);
+        else if (event->kind == EVENT_LOADED)
+            on_loaded(self, event, out);
+    }
+    if ((news & MEMBER_HEARTBEAT) != 0)
+        send_heartbeat(self, now_ns, out);
+}
+
+static uint64_t expert_deadline(const struct actor *actor) {
+    return member_deadline(&((const struct expert *)actor)->member);
+}
+
+static const char *expert_describe(struct actor *actor) {
+    struct expert *self = (struct expert *)actor;
+    snprintf(self->description, sizeof self->description,
+             "held=%u loading=%u wanted=%u running=%u frames=%llu rows=%llu", self->held,
+             self->loading, self->wanted, self->runnings, (unsigned long long)self->frames,
+             (unsigned long long)self->rows);
+    return self->description;
+}
+
+static void expert_destroy(struct actor *actor) {
+    struct expert *self = (struct expert *)actor;
+    free(self->pair);
+    free(self->pair_bytes_kib);
+    member_free(&self->member);
+    free(self);
+}
+
+static const struct actor_class EXPERT_CLASS = {
+    .role = ROLE_EXPERT,
+    .step = expert_step,
+    .deadline = expert_deadline,
+    .destroy = expert_destroy,
+    .describe = expert_describe,
+};
+
+struct actor *expert_create(const struct actor_identity *identity, const struct settings *settings,
+                            const struct model_config *config, uint64_t capacity_bytes) {
+    struct expert *self = calloc(1, sizeof *self);
+    if (self == NULL)
+        return NULL;
+    self->actor.class = &EXPERT_CLASS;
+    self->config = *config;
+    self->frame_items_max = settings->frame_rows;
+    self->pairs = config->layers * config->experts;
+    self->pair = calloc((size_t)self->pairs + 1, sizeof *self->pair);
+    self->pair_bytes_kib = calloc((size_t)self->pairs + 1, sizeof *self->pair_bytes_kib);
+    if (self->pair == NULL || self->pair_bytes_kib == NULL ||
+        !member_init(&self->member, identity, settings, capacity_bytes, 0,
+                     ROLE_BIT(ROLE_ATTENTION))) {
+        expert_destroy(&self->actor);
+        return NULL;
+    }
+    self->row_bytes = config->hidden * identity_activation_bytes(&self->member.identity);
+    return &self->actor;
+}

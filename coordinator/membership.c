@@ -1,0 +1,386 @@
+/* Who is there: from HELLO to loss, and the epochs that say so to everybody.
+ *
+ *   a seat:   (HELLO, checked) listed as JOINING -> READY, when itself and all who must know it have adopted an epoch that lists it
+ *             -> removed: process ended, heartbeats missed, or the same name said HELLO in a new incarnation
+ *
+ * Who must know whom: an attention actor's rows go to experts and samplers, which answer only those they know; a gateway's requests
+ * go to attention actors. So an attention actor becomes READY after the ready experts and samplers have adopted it, a gateway after the
+ * ready attention actors have; nobody waits for anybody else.
+ *
+ * Invariants: 1. ids are never given twice; 2. an epoch is never changed once published, its number only grows; 3. an incarnation that was
+ * removed never becomes a member again (it is told to end); 4. `serving` is true only if every (layer, expert) has a ready holder and a ready
+ * attention actor and sampler exist. */
+#include "coordinator/coordinator.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/wire.h"
+
+/* ---- seats ---- */
+
+struct seat *seat_find(const struct coordinator *self, actor_id id) {
+    uint32_t low = 0, high = self->seats;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (self->seat[middle].id < id)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < self->seats && self->seat[low].id == id ? &self->seat[low] : NULL;
+}
+
+static struct seat *find_incarnation(const struct coordinator *self, uint64_t incarnation) {
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].incarnation == incarnation)
+            return &self->seat[i];
+    return NULL;
+}
+
+static const struct ghost *find_ghost(const struct coordinator *self, uint64_t incarnation) {
+    for (uint32_t i = 0; i < GHOSTS_MAX; i++)
+        if (self->ghost[i].incarnation == incarnation)
+            return &self->ghost[i];
+    return NULL;
+}
+
+static void seat_free(struct seat *seat) {
+    free(seat->name);
+    free(seat->load);
+    free(seat->assigned);
+}
+
+void membership_free(struct coordinator *self) {
+    for (uint32_t i = 0; i < self->seats; i++)
+        seat_free(&self->seat[i]);
+    self->seats = 0;
+}
+
+static char *put_string(char **at, const char *text) {
+    char *ret = *at;
+    size_t size = strlen(text) + 1;
+    memcpy(ret, text, size);
+    *at += size;
+    return ret;
+}
+
+/* Everything that a seat owns; false: no memory, and nothing is owned. */
+static bool seat_fill(const struct coordinator *self, struct seat *seat, const Troupe__Hello *hello) {
+    memset(seat, 0, sizeof *seat);
+    char *at = malloc(strlen(hello->name) + strlen(hello->control_address) +
+                      strlen(hello->data_address) + strlen(hello->host) + 4);
+    seat->role = (enum role)hello->role;
+    if (seat->role == ROLE_ATTENTION)
+        seat->load = calloc((size_t)self->pairs + 1, sizeof *seat->load);
+    if (seat->role == ROLE_EXPERT)
+        seat->assigned = calloc((size_t)self->pairs + 1, sizeof *seat->assigned);
+    if (at == NULL || (seat->role == ROLE_ATTENTION && seat->load == NULL) ||
+        (seat->role == ROLE_EXPERT && seat->assigned == NULL)) {
+        free(at);
+        free(seat->load);
+        free(seat->assigned);
+        return false;
+    }
+    seat->name = put_string(&at, hello->name);
+    seat->control_address = put_string(&at, hello->control_address);
+    seat->data_address = put_string(&at, hello->data_address);
+    seat->host = put_string(&at, hello->host);
+    seat->pid = hello->pid;
+    seat->capacity = self->pairs;
+    if (hello->capacity_bytes > 0 && hello->capacity_bytes / self->expert_bytes < self->pairs)
+        seat->capacity = (uint32_t)(hello->capacity_bytes / self->expert_bytes);
+    return true;
+}
+
+/* ---- messages about membership ---- */
+
+static void connect_to(actor_id id, enum role role, uint64_t incarnation, const char *control_address,
+                       const char *data_address, const char *host, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_CONNECT);
+    effect->connect.id = id;
+    effect->connect.role = role;
+    effect->connect.incarnation = incarnation;
+    effect->connect.control_address = effects_copy(out, control_address, strlen(control_address) + 1);
+    effect->connect.data_address = effects_copy(out, data_address, strlen(data_address) + 1);
+    effect->connect.host = effects_copy(out, host, strlen(host) + 1);
+}
+
+static void disconnect_from(actor_id id, enum role role, uint64_t incarnation, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_DISCONNECT);
+    effect->connect.id = id;
+    effect->connect.role = role;
+    effect->connect.incarnation = incarnation;
+}
+
+static void send_welcome(const struct coordinator *self, const struct seat *seat,
+                         struct effects *out) {
+    Troupe__Welcome welcome = TROUPE__WELCOME__INIT;
+    welcome.id = seat->id;
+    welcome.heartbeat_interval_ns = self->heartbeat_ns;
+    welcome.incarnation = seat->incarnation;
+    message envelope = coordinator_envelope(self);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_WELCOME;
+    envelope.welcome = &welcome;
+    effects_send(out, seat->id, &envelope);
+}
+
+/* To somebody who is no member: the connection lasts for this one message. */
+static void send_refused(const struct coordinator *self, actor_id id, uint64_t incarnation,
+                         const char *control_address, const char *reason, struct effects *out) {
+    Troupe__Refused refused = TROUPE__REFUSED__INIT;
+    refused.reason = (char *)reason;
+    refused.incarnation = incarnation;
+    message envelope = coordinator_envelope(self);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_REFUSED;
+    envelope.refused = &refused;
+    connect_to(id, ROLE_NONE, incarnation, control_address, "", "", out);
+    effects_send(out, id, &envelope);
+    disconnect_from(id, ROLE_NONE, incarnation, out);
+}
+
+void membership_on_stranger(struct coordinator *self, const message *envelope, struct effects *out) {
+    const struct ghost *ghost = find_ghost(self, envelope->from_incarnation);
+    effects_trace(out, TRACE_WARNING, "ignored %s of actor %u, %s", wire_name(envelope),
+                  envelope->from, ghost != NULL ? "which was removed" : "which is no member");
+    if (ghost != NULL && envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT)
+        send_refused(self, ghost->id, ghost->incarnation, ghost->control_address,
+                     "removed from the troupe after missed heartbeats; start again to join", out);
+}
+
+/* ---- HELLO ---- */
+
+static int check_hello(const struct coordinator *self, const message *envelope,
+                       struct failure *failure) {
+    const Troupe__Hello *hello = envelope->hello;
+    if (hello->role < TROUPE__ROLE__ROLE_GATEWAY || hello->role > TROUPE__ROLE__ROLE_CONTROL)
+        return fail(failure, ERR_INVALID, "role %d can not join a troupe", hello->role);
+    if (envelope->protocol_version != WIRE_PROTOCOL_VERSION)
+        return fail(failure, ERR_VERSION, "protocol version %u expected, found %u",
+                    WIRE_PROTOCOL_VERSION, envelope->protocol_version);
+    bool serves = hello->role != TROUPE__ROLE__ROLE_CONTROL;
+    if ((serves || hello->model_fingerprint[0] != '\0') &&
+        strcmp(hello->model_fingerprint, self->identity.model_fingerprint) != 0)
+        return fail(failure, ERR_VERSION,
+                    "the troupe serves the model with fingerprint %s, found %s: start every actor with "
+                    "the same model directory",
+                    self->identity.model_fingerprint, hello->model_fingerprint);
+    if ((serves || hello->numerics[0] != '\0') &&
+        strcmp(hello->numerics, self->identity.numerics) != 0)
+        return fail(failure, ERR_VERSION, "the troupe computes in %s, found %s: start every actor with "
+                    "the same --numerics", self->identity.numerics, hello->numerics);
+    if (self->seats == ACTORS_MAX - 2)
+        return fail(failure, ERR_BUSY, "the troupe has %u members already", self->seats);
+    return 0;
+}
+
+static void replace_namesake(struct coordinator *self, const Troupe__Hello *hello, uint64_t now_ns,
+                             struct effects *out) {
+    if (hello->name[0] == '\0' || hello->role == TROUPE__ROLE__ROLE_CONTROL)
+        return;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (strcmp(self->seat[i].name, hello->name) == 0 &&
+            self->seat[i].role == (enum role)hello->role) {
+            membership_remove(self, &self->seat[i], "it has been started again", now_ns, out);
+            return;
+        }
+}
+
+void membership_on_hello(struct coordinator *self, const message *envelope, uint64_t now_ns,
+                         struct effects *out) {
+    const Troupe__Hello *hello = envelope->hello;
+    struct seat *known = find_incarnation(self, envelope->from_incarnation);
+    if (known != NULL) {
+        known->heard_ns = now_ns;
+        send_welcome(self, known, out);
+        return;
+    }
+    if (find_ghost(self, envelope->from_incarnation) != NULL) {
+        membership_on_stranger(self, envelope, out);
+        return;
+    }
+    struct failure failure = {0};
+    struct seat seat;
+    if (check_hello(self, envelope, &failure) == 0) {
+        replace_namesake(self, hello, now_ns, out);
+        if (!seat_fill(self, &seat, hello))
+            fail(&failure, ERR_NO_MEMORY, "the coordinator has no memory for another member");
+    }
+    if (failure.code < 0) {
+        effects_trace(out, TRACE_ERROR, "refused %s: %s", hello->name, failure.text);
+        send_refused(self, self->last_id + 1, envelope->from_incarnation, hello->control_address,
+                     failure.text, out);
+        return;
+    }
+    seat.id = ++self->last_id;
+    seat.incarnation = envelope->from_incarnation;
+    seat.heard_ns = now_ns;
+    self->seat[self->seats++] = seat; /* ids ascend */
+    self->changed = true;
+    effects_trace(out, TRACE_INFO, "%s joined as actor %u", seat.name, seat.id);
+    connect_to(seat.id, seat.role, seat.incarnation, seat.control_address, seat.data_address,
+               seat.host, out);
+    send_welcome(self, &seat, out);
+    if (seat.role == ROLE_EXPERT && self->place_at_ns == NEVER)
+        self->place_at_ns = now_ns + (uint64_t)self->settings.join_wait_ms * 1000000u;
+    if (seat.role == ROLE_EXPERT)
+        copies_plan(self, now_ns, out);
+}
+
+/* ---- loss ---- */
+
+void membership_remove(struct coordinator *self, struct seat *seat, const char *why, uint64_t now_ns,
+                       struct effects *out) {
+    effects_trace(out, TRACE_WARNING, "removed %s (actor %u): %s", seat->name, seat->id, why);
+    struct ghost *ghost = &self->ghost[self->next_ghost++ % GHOSTS_MAX];
+    ghost->id = seat->id;
+    ghost->incarnation = seat->incarnation;
+    snprintf(ghost->control_address, sizeof ghost->control_address, "%s", seat->control_address);
+    disconnect_from(seat->id, seat->role, seat->incarnation, out);
+    statistics_forget(self, seat);
+    enum role role = seat->role;
+    if (role == ROLE_EXPERT)
+        copies_forget(self, seat->id);
+    seat_free(seat);
+    uint32_t place = (uint32_t)(seat - self->seat);
+    self->seats--;
+    memmove(seat, seat + 1, (self->seats - place) * sizeof *seat);
+    self->changed = true;
+    if (role == ROLE_EXPERT)
+        copies_plan(self, now_ns, out);
+}
+
+void membership_timer(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    for (uint32_t i = self->seats; i-- > 0;)
+        if (now_ns >= self->seat[i].heard_ns + self->lost_after_ns)
+            membership_remove(self, &self->seat[i], "its heartbeats stay away", now_ns, out);
+}
+
+uint64_t membership_deadline(const struct coordinator *self) {
+    uint64_t deadline = NEVER;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].heard_ns + self->lost_after_ns < deadline)
+            deadline = self->seat[i].heard_ns + self->lost_after_ns;
+    return deadline;
+}
+
+/* ---- epochs ---- */
+
+Troupe__Member *membership_member(const struct seat *seat, struct effects *out) {
+    Troupe__Member *member = effects_alloc(out, sizeof *member);
+    troupe__member__init(member);
+    member->id = seat->id;
+    member->incarnation = seat->incarnation;
+    member->role = (Troupe__Role)seat->role;
+    member->control_address = seat->control_address;
+    member->data_address = seat->data_address;
+    member->host = seat->host;
+    member->name = seat->name;
+    member->state = seat->ready ? TROUPE__ACTOR_STATE__STATE_READY : TROUPE__ACTOR_STATE__STATE_JOINING;
+    return member;
+}
+
+Troupe__Commit *membership_commit(const struct coordinator *self, struct effects *out) {
+    Troupe__Commit *commit = effects_alloc(out, sizeof *commit);
+    troupe__commit__init(commit);
+    commit->epoch = self->epoch;
+    commit->serving = self->serving;
+    commit->n_member = self->seats;
+    commit->member = effects_alloc(out, self->seats * sizeof *commit->member);
+    for (uint32_t i = 0; i < self->seats; i++)
+        commit->member[i] = membership_member(&self->seat[i], out);
+    commit->layer = effects_alloc(out, self->pairs * sizeof *commit->layer);
+    commit->expert = effects_alloc(out, self->pairs * sizeof *commit->expert);
+    commit->holder = effects_alloc(out, self->pairs * sizeof *commit->holder);
+    size_t count = 0;
+    for (uint32_t pair = 0; pair < self->pairs; pair++) {
+        if (!seat_serves(self, self->active[pair]))
+            continue;
+        commit->layer[count] = pair / self->config.experts;
+        commit->expert[count] = pair % self->config.experts;
+        commit->holder[count++] = self->active[pair];
+    }
+    commit->n_layer = commit->n_expert = commit->n_holder = count;
+    return commit;
+}
+
+static void send_commit(const struct coordinator *self, struct seat *seat, Troupe__Commit *commit,
+                        uint64_t now_ns, struct effects *out) {
+    message envelope = coordinator_envelope(self);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_COMMIT;
+    envelope.commit = commit;
+    effects_send(out, seat->id, &envelope);
+    seat->commit_sent_ns = now_ns;
+}
+
+/* All ready members of the role have adopted an epoch that lists `seat`. */
+static bool known_to(const struct coordinator *self, const struct seat *seat, enum role role) {
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].role == role && self->seat[i].ready &&
+            self->seat[i].acknowledged_epoch < seat->introduced_epoch)
+            return false;
+    return true;
+}
+
+static bool may_be_ready(const struct coordinator *self, const struct seat *seat) {
+    if (seat->introduced_epoch == 0 || seat->acknowledged_epoch < seat->introduced_epoch)
+        return false;
+    switch (seat->role) {
+    case ROLE_ATTENTION:
+        return known_to(self, seat, ROLE_EXPERT) && known_to(self, seat, ROLE_SAMPLER);
+    case ROLE_GATEWAY:
+    case ROLE_CONTROL:
+        return known_to(self, seat, ROLE_ATTENTION);
+    default:
+        return true;
+    }
+}
+
+static bool has_ready(const struct coordinator *self, enum role role) {
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].role == role && self->seat[i].ready)
+            return true;
+    return false;
+}
+
+void membership_publish(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (!self->seat[i].ready && may_be_ready(self, &self->seat[i]))
+            self->seat[i].ready = self->changed = true;
+    if (!self->changed)
+        return;
+    self->changed = false;
+    self->epoch++;
+    bool serving = has_ready(self, ROLE_ATTENTION) && has_ready(self, ROLE_SAMPLER) &&
+                   copies_complete(self);
+    if (serving != self->serving)
+        effects_trace(out, TRACE_INFO, serving ? "serving" : "not serving");
+    self->serving = serving;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].introduced_epoch == 0)
+            self->seat[i].introduced_epoch = self->epoch;
+    Troupe__Commit *commit = membership_commit(self, out);
+    effects_trace(out, TRACE_INFO, "epoch %llu: %u members, %zu of %u experts placed",
+                  (unsigned long long)self->epoch, self->seats, commit->n_layer, self->pairs);
+    for (uint32_t i = 0; i < self->seats; i++)
+        send_commit(self, &self->seat[i], commit, now_ns, out);
+}
+
+void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
+                             const Troupe__Heartbeat *heartbeat, uint64_t now_ns,
+                             struct effects *out) {
+    seat->heard_ns = now_ns;
+    if (heartbeat->epoch <= self->epoch && heartbeat->epoch > seat->acknowledged_epoch)
+        seat->acknowledged_epoch = heartbeat->epoch;
+    statistics_take_loads(self, seat, heartbeat);
+    seat->has_heartbeat = true;
+    seat->heartbeat = *heartbeat;
+    seat->heartbeat.n_load_layer = seat->heartbeat.n_load_expert = seat->heartbeat.n_load_rows = 0;
+    seat->heartbeat.load_layer = seat->heartbeat.load_expert = NULL;
+    seat->heartbeat.load_rows = NULL;
+    seat->heartbeat.base.n_unknown_fields = 0;
+    seat->heartbeat.base.unknown_fields = NULL;
+    if (heartbeat->epoch < self->epoch && now_ns - seat->commit_sent_ns >= self->retry_ns)
+        send_commit(self, seat, membership_commit(self, out), now_ns, out);
+}

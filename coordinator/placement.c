@@ -1,0 +1,116 @@
+/* Even placement of experts, see placement.h. */
+#include "coordinator/placement.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <string.h>
+
+struct plan {
+    uint32_t experts, holders, target_total;
+    const uint32_t *capacity;
+    uint32_t *total; /* [holders] pairs given so far, all layers */
+    uint32_t *quota; /* [holders] of this layer */
+    uint32_t *held;  /* [holders] of this layer, now */
+};
+
+static uint32_t room(const struct plan *plan, uint32_t holder) {
+    return plan->capacity[holder] > plan->total[holder]
+               ? plan->capacity[holder] - plan->total[holder]
+               : 0;
+}
+
+/* Who is next in line for one more than the even share: prefers what needs no move, then the emptiest, then the first. */
+static uint32_t choose_extra(const struct plan *plan, uint32_t base) {
+    uint32_t best = NOBODY;
+    bool best_keeps = false;
+    for (uint32_t h = 0; h < plan->holders; h++) {
+        if (plan->quota[h] > base || room(plan, h) <= base)
+            continue;
+        bool keeps = plan->held[h] > base && plan->total[h] + base < plan->target_total;
+        if (best == NOBODY || (keeps && !best_keeps) ||
+            (keeps == best_keeps && plan->total[h] < plan->total[best])) {
+            best = h;
+            best_keeps = keeps;
+        }
+    }
+    return best;
+}
+
+static void share_out(struct plan *plan, const uint32_t *current) {
+    uint32_t base = plan->experts / plan->holders, extras = plan->experts % plan->holders;
+    memset(plan->held, 0, plan->holders * sizeof *plan->held);
+    for (uint32_t e = 0; e < plan->experts; e++)
+        if (current[e] < plan->holders)
+            plan->held[current[e]]++;
+    for (uint32_t h = 0; h < plan->holders; h++)
+        plan->quota[h] = base < room(plan, h) ? base : room(plan, h);
+    for (uint32_t i = 0; i < extras; i++) {
+        uint32_t holder = choose_extra(plan, base);
+        if (holder == NOBODY)
+            break;
+        plan->quota[holder]++;
+    }
+}
+
+static uint32_t emptiest_with_room(const struct plan *plan) {
+    uint32_t best = NOBODY;
+    for (uint32_t h = 0; h < plan->holders; h++)
+        if (room(plan, h) > 0 && (best == NOBODY || plan->total[h] < plan->total[best]))
+            best = h;
+    return best;
+}
+
+static void give(struct plan *plan, uint32_t *ret, uint32_t holder) {
+    *ret = holder;
+    plan->total[holder]++;
+    if (plan->quota[holder] > 0)
+        plan->quota[holder]--;
+}
+
+static uint32_t place_layer(struct plan *plan, const uint32_t *current, uint32_t *ret) {
+    share_out(plan, current);
+    for (uint32_t e = 0; e < plan->experts; e++) {
+        ret[e] = NOBODY;
+        if (current[e] < plan->holders && plan->quota[current[e]] > 0)
+            give(plan, &ret[e], current[e]);
+    }
+    uint32_t homeless = 0, holder = 0;
+    for (uint32_t e = 0; e < plan->experts; e++) {
+        if (ret[e] != NOBODY)
+            continue;
+        while (holder < plan->holders && plan->quota[holder] == 0)
+            holder++;
+        uint32_t taker = holder < plan->holders ? holder : emptiest_with_room(plan);
+        if (taker == NOBODY)
+            homeless++;
+        else
+            give(plan, &ret[e], taker);
+    }
+    return homeless;
+}
+
+uint32_t placement_even(uint32_t layers, const uint8_t *is_moe, uint32_t experts, uint32_t holders,
+                        const uint32_t *capacity, const uint32_t *current, uint32_t *ret,
+                        uint32_t *scratch) {
+    uint32_t moe_layers = 0, homeless = 0;
+    for (uint32_t l = 0; l < layers; l++)
+        moe_layers += is_moe[l] != 0;
+    for (uint32_t i = 0; i < layers * experts; i++)
+        ret[i] = NOBODY;
+    if (holders == 0)
+        return moe_layers * experts;
+    struct plan plan = {
+        .experts = experts,
+        .holders = holders,
+        .target_total = (moe_layers * experts + holders - 1) / holders,
+        .capacity = capacity,
+        .total = scratch,
+        .quota = scratch + holders,
+        .held = scratch + 2 * (size_t)holders,
+    };
+    memset(plan.total, 0, holders * sizeof *plan.total);
+    for (uint32_t l = 0; l < layers; l++)
+        if (is_moe[l])
+            homeless += place_layer(&plan, current + (size_t)l * experts, ret + (size_t)l * experts);
+    return homeless;
+}
