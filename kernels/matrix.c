@@ -137,8 +137,11 @@ static void pack_tile_e4m3(uint8_t *tile, const struct weight_view *view,
     if (tile_is_plain(view, place)) {
         for (uint32_t o = 0; o < PANEL_OUTPUTS; o++) {
             const uint8_t *row = data + view_index(view, place->n + o, place->k);
-            for (uint32_t i = 0; i < BLOCK_INPUTS; i += 2)
-                memcpy(tile + tile_index_e4m3(o, i), row + i, 2);
+            uint8_t *pairs = tile + tile_index_e4m3(o, 0);
+            for (uint32_t i = 0; i < BLOCK_INPUTS; i += 4, pairs += 64) {
+                memcpy(pairs, row + i, 2);
+                memcpy(pairs + 8, row + i + 2, 2);
+            }
         }
         return;
     }

@@ -9,9 +9,8 @@
 
 #include "kernels/x86/kernel_bf16.h"
 
-#define INLINE         static inline __attribute__((always_inline))
-#define UNROLL         _Pragma("GCC unroll 16")
-#define PREFETCH_BYTES 4096 /* ahead in each panel; for few rows, where memory is the limit */
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 /* ---- E4M3 to BF16 ---- */
 
@@ -154,11 +153,6 @@ INLINE void add_block(bool e4m3, int rows, int panels, const struct expander *ex
             } else {
                 first[p] = _mm512_loadu_si512(tile);
                 second[p] = _mm512_loadu_si512(tile + 64);
-            }
-            if (rows <= 2) {
-                _mm_prefetch(tile + PREFETCH_BYTES, _MM_HINT_T0);
-                if (!e4m3)
-                    _mm_prefetch(tile + PREFETCH_BYTES + 64, _MM_HINT_T0);
             }
         }
         add_pair(rows, panels, first, x + 4 * i, x_stride, &even, &odd);
