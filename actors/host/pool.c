@@ -13,7 +13,7 @@
 #include <string.h>
 
 #include "actors/host/futex.h"
-#include "kernels/numerics.h"
+#include "kernels/ops.h"
 
 struct pool {
     int width;
@@ -50,8 +50,10 @@ static void *worker(void *argument) {
     numerics_enter();
     for (;;) {
         uint32_t seen = atomic_load(&self->jobs);
-        if (atomic_load(&self->stop))
+        if (atomic_load(&self->stop)) {
+            scratch_free();
             return NULL;
+        }
         take_parts(self);
         atomic_fetch_add(&self->sleepers, 1);
         futex_wait(&self->jobs, seen, UINT64_MAX, 0);
