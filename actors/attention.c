@@ -1,11 +1,13 @@
-/* An attention actor: holds sequences and their latent cache, takes them through the layers step by step, sends rows to experts and
- * samplers, and tells gateways the tokens.
+/* An attention actor: holds sequences and their latent cache, takes them through the layers step by
+ * step, sends rows to experts and samplers, and tells gateways the tokens.
  *
- *   joins (actors/member.c); then: SUBMIT -> sequences (attention_sequence.c) -> batches (attention_batch.c)
- *      -> experts (attention_dispatch.c) -> samplers (attention_sample.c) -> gateways (attention_report.c)
+ *   joins (actors/member.c); then
+ *   SUBMIT -> sequences (attention_sequence.c) -> batches (attention_batch.c)
+ *          -> experts (attention_dispatch.c) -> samplers (attention_sample.c)
+ *          -> gateways (attention_report.c)
  *
- * Invariants: 1. at most one batch is in flight; 2. after every event, if no batch is in flight, none could be started; 3. sequences of a
- * gateway that is gone are dropped. */
+ * Invariants: 1. at most one batch is in flight; 2. after every event, if no batch is in flight,
+ * none could be started; 3. sequences of a gateway that is gone are dropped. */
 #include "actors/attention.h"
 
 #include <stdio.h>
@@ -16,14 +18,14 @@
 
 /* ---- what heartbeats carry ---- */
 
-/* Running totals, in turn; the number of heartbeats after the last change is bounded so that an idle actor falls silent. */
+/* Running totals, in turn; the number of heartbeats after the last change is bounded so that an
+ * idle actor falls silent. */
 static void fill_loads(struct attention *self, Troupe__Heartbeat *heartbeat, struct effects *out) {
     uint32_t entries = self->config.layers * self->config.experts;
     if (self->load_heartbeats == 0 || entries == 0)
         return;
     uint32_t rounds = 4 * (entries / HEARTBEAT_LOADS_MAX + 1);
-    self->load_heartbeats =
-        self->load_heartbeats > rounds ? rounds : self->load_heartbeats - 1;
+    self->load_heartbeats = self->load_heartbeats > rounds ? rounds : self->load_heartbeats - 1;
     uint32_t limit = entries < HEARTBEAT_LOADS_MAX ? entries : HEARTBEAT_LOADS_MAX, count = 0;
     heartbeat->load_layer = effects_alloc(out, limit * sizeof(uint32_t));
     heartbeat->load_expert = effects_alloc(out, limit * sizeof(uint32_t));
@@ -70,8 +72,8 @@ static void drop_orphans_of(struct attention *self, const struct sequence *seque
         attention_cancel_gateway(self, sequence->gateway);
 }
 
-/* Sequences whose gateway has left the epoch. Cancelling changes the lists, so each is looked through from the start again; every
- * round removes at least one gateway. */
+/* Sequences whose gateway has left the epoch. Cancelling changes the lists, so each is looked
+ * through from the start again; every round removes at least one gateway. */
 static void drop_orphans(struct attention *self) {
     struct sequence_list *lists[] = {&self->waiting, &self->done};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
@@ -199,13 +201,14 @@ static uint64_t attention_deadline(const struct actor *actor) {
 
 static const char *attention_describe(struct actor *actor) {
     struct attention *self = (struct attention *)actor;
-    snprintf(self->description, sizeof self->description,
-             "sequences=%u waiting=%u running=%u done=%u pages=%u/%u batch=%llu phase=%d resent=%llu "
-             "stale=%llu",
-             self->waiting.count + self->runnings + self->done.count, self->waiting.count,
-             self->runnings, self->done.count, self->pages_total - self->free_pages,
-             self->pages_total, (unsigned long long)self->last_batch, self->batch.phase,
-             (unsigned long long)self->frames_resent, (unsigned long long)self->frames_stale);
+    snprintf(
+        self->description, sizeof self->description,
+        "sequences=%u waiting=%u running=%u done=%u pages=%u/%u batch=%llu phase=%d resent=%llu "
+        "stale=%llu",
+        self->waiting.count + self->runnings + self->done.count, self->waiting.count,
+        self->runnings, self->done.count, self->pages_total - self->free_pages, self->pages_total,
+        (unsigned long long)self->last_batch, self->batch.phase,
+        (unsigned long long)self->frames_resent, (unsigned long long)self->frames_stale);
     return self->description;
 }
 
@@ -267,8 +270,8 @@ static bool allocate(struct attention *self) {
            self->placement_first != NULL && self->load != NULL && batch_init(self);
 }
 
-struct actor *attention_create(const struct actor_identity *identity, const struct settings *settings,
-                               const struct model_config *config) {
+struct actor *attention_create(const struct actor_identity *identity,
+                               const struct settings *settings, const struct model_config *config) {
     struct attention *self = calloc(1, sizeof *self);
     if (self == NULL)
         return NULL;

@@ -16,7 +16,8 @@
 
 enum sequence_state {
     SEQUENCE_WAITING, /* no pages yet */
-    SEQUENCE_RUNNING, /* has a number and pages; prefill while more than one known token is not computed */
+    SEQUENCE_RUNNING, /* has a number and pages; prefill while more than one known token is not
+                         computed */
     SEQUENCE_DONE,    /* kept for Poll until Cancel; no pages */
 };
 
@@ -31,7 +32,8 @@ struct top_entry {
     float logprob;
 };
 
-/* Distinct tokens with counts, for penalties: a list in order of first appearance and an index by open addressing. */
+/* Distinct tokens with counts, for penalties: a list in order of first appearance and an index by
+ * open addressing. */
 struct token_counts {
     uint32_t *token, *times; /* [count] */
     uint32_t *index;         /* [index_size] position + 1, 0: empty */
@@ -49,18 +51,19 @@ struct sequence {
     bool reported;  /* scratch of attention_report.c */
 
     uint32_t *token; /* [tokens_max]: prompt, generated */
-    uint32_t prompt_tokens, given_tokens; /* given: prompt and what a resumed sequence brought along */
+    uint32_t prompt_tokens,
+        given_tokens; /* given: prompt and what a resumed sequence brought along */
     uint32_t tokens, tokens_max;
     uint32_t computed; /* positions 0.. whose latent entries are in the cache */
     uint32_t min_tokens, max_tokens;
-    uint32_t *page; /* [pages] */
-    uint32_t pages; /* needed; held while RUNNING */
+    uint32_t *page;  /* [pages] */
+    uint32_t pages;  /* needed; held while RUNNING */
     uint32_t number; /* while RUNNING: its place in attention.running */
 
     struct sample_spec sampling; /* everything of it that does not change from token to token */
     bool logprobs;
     uint32_t top_logprobs;
-    uint32_t *bias;   /* [2 * biases]: token, float bits */
+    uint32_t *bias; /* [2 * biases]: token, float bits */
     uint32_t biases;
     uint32_t *stop_token;
     uint32_t stop_tokens;
@@ -111,7 +114,8 @@ struct part {
     uint64_t deadline_ns;
 };
 
-/* Rows of one layer on their way. Parts are disjoint ranges of the items; a part that failed is planned anew over its own range. */
+/* Rows of one layer on their way. Parts are disjoint ranges of the items; a part that failed is
+ * planned anew over its own range. */
 struct flight {
     uint32_t items, missing;
     uint32_t *item_row;    /* [items_max] */
@@ -128,7 +132,8 @@ struct batch {
     enum batch_phase phase;
     uint32_t slot;
     uint64_t number, wait_tag;
-    uint32_t layer; /* the MoE layer that BATCH_LAYERS ends with or BATCH_EXPERTS is about; config.layers: none */
+    uint32_t layer;        /* the MoE layer that BATCH_LAYERS ends with or BATCH_EXPERTS is about;
+                              config.layers: none */
     struct batch_row *row; /* [batch_tokens] */
     uint32_t rows;
     struct sequence **sequence; /* [max_sequences] */
@@ -139,7 +144,7 @@ struct batch {
     struct question *question; /* [batch_tokens] */
     uint32_t *select;          /* [batch_tokens] row of each question */
     uint32_t questions;
-    uint32_t *order;         /* [batch_tokens] questions in the order of the sample parts */
+    uint32_t *order;          /* [batch_tokens] questions in the order of the sample parts */
     struct part *sample_part; /* [batch_tokens] */
     uint32_t sample_parts, sample_missing;
     struct flight flight;
@@ -185,7 +190,8 @@ struct attention {
     /* Totals since start. */
     uint64_t prompt_total, generated_total, steps, frames, rows, frames_resent, frames_stale;
     uint64_t *load; /* [layers * experts] rows routed to each */
-    uint32_t load_cursor, load_heartbeats; /* heartbeats that still carry loads after the last change */
+    uint32_t load_cursor,
+        load_heartbeats; /* heartbeats that still carry loads after the last change */
     char description[192];
 };
 
@@ -197,10 +203,12 @@ void attention_cancel_gateway(struct attention *self, actor_id gateway);
 /* Moves waiting sequences that fit to the running ones; their pages join batch.clear. */
 void attention_admit(struct attention *self);
 void sequence_finish(struct sequence *sequence, Troupe__FinishReason reason, uint32_t stopped_by);
-/* A running sequence leaves: kept as DONE, or dropped if it was cancelled. Not while it is in a batch. */
+/* A running sequence leaves: kept as DONE, or dropped if it was cancelled. Not while it is in a
+ * batch. */
 void attention_retire(struct attention *self, struct sequence *sequence);
 void attention_drop_all(struct attention *self);
-bool sequence_draws(const struct sequence *sequence); /* another token is wanted after the known ones */
+bool sequence_draws(
+    const struct sequence *sequence); /* another token is wanted after the known ones */
 /* Appends a drawn token and decides whether the sequence is finished. */
 void attention_append(struct attention *self, struct sequence *sequence, uint32_t token);
 bool token_counts_add(struct token_counts *self, uint32_t token);
@@ -208,7 +216,8 @@ bool token_counts_add(struct token_counts *self, uint32_t token);
 /* attention_batch.c */
 bool batch_init(struct attention *self);
 void batch_free(struct attention *self);
-void batch_start(struct attention *self, uint64_t now_ns, struct effects *out); /* if idle and there is work */
+void batch_start(struct attention *self, uint64_t now_ns,
+                 struct effects *out); /* if idle and there is work */
 void batch_computed(struct attention *self, const struct program_result *result, uint64_t now_ns,
                     struct effects *out);
 void batch_combine(struct attention *self, struct effects *out); /* all experts have answered */
@@ -231,7 +240,8 @@ void dispatch_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, st
 void dispatch_timer(struct attention *self, uint64_t now_ns, struct effects *out);
 /* Earliest deadline of the parts. */
 uint64_t parts_deadline(const struct part *part, uint32_t parts);
-/* The one place where replies are judged: the outstanding part that `header` answers, or NULL (counted as stale). */
+/* The one place where replies are judged: the outstanding part that `header` answers, or NULL
+ * (counted as stale). */
 struct part *reply_part(struct attention *self, const struct frame_header *header, enum role role,
                         struct part *part, uint32_t parts, struct effects *out);
 
@@ -244,7 +254,8 @@ void sample_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, stru
 void sample_timer(struct attention *self, uint64_t now_ns, struct effects *out);
 
 /* attention_report.c */
-void report_batch(struct attention *self, struct effects *out); /* what the batch brought, per gateway */
+void report_batch(struct attention *self,
+                  struct effects *out); /* what the batch brought, per gateway */
 void report_sequence(struct attention *self, struct sequence *sequence, uint32_t first_token,
                      uint32_t first_prompt, struct effects *out);
 void report_rejected(struct attention *self, actor_id gateway, uint64_t sequence, int code,

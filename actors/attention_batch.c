@@ -1,11 +1,14 @@
-/* The steps of an attention actor: which rows make up the next batch, and the programs that take them through the layers.
+/* The steps of an attention actor: which rows make up the next batch, and the programs that take
+ * them through the layers.
  *
- *   IDLE -> LAYERS (to the gate of an MoE layer) -> EXPERTS -> LAYERS (combine, on to the next gate) -> ...
+ *   IDLE -> LAYERS (to the gate of an MoE layer) -> EXPERTS
+ *        -> LAYERS (combine, on to the next gate) -> EXPERTS -> ...
  *        -> LAYERS (to the end, final rows) -> SAMPLERS -> IDLE
  *
- * Continuous batching: a running sequence with one known token not computed yet (decode) gives that row; one with more (prefill, or a
- * resumed sequence that catches up) gives a chunk. Both kinds are taken in turn from where the last batch stopped, and while both kinds
- * exist each is left room, so neither can starve the other. How rows are cut into batches changes no bit of any result. */
+ * Continuous batching: a running sequence with one known token not computed yet (decode) gives that
+ * row; one with more (prefill, or a resumed sequence that catches up) gives a chunk. Both kinds are
+ * taken in turn from where the last batch stopped, and while both kinds exist each is left room, so
+ * neither can starve the other. How rows are cut into batches changes no bit of any result. */
 #include "actors/attention.h"
 
 #include <stdlib.h>
@@ -86,8 +89,8 @@ static void add_rows(struct batch *batch, struct sequence *sequence, uint32_t co
     }
 }
 
-/* One round over the running sequences, starting at the cursor; at most `budget` rows. The cursor stays at the first sequence that
- * got nothing. */
+/* One round over the running sequences, starting at the cursor; at most `budget` rows. The cursor
+ * stays at the first sequence that got nothing. */
 static void take_turns(struct attention *self, uint32_t *cursor, bool decode, uint32_t budget) {
     struct batch *batch = &self->batch;
     uint32_t numbers = self->settings.max_sequences, start = *cursor;
@@ -213,8 +216,7 @@ static void advance(struct attention *self, struct sequence *sequence, uint32_t 
         uint32_t to = sequence->computed < sequence->prompt_tokens ? sequence->computed
                                                                    : sequence->prompt_tokens;
         self->prompt_total += to - from;
-        sequence->prompt_complete =
-            to < sequence->prompt_entries ? to : sequence->prompt_entries;
+        sequence->prompt_complete = to < sequence->prompt_entries ? to : sequence->prompt_entries;
     }
     if (sequence->finish == TROUPE__FINISH_REASON__FINISH_NONE &&
         sequence->computed == sequence->tokens && !sequence_draws(sequence))

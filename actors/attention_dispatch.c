@@ -1,12 +1,15 @@
 /* Rows of one MoE layer to the experts and back.
  *
- * The gate's choices become items (row, slot, expert); router/dispatch.h cuts them into parts, one frame each. A part is answered by one
- * COMBINE frame, which is scattered to (row, slot). A part that is not answered - MOVED, holder lost, deadline passed, holder gone from
- * the epoch - is planned anew over its own range of items, with a new attempt number; items nobody alive holds wait for the next epoch.
+ * The gate's choices become items (row, slot, expert); router/dispatch.h cuts them into parts, one
+ * frame each. A part is answered by one COMBINE frame, which is scattered to (row, slot). A part
+ * that is not answered - MOVED, holder lost, deadline passed, holder gone from the epoch - is
+ * planned anew over its own range of items, with a new attempt number; items nobody alive holds
+ * wait for the next epoch.
  *
- * Invariants: 1. the parts not free are disjoint ranges that cover exactly the missing items; 2. an answer counts only if it matches an
- * outstanding part in sender, incarnation, batch, layer, part, attempt and sizes; each item is therefore scattered once; 3. the first plan of a
- * layer uses one epoch. */
+ * Invariants: 1. the parts not free are disjoint ranges that cover exactly the missing items; 2. an
+ * answer counts only if it matches an outstanding part in sender, incarnation, batch, layer, part,
+ * attempt and sizes; each item is therefore scattered once; 3. the first plan of a layer uses one
+ * epoch. */
 #include "actors/attention.h"
 
 #include <stdlib.h>
@@ -96,7 +99,8 @@ static void take_placement(struct attention *self, const Troupe__Commit *commit)
     uint32_t entries = self->config.layers * self->config.experts, destination;
     size_t count = commit->n_layer;
     if (count > self->holders_capacity) {
-        self->placement_holder = grown(self->placement_holder, count, sizeof *self->placement_holder);
+        self->placement_holder =
+            grown(self->placement_holder, count, sizeof *self->placement_holder);
         self->holders_capacity = (uint32_t)count;
     }
     uint32_t *first = self->placement_first;
@@ -120,7 +124,8 @@ static void take_placement(struct attention *self, const Troupe__Commit *commit)
     memmove(first, first + 1, entries * sizeof *first);
     first[entries] = total;
     for (uint32_t i = 0; i < entries; i++)
-        qsort(self->placement_holder + first[i], first[i + 1] - first[i], sizeof *first, compare_u32);
+        qsort(self->placement_holder + first[i], first[i + 1] - first[i], sizeof *first,
+              compare_u32);
     self->placement = (struct placement){self->config.layers, self->config.experts, first,
                                          self->placement_holder};
 }
@@ -207,7 +212,8 @@ static void wait_part(struct attention *self, uint32_t first, uint32_t count, ui
                           .deadline_ns = now_ns + self->row_deadline_ns};
 }
 
-/* Plans the items of a range, reorders them in place part by part, and sends the parts. Returns how many at the range's end wait. */
+/* Plans the items of a range, reorders them in place part by part, and sends the parts. Returns how
+ * many at the range's end wait. */
 static uint32_t plan_range(struct attention *self, uint32_t first, uint32_t count,
                            actor_id excluded, uint64_t now_ns, struct effects *out) {
     struct flight *flight = &self->batch.flight;
@@ -243,7 +249,8 @@ static uint32_t plan_range(struct attention *self, uint32_t first, uint32_t coun
 
 enum replan_why { REPLAN_MOVED, REPLAN_LATE, REPLAN_LOST };
 
-/* The part is given up; its items go to others. A holder that is only late may be asked again if there is no other. */
+/* The part is given up; its items go to others. A holder that is only late may be asked again if
+ * there is no other. */
 static void replan(struct attention *self, struct part *part, enum replan_why why, uint64_t now_ns,
                    struct effects *out) {
     struct flight *flight = &self->batch.flight;
@@ -290,8 +297,9 @@ void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now
     flight->missing = flight->items;
     uint32_t waiting = plan_range(self, 0, flight->items, 0, now_ns, out);
     if (waiting > 0) {
-        effects_trace(out, TRACE_WARNING, "%u rows of layer %u wait: nobody alive holds their experts",
-                      waiting, batch->layer);
+        effects_trace(out, TRACE_WARNING,
+                      "%u rows of layer %u wait: nobody alive holds their experts", waiting,
+                      batch->layer);
         wait_part(self, flight->items - waiting, waiting, now_ns);
     }
     /* after the transfers, so that the experts work meanwhile */
@@ -304,7 +312,8 @@ void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now
 static void stale(struct attention *self, const struct frame_header *header, const char *why,
                   struct effects *out) {
     self->frames_stale++;
-    effects_trace(out, TRACE_DEBUG, "stale frame kind %u of %u (batch %llu layer %u part %u attempt %u): %s",
+    effects_trace(out, TRACE_DEBUG,
+                  "stale frame kind %u of %u (batch %llu layer %u part %u attempt %u): %s",
                   header->kind, header->from, (unsigned long long)header->batch, header->layer,
                   header->part, header->attempt, why);
 }
@@ -341,10 +350,11 @@ void dispatch_on_combine(struct attention *self, const struct frame *frame, uint
     if (part == NULL)
         return;
     if (header->items != part->count || header->row_bytes != self->config.hidden * sizeof(float)) {
-        effects_trace(out, TRACE_ERROR,
-                      "a reply of actor %u has %u items of %u bytes, expected %u of %zu; asking again",
-                      header->from, header->items, header->row_bytes, part->count,
-                      self->config.hidden * sizeof(float));
+        effects_trace(
+            out, TRACE_ERROR,
+            "a reply of actor %u has %u items of %u bytes, expected %u of %zu; asking again",
+            header->from, header->items, header->row_bytes, part->count,
+            self->config.hidden * sizeof(float));
         replan(self, part, REPLAN_LATE, now_ns, out);
         return;
     }
@@ -372,7 +382,8 @@ void dispatch_on_moved(struct attention *self, const struct frame_header *header
 
 typedef bool part_test(const struct attention *self, const struct part *part, uint64_t argument);
 
-/* Plans anew every part that `wanted` names, but not those that come of it: they carry a newer attempt. */
+/* Plans anew every part that `wanted` names, but not those that come of it: they carry a newer
+ * attempt. */
 static void replan_where(struct attention *self, part_test *wanted, uint64_t argument,
                          enum replan_why why, uint64_t now_ns, struct effects *out) {
     struct flight *flight = &self->batch.flight;
@@ -417,7 +428,8 @@ void dispatch_timer(struct attention *self, uint64_t now_ns, struct effects *out
     struct flight *flight = &self->batch.flight;
     if (self->batch.phase != BATCH_EXPERTS || parts_deadline(flight->part, flight->parts) > now_ns)
         return;
-    /* Items may wait for a holder that was only believed lost: believe in it again rather than wait for ever. */
+    /* Items may wait for a holder that was only believed lost: believe in it again rather than wait
+     * for ever. */
     for (uint32_t i = 0; i < self->destinations; i++) {
         struct peer *peer = member_peer(&self->member, self->destination[i].id);
         if (peer != NULL)

@@ -1,10 +1,13 @@
-/* What gateways are told: one TokensBatch per gateway and step, cut only where a message would grow too large; answers to Poll; refusals.
- * Everything told is kept until Cancel, so it can be told again. */
+/* What gateways are told: one TokensBatch per gateway and step, cut only where a message would grow
+ * too large; answers to Poll; refusals. Everything told is kept until Cancel, so it can be told
+ * again. */
 #include "actors/attention.h"
 
 #include <string.h>
 
-#define MESSAGE_BYTES_SOFT ((size_t)4 << 20) /* a batch message is sent once it has reached this */
+#define MESSAGE_BYTES_SOFT                                                                         \
+    ((size_t)4 << 20) /* a batch message is sent once it has reached this                          \
+                       */
 #define LIST_MAX 512u
 
 /* A message being filled; everything in it lies in the effects' arena. */
@@ -73,9 +76,8 @@ static uint32_t add_prompt(struct report *report, const struct sequence *sequenc
     tokens->prompt = effects_alloc(report->out, (end - first) * sizeof *tokens->prompt);
     for (; at < end && report->bytes < MESSAGE_BYTES_SOFT; at++) {
         const struct entry *entry = &sequence->prompt_entry[at];
-        Troupe__Token *token =
-            make_token(report, entry->id, entry,
-                       sequence->prompt_top + (size_t)at * sequence->top_logprobs);
+        Troupe__Token *token = make_token(
+            report, entry->id, entry, sequence->prompt_top + (size_t)at * sequence->top_logprobs);
         if (sequence->full_logits) {
             token->n_logits = self->config.vocabulary;
             token->logits = sequence->prompt_logits + (size_t)at * self->config.vocabulary;
@@ -109,8 +111,8 @@ static uint32_t add_tokens(struct report *report, const struct sequence *sequenc
     return at;
 }
 
-/* All that follows `first_token` and `first_prompt`, in as many messages as it takes; at least one entry. The end of the sequence is told
- * with its last tokens, after all its prompt entries. */
+/* All that follows `first_token` and `first_prompt`, in as many messages as it takes; at least one
+ * entry. The end of the sequence is told with its last tokens, after all its prompt entries. */
 static void add_sequence(struct report *report, const struct sequence *sequence,
                          uint32_t first_token, uint32_t first_prompt) {
     if (first_token > generated(sequence))

@@ -1,18 +1,19 @@
 /* The last rows of a batch to the samplers and their answers back.
  *
- * Questions are split over the live samplers by sequence, and into parts of bounded size; a row that asks for all its logits goes alone, and
- * only a few of those are out at a time. A part without an answer is asked again, of another sampler if there is one: samplers keep no
- * state, so the answer is the same.
+ * Questions are split over the live samplers by sequence, and into parts of bounded size; a row
+ * that asks for all its logits goes alone, and only a few of those are out at a time. A part
+ * without an answer is asked again, of another sampler if there is one: samplers keep no state, so
+ * the answer is the same.
  *
- * Invariants: 1. parts are disjoint ranges of batch.order that cover the questions; 2. a part's answer is taken once; 3. the batch ends
- * when every part is answered. */
+ * Invariants: 1. parts are disjoint ranges of batch.order that cover the questions; 2. a part's
+ * answer is taken once; 3. the batch ends when every part is answered. */
 #include "actors/attention.h"
 
 #include <stdio.h>
 #include <string.h>
 
-#define PART_WORDS_MAX  65536u /* variable words in one frame of several rows */
-#define HEAVY_PARTS_MAX 4u     /* parts with whole rows of logits that are out at once */
+#define PART_WORDS_MAX         65536u /* variable words in one frame of several rows */
+#define HEAVY_PARTS_MAX        4u     /* parts with whole rows of logits that are out at once */
 #define NEGATIVE_INFINITY_BITS 0xff800000u
 
 /* ---- what is asked ---- */
@@ -35,8 +36,8 @@ static uint32_t question_words(const struct attention *self, const struct questi
     const struct sequence *sequence = question->sequence;
     if (!draws(question))
         return 0;
-    return 2 * (sequence->biases + forbidden_count(self, sequence)) + sequence->prompt_counts.count +
-           2 * sequence->output_counts.count;
+    return 2 * (sequence->biases + forbidden_count(self, sequence)) +
+           sequence->prompt_counts.count + 2 * sequence->output_counts.count;
 }
 
 static uint32_t *put_forbidden(uint32_t *word, uint32_t token) {
@@ -157,7 +158,8 @@ static void pump(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct batch *batch = &self->batch;
     uint32_t heavy = 0;
     for (uint32_t i = 0; i < batch->sample_parts; i++)
-        heavy += batch->sample_part[i].state == PART_SENT && part_heavy(batch, &batch->sample_part[i]);
+        heavy +=
+            batch->sample_part[i].state == PART_SENT && part_heavy(batch, &batch->sample_part[i]);
     for (uint32_t i = 0; i < batch->sample_parts; i++) {
         struct part *part = &batch->sample_part[i];
         if (part->state != PART_WAITING)
@@ -175,13 +177,15 @@ static void pump(struct attention *self, uint64_t now_ns, struct effects *out) {
     }
 }
 
-/* A sequence whose penalties name more tokens than a frame can carry ends here rather than stop everybody. */
+/* A sequence whose penalties name more tokens than a frame can carry ends here rather than stop
+ * everybody. */
 static bool askable(struct attention *self, const struct question *question) {
     struct sequence *sequence = question->sequence;
     if (question_words(self, question) <= FRAME_ITEMS_MAX)
         return true;
     sequence_finish(sequence, TROUPE__FINISH_REASON__FINISH_ERROR, 0);
-    snprintf(sequence->error, sizeof sequence->error, "penalties over %u tokens, a frame holds %u words",
+    snprintf(sequence->error, sizeof sequence->error,
+             "penalties over %u tokens, a frame holds %u words",
              sequence->prompt_counts.count + sequence->output_counts.count, FRAME_ITEMS_MAX);
     return false;
 }
@@ -262,8 +266,8 @@ static void take_answer(struct attention *self, const struct question *question,
     if (sequence->cancelled)
         return;
     if (question->position < sequence->prompt_entries) {
-        keep_entry(sequence, sequence->prompt_entry, sequence->prompt_top, question->position, result,
-                   words);
+        keep_entry(sequence, sequence->prompt_entry, sequence->prompt_top, question->position,
+                   result, words);
         if (is_heavy(question))
             memcpy(sequence->prompt_logits + (size_t)question->position * self->config.vocabulary,
                    words + result->first_word + 2 * (size_t)result->top,
@@ -294,8 +298,9 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
     const struct sample_result *result = (const struct sample_result *)frame->payload;
     const uint32_t *words = (const uint32_t *)(result + header->rows);
     if (header->rows != part->count || !answers_fit(self, part, result, header->items)) {
-        effects_trace(out, TRACE_ERROR, "the reply of actor %u to %u rows does not fit; asking again",
-                      header->from, part->count);
+        effects_trace(out, TRACE_ERROR,
+                      "the reply of actor %u to %u rows does not fit; asking again", header->from,
+                      part->count);
         ask_again(self, part);
         part->deadline_ns = now_ns + self->row_deadline_ns;
         pump(self, now_ns, out);
@@ -338,7 +343,8 @@ void sample_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, stru
 
 void sample_timer(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct batch *batch = &self->batch;
-    if (batch->phase != BATCH_SAMPLERS || parts_deadline(batch->sample_part, batch->sample_parts) > now_ns)
+    if (batch->phase != BATCH_SAMPLERS ||
+        parts_deadline(batch->sample_part, batch->sample_parts) > now_ns)
         return;
     for (uint32_t i = 0; i < self->member.peers; i++)
         if (self->member.peer[i].role == ROLE_SAMPLER)

@@ -1,10 +1,14 @@
-/* Sequences of an attention actor: SUBMIT is checked here, memory and pages are given and taken back here.
+/* Sequences of an attention actor: SUBMIT is checked here, memory and pages are given and taken
+ * back here.
  *
- *   SUBMIT -> WAITING -> RUNNING -> DONE -> (Cancel) gone;   Cancel takes a sequence from any state, once no batch uses it.
+ *   (Submit) -> WAITING -> RUNNING -> DONE -> (Cancel) gone
  *
- * Invariants: 1. a sequence that runs holds every page it can ever need, so nothing that runs waits for pages; 2. a page belongs to at
- * most one sequence and is cleared before its first use; 3. waiting sequences are admitted in order of arrival, so none starves;
- * 4. lists, numbers and pages add up: count(waiting) + runnings + count(done) sequences are in the hash. */
+ * Cancel takes a sequence from any state, once no batch uses it.
+ *
+ * Invariants: 1. a sequence that runs holds every page it can ever need, so nothing that runs waits
+ * for pages; 2. a page belongs to at most one sequence and is cleared before its first use; 3.
+ * waiting sequences are admitted in order of arrival, so none starves; 4. what waits, runs or is
+ * done is in the hash, and nothing else. */
 #include "actors/attention.h"
 
 #include <math.h>
@@ -192,8 +196,8 @@ static int check_sampling(const Troupe__Sampling *sampling, uint32_t vocabulary,
                     (double)sampling->min_p);
     float repetition = sampling->repetition_penalty; /* 0: not given */
     if (repetition != 0 && !(repetition >= 1e-6f && repetition <= 1e6f))
-        return fail(failure, ERR_INVALID, "repetition_penalty must be within 1e-6 and 1e6, found %g",
-                    (double)repetition);
+        return fail(failure, ERR_INVALID,
+                    "repetition_penalty must be within 1e-6 and 1e6, found %g", (double)repetition);
     if (!(fabsf(sampling->presence_penalty) <= 1e6f) ||
         !(fabsf(sampling->frequency_penalty) <= 1e6f))
         return fail(failure, ERR_INVALID,
@@ -226,11 +230,13 @@ static int check_tokens(const struct attention *self, const Troupe__Submit *subm
         return fail(failure, ERR_INVALID, "a sequence has 1 to %u tokens here, found %zu",
                     self->context, submit->n_token);
     if (submit->prompt_tokens < 1 || submit->prompt_tokens > submit->n_token)
-        return fail(failure, ERR_INVALID, "prompt_tokens must be within 1 and the %zu given, found %u",
-                    submit->n_token, submit->prompt_tokens);
+        return fail(failure, ERR_INVALID,
+                    "prompt_tokens must be within 1 and the %zu given, found %u", submit->n_token,
+                    submit->prompt_tokens);
     for (size_t i = 0; i < submit->n_token; i++)
         if (submit->token[i] >= vocabulary)
-            return fail(failure, ERR_INVALID, "token %u at position %zu is not below the vocabulary of %u",
+            return fail(failure, ERR_INVALID,
+                        "token %u at position %zu is not below the vocabulary of %u",
                         submit->token[i], i, vocabulary);
     if (submit->n_stop_token > STOP_TOKENS_MAX)
         return fail(failure, ERR_INVALID, "at most %d stop tokens, found %zu", STOP_TOKENS_MAX,
@@ -260,13 +266,15 @@ static int check_room(const struct attention *self, const Troupe__Submit *submit
     uint32_t limit = tokens_limit(self, submit);
     uint32_t pages = pages_needed(limit, (uint32_t)submit->n_token);
     if (pages > self->pages_total)
-        return fail(failure, ERR_TOO_LARGE,
-                    "a sequence of up to %u tokens needs %u pages of %d positions, the cache has %u "
-                    "(kv_cache_tokens %u)",
-                    limit, pages, PAGE_TOKENS, self->pages_total, self->settings.kv_cache_tokens);
+        return fail(
+            failure, ERR_TOO_LARGE,
+            "a sequence of up to %u tokens needs %u pages of %d positions, the cache has %u "
+            "(kv_cache_tokens %u)",
+            limit, pages, PAGE_TOKENS, self->pages_total, self->settings.kv_cache_tokens);
     uint64_t logits = (uint64_t)submit->prompt_tokens * self->config.vocabulary * sizeof(float);
     if (submit->full_logits && logits > FULL_LOGITS_BYTES_MAX)
-        return fail(failure, ERR_TOO_LARGE, "full logits of %u positions take %llu bytes, at most %llu",
+        return fail(failure, ERR_TOO_LARGE,
+                    "full logits of %u positions take %llu bytes, at most %llu",
                     submit->prompt_tokens, (unsigned long long)logits,
                     (unsigned long long)FULL_LOGITS_BYTES_MAX);
     if (self->waiting.count >= self->settings.max_waiting)
@@ -343,7 +351,8 @@ static struct sequence *sequence_create(const struct attention *self, actor_id g
 static void keep_done(struct attention *self, struct sequence *sequence) {
     sequence->state = SEQUENCE_DONE;
     list_append(&self->done, sequence);
-    if (self->done.count > self->done_max) { /* a gateway that never cancels must not fill the memory */
+    if (self->done.count >
+        self->done_max) { /* a gateway that never cancels must not fill the memory */
         struct sequence *oldest = self->done.first;
         list_remove(&self->done, oldest);
         hash_remove(self, oldest);
@@ -362,7 +371,8 @@ void attention_on_submit(struct attention *self, const message *envelope, struct
         check_room(self, submit, &failure) == 0) {
         sequence = sequence_create(self, envelope->from, submit);
         if (sequence == NULL)
-            fail(&failure, ERR_NO_MEMORY, "no memory for a sequence of %zu tokens", submit->n_token);
+            fail(&failure, ERR_NO_MEMORY, "no memory for a sequence of %zu tokens",
+                 submit->n_token);
     }
     if (sequence == NULL) {
         report_rejected(self, envelope->from, submit->sequence, failure.code, false, failure.text,
@@ -443,7 +453,8 @@ static bool stops(const struct attention *self, const struct sequence *sequence,
 
 void attention_append(struct attention *self, struct sequence *sequence, uint32_t token) {
     ASSERT(sequence->tokens < sequence->tokens_max);
-    bool counted = !wants_output_counts(sequence) || token_counts_add(&sequence->output_counts, token);
+    bool counted =
+        !wants_output_counts(sequence) || token_counts_add(&sequence->output_counts, token);
     ASSERT(counted && "memory for token counts");
     uint32_t generated = sequence->tokens - sequence->prompt_tokens;
     sequence->token[sequence->tokens++] = token;
@@ -515,5 +526,6 @@ void attention_on_poll(struct attention *self, const message *envelope, struct e
         return;
     }
     uint32_t given = sequence->given_tokens - sequence->prompt_tokens;
-    report_sequence(self, sequence, poll->have < given ? given : poll->have, poll->have_prompt, out);
+    report_sequence(self, sequence, poll->have < given ? given : poll->have, poll->have_prompt,
+                    out);
 }

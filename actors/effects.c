@@ -1,5 +1,6 @@
-/* The effects of one step and the arena that owns what they point to. The arena is a chain of growing blocks; a reset keeps them all,
- * so that a steady state allocates nothing. Blocks never move, so pointers stay valid until the reset. */
+/* The effects of one step and the arena that owns what they point to. The arena is a chain of
+ * growing blocks; a reset keeps them all, so that a steady state allocates nothing. Blocks never
+ * move, so pointers stay valid until the reset. */
 #include "actors/actor.h"
 
 #include <stdalign.h>
@@ -14,15 +15,16 @@
 #define ARENA_FIRST_BYTES ((size_t)64 << 10)
 #define TRACE_BYTES_MAX   1024
 
-/* The newest block is the head; `used` counts from `bytes`. Blocks before the head in the chain were filled earlier in this step, or
- * are empty after a reset and are taken again in order. */
+/* The newest block is the head; `used` counts from `bytes`. Blocks before the head in the chain
+ * were filled earlier in this step, or are empty after a reset and are taken again in order. */
 struct arena_block {
     struct arena_block *next;
     size_t capacity, used;
     alignas(ARENA_ALIGN) uint8_t bytes[];
 };
 
-/* Running out of memory for a step's effects can not be handled by any caller: half a step's effects must never be carried out. */
+/* Running out of memory for a step's effects can not be handled by any caller: half a step's
+ * effects must never be carried out. */
 static void *checked(void *memory) {
     ASSERT(memory != NULL && "memory for effects");
     return memory;
@@ -52,8 +54,8 @@ static struct arena_block *arena_grow(struct effects *self, size_t size) {
     size_t capacity = self->arena != NULL ? self->arena->capacity * 2 : ARENA_FIRST_BYTES;
     while (capacity < size)
         capacity *= 2;
-    struct arena_block *block = checked(
-        aligned_alloc(ARENA_ALIGN, sizeof(struct arena_block) + capacity));
+    struct arena_block *block =
+        checked(aligned_alloc(ARENA_ALIGN, sizeof(struct arena_block) + capacity));
     block->capacity = capacity;
     block->used = 0;
     block->next = self->arena; /* the largest block comes first and is tried first */

@@ -1,11 +1,16 @@
-/* An expert actor: holds weights of (layer, expert) pairs and computes rows for attention actors. No request state at all.
+/* An expert actor: holds weights of (layer, expert) pairs and computes rows for attention actors.
+ * No request state at all.
  *
- * Each pair:  ABSENT -> (ASSIGN) LOADING -> HELD -> (RELEASE) ABSENT;   LOADING -> (RELEASE) DOOMED -> ABSENT once it has loaded.
- * Operations of the coordinator are numbered; only the newest counts, older ones that arrive late are ignored, the newest repeated gives
- * READY again.
+ * Each pair:
+ *   ABSENT -> (ASSIGN) WANTED -> LOADING -> HELD -> (RELEASE) ABSENT
+ *                                LOADING -> (RELEASE) DOOMED -> ABSENT once it has loaded
  *
- * Invariants: 1. at most LOADS_MAX loads are outstanding; 2. rows are computed only for held pairs, otherwise MOVED is answered; 3. every frame
- * is answered to the incarnation that sent it, with its batch, layer, part and attempt. */
+ * Operations of the coordinator are numbered; only the newest counts,
+ * older ones that arrive late are ignored, the newest repeated gives READY again.
+ *
+ * Invariants: 1. at most LOADS_MAX loads are outstanding; 2. rows are computed only for held pairs,
+ * otherwise MOVED is answered; 3. every frame is answered to the incarnation that sent it, with its
+ * batch, layer, part and attempt. */
 #include "actors/actors.h"
 #include "actors/member.h"
 
@@ -29,11 +34,11 @@ struct expert {
     struct member member;
     struct model_config config;
     uint32_t frame_items_max, row_bytes;
-    uint8_t *pair;       /* [layers * experts] enum pair_state */
+    uint8_t *pair;            /* [layers * experts] enum pair_state */
     uint32_t *pair_bytes_kib; /* [layers * experts] of held pairs, rounded up */
     uint32_t pairs, loading, held;
-    uint32_t wanted;        /* pairs in PAIR_WANTED */
-    uint32_t next_wanted;   /* where the search for the next load starts */
+    uint32_t wanted;      /* pairs in PAIR_WANTED */
+    uint32_t next_wanted; /* where the search for the next load starts */
     uint64_t operation;
     enum operation_state state;
     char error[256];
@@ -74,8 +79,8 @@ static void fail_operation(struct expert *self, const char *why, struct effects 
         if (self->pair[i] == PAIR_WANTED)
             self->pair[i] = PAIR_ABSENT;
     self->wanted = 0;
-    effects_trace(out, TRACE_ERROR, "operation %llu failed: %s", (unsigned long long)self->operation,
-                  why);
+    effects_trace(out, TRACE_ERROR, "operation %llu failed: %s",
+                  (unsigned long long)self->operation, why);
     send_ready(self, out);
 }
 
@@ -139,7 +144,8 @@ static void on_assign(struct expert *self, const Troupe__Assign *assign, struct 
         if (!in_model(self, assign->layer[i], assign->expert[i])) {
             char why[128];
             snprintf(why, sizeof why, "layer %u expert %u is not one of the model's %u x %u",
-                     assign->layer[i], assign->expert[i], self->config.layers, self->config.experts);
+                     assign->layer[i], assign->expert[i], self->config.layers,
+                     self->config.experts);
             fail_operation(self, why, out);
             return;
         }
@@ -249,8 +255,9 @@ static void on_dispatch(struct expert *self, const struct frame *frame, uint64_t
     const struct frame_header *header = frame->header;
     const char *why = refuse(self, header);
     if (why != NULL) {
-        effects_trace(out, TRACE_WARNING, "dropped a dispatch of actor %u (%u rows of %u bytes): %s",
-                      header->from, header->rows, header->row_bytes, why);
+        effects_trace(out, TRACE_WARNING,
+                      "dropped a dispatch of actor %u (%u rows of %u bytes): %s", header->from,
+                      header->rows, header->row_bytes, why);
         return;
     }
     const struct frame_group *group = frame_groups(frame);
@@ -313,8 +320,7 @@ static void send_heartbeat(struct expert *self, uint64_t now_ns, struct effects 
 }
 
 static void on_message(struct expert *self, const message *envelope, struct effects *out) {
-    if (envelope->from == ACTOR_COORDINATOR &&
-        envelope->body_case == TROUPE__ENVELOPE__BODY_ASSIGN)
+    if (envelope->from == ACTOR_COORDINATOR && envelope->body_case == TROUPE__ENVELOPE__BODY_ASSIGN)
         on_assign(self, envelope->assign, out);
     else if (envelope->from == ACTOR_COORDINATOR &&
              envelope->body_case == TROUPE__ENVELOPE__BODY_RELEASE)

@@ -3,8 +3,9 @@
  *   JOINING   HELLO every hello_retry until WELCOME (or REFUSED: EXIT 1)
  *   JOINED    heartbeats; COMMITs with a larger epoch are adopted, all others ignored
  *
- * Invariants: 1. the adopted epoch only grows; 2. a peer is known by (id, incarnation) of the adopted epoch, anything from anybody
- * else is ignored; 3. an actor does not adopt an epoch that does not list it. */
+ * Invariants: 1. the adopted epoch only grows; 2. a peer is known by (id, incarnation) of the
+ * adopted epoch, anything from anybody else is ignored; 3. an actor does not adopt an epoch that
+ * does not list it. */
 #include "actors/member.h"
 
 #include <stdlib.h>
@@ -29,11 +30,11 @@ static const char *copy_string(char **at, const char *text) {
 }
 
 char *identity_copy(struct actor_identity *ret, const struct actor_identity *identity) {
-    char *memory = malloc(string_bytes(identity->name) + string_bytes(identity->control_address) +
-                          string_bytes(identity->data_address) + string_bytes(identity->host) +
-                          string_bytes(identity->coordinator_address) +
-                          string_bytes(identity->model_fingerprint) +
-                          string_bytes(identity->numerics));
+    char *memory =
+        malloc(string_bytes(identity->name) + string_bytes(identity->control_address) +
+               string_bytes(identity->data_address) + string_bytes(identity->host) +
+               string_bytes(identity->coordinator_address) +
+               string_bytes(identity->model_fingerprint) + string_bytes(identity->numerics));
     if (memory == NULL)
         return NULL;
     char *at = memory;
@@ -177,8 +178,8 @@ static void disconnect(const struct peer *peer, struct effects *out) {
     effect->connect.incarnation = peer->incarnation;
 }
 
-static void connect(const struct member *self, const struct peer *peer,
-                    const Troupe__Member *entry, struct effects *out) {
+static void connect(const struct member *self, const struct peer *peer, const Troupe__Member *entry,
+                    struct effects *out) {
     struct effect *effect = effects_add(out, EFFECT_CONNECT);
     effect->connect.id = peer->id;
     effect->connect.role = peer->role;
@@ -219,8 +220,7 @@ static void take_member(struct member *self, const Troupe__Member *entry, uint32
         peer->incarnation = entry->incarnation;
         peer->role = (enum role)entry->role;
         strncpy(peer->name, entry->name, sizeof peer->name - 1);
-        peer->connected =
-            ((self->control_roles | self->data_roles) & ROLE_BIT(peer->role)) != 0;
+        peer->connected = ((self->control_roles | self->data_roles) & ROLE_BIT(peer->role)) != 0;
         if (peer->connected)
             connect(self, peer, entry, out);
     }

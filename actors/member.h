@@ -1,5 +1,6 @@
-/* Membership as every actor but the coordinator lives it: HELLO until WELCOME, heartbeats, adoption of epochs, and the table of peers
- * with their incarnations. A role's struct holds a `struct member` and hands it every event first. */
+/* Membership as every actor but the coordinator lives it: HELLO until WELCOME, heartbeats, adoption
+ * of epochs, and the table of peers with their incarnations. A role's struct holds a `struct
+ * member` and hands it every event first. */
 #ifndef TROUPE_MEMBER_H
 #define TROUPE_MEMBER_H
 
@@ -13,10 +14,11 @@ struct peer {
     actor_id id;
     uint64_t incarnation;
     enum role role;
-    Troupe__ActorState state; /* READY: everybody who must know this peer has adopted an epoch with it */
-    bool connected;           /* this role talks to it */
-    bool lost;                /* the host saw it end, and no newer epoch has been adopted since */
-    bool marked;              /* scratch of the adoption of an epoch */
+    Troupe__ActorState
+        state;      /* READY: everybody who must know this peer has adopted an epoch with it */
+    bool connected; /* this role talks to it */
+    bool lost;      /* the host saw it end, and no newer epoch has been adopted since */
+    bool marked;    /* scratch of the adoption of an epoch */
     char name[PEER_NAME_BYTES];
 };
 
@@ -25,14 +27,16 @@ struct member {
     char *strings;                  /* memory behind the identity */
     uint64_t capacity_bytes;
     uint64_t hello_retry_ns, heartbeat_interval_ns;
-    uint32_t control_roles, data_roles; /* bit sets of roles to connect: control only, control and data */
+    uint32_t control_roles,
+        data_roles; /* bit sets of roles to connect: control only, control and data */
 
     actor_id id; /* 0 until WELCOME */
     uint64_t coordinator_incarnation;
     uint64_t hello_at_ns, heartbeat_at_ns; /* NEVER: not now */
     uint64_t epoch;                        /* adopted */
     uint64_t bias_version;
-    bool serving; /* requests may be submitted: the epoch serves, and all who must know this actor do */
+    bool serving; /* requests may be submitted: the epoch serves, and all who must know this actor
+                     do */
     bool exited;
     struct peer *peer; /* everybody of the epoch but this actor and the coordinator, ascending id */
     uint32_t peers, peers_capacity;
@@ -56,8 +60,9 @@ bool member_init(struct member *self, const struct actor_identity *identity,
                  uint32_t data_roles);
 void member_free(struct member *self);
 
-/* To be called with every event, before the role looks at it. Returns bits of enum member_news. Messages whose sender is not the
- * coordinator or a peer of the adopted epoch, in the incarnation named there, are traced and come back as MEMBER_DONE. */
+/* To be called with every event, before the role looks at it. Returns bits of enum member_news.
+ * Messages whose sender is not the coordinator or a peer of the adopted epoch, in the incarnation
+ * named there, are traced and come back as MEMBER_DONE. */
 uint32_t member_step(struct member *self, const struct event *event, uint64_t now_ns,
                      struct effects *out);
 uint64_t member_deadline(const struct member *self);
@@ -71,11 +76,13 @@ message member_envelope(const struct member *self);
 
 /* NULL if `id` is no peer of the adopted epoch. */
 struct peer *member_peer(const struct member *self, actor_id id);
-/* The peer that sent this frame, if it is known in that incarnation, has that role, and meant this incarnation of us. */
+/* The peer that sent this frame, if it is known in that incarnation, has that role, and meant this
+ * incarnation of us. */
 const struct peer *member_frame_sender(const struct member *self, const struct frame_header *header,
                                        enum role role);
 
-/* Copies an identity with its strings into one piece of memory, returned for free(); NULL: out of memory. */
+/* Copies an identity with its strings into one piece of memory, returned for free(); NULL: out of
+ * memory. */
 char *identity_copy(struct actor_identity *ret, const struct actor_identity *identity);
 /* Bytes of one activation of the numerics profile, as it travels in frames. */
 uint32_t identity_activation_bytes(const struct actor_identity *identity);

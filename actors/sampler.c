@@ -1,9 +1,10 @@
-/* A sampler actor: LM head and draws. Keeps no state of requests: a question carries everything its answer depends on.
+/* A sampler actor: LM head and draws. Keeps no state of requests: a question carries everything its
+ * answer depends on.
  *
  *   SAMPLE frame -> checked -> SAMPLE program -> SAMPLED frame
  *
- * Invariants: 1. nothing unchecked reaches the engine; 2. every answer goes to the incarnation that asked, with its batch, part and
- * attempt. */
+ * Invariants: 1. nothing unchecked reaches the engine; 2. every answer goes to the incarnation that
+ * asked, with its batch, part and attempt. */
 #include "actors/actors.h"
 #include "actors/member.h"
 #include "engine/sample.h"

@@ -1,7 +1,8 @@
-/* The coordinator: who is there, who holds which expert, and what everybody must know about it. It stands beside a token's way, never on it:
- * while it is gone, serving goes on with the last epoch.
+/* The coordinator: who is there, who holds which expert, and what everybody must know about it. It
+ * stands beside a token's way, never on it: while it is gone, serving goes on with the last epoch.
  *
- * Every event is taken in, then time is looked at, then a new epoch is published if anything in it has changed. */
+ * Every event is taken in, then time is looked at, then a new epoch is published if anything in it
+ * has changed. */
 #include "coordinator/coordinator.h"
 
 #include <stdio.h>
@@ -95,7 +96,8 @@ static void on_message(struct coordinator *self, const message *envelope, uint64
 
 /* ---- events ---- */
 
-/* A coordinator that was stopped for a while has not listened: what it did not hear then is nobody's fault but its own. */
+/* A coordinator that was stopped for a while has not listened: what it did not hear then is
+ * nobody's fault but its own. */
 static void forgive_own_absence(struct coordinator *self, uint64_t now_ns) {
     uint64_t gap = now_ns - self->last_step_ns;
     if (self->last_step_ns != 0 && gap > 2 * self->heartbeat_ns)
@@ -242,6 +244,8 @@ struct actor *coordinator_create(const struct actor_identity *identity,
     }
     for (uint32_t l = 0; l < config->layers; l++)
         self->is_moe[l] = model_layer_is_moe(config, l);
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        self->moe_pairs += self->is_moe[pair / config->experts];
     self->expert_bytes = estimate_expert_bytes(self);
     return &self->actor;
 }

@@ -1,7 +1,8 @@
 /* The coordinator's rooms share this header; nobody else includes it.
  *   coordinator.c  life, events, timers, shutdown
  *   membership.c   seats: HELLO to loss, readiness, epochs (COMMIT), fencing
- *   copies.c       copies of experts: ASSIGN, READY, RELEASE; what should be where is decided in placement.c
+ *   copies.c       copies of experts: ASSIGN, READY, RELEASE
+ *   placement.c    what should be where
  *   statistics.c   STATS and STATUS */
 #ifndef TROUPE_COORDINATOR_H
 #define TROUPE_COORDINATOR_H
@@ -73,10 +74,11 @@ struct coordinator {
     uint64_t place_at_ns; /* NEVER: nobody to wait for */
     uint64_t statistics_at_ns, last_step_ns;
 
-    uint32_t pairs;      /* layers * experts */
-    uint8_t *is_moe;     /* [layers] */
-    actor_id *active;    /* [pairs] who serves it; 0: nobody */
-    actor_id *target;    /* [pairs] who is to serve it; 0: nobody */
+    uint32_t moe_pairs;
+    uint32_t pairs;             /* layers * experts */
+    uint8_t *is_moe;            /* [layers] */
+    actor_id *active;           /* [pairs] who serves it; 0: nobody */
+    actor_id *target;           /* [pairs] who is to serve it; 0: nobody */
     uint32_t *current, *wanted; /* planning: [pairs] */
     uint32_t *scratch;          /* planning: [5 * ACTORS_MAX] */
     uint64_t *load_of_gone;     /* [pairs] totals of attention actors that left */
@@ -94,8 +96,8 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
                              struct effects *out);
 /* A message of somebody who is no member: told so if it was one once. */
 void membership_on_stranger(struct coordinator *self, const message *envelope, struct effects *out);
-void membership_remove(struct coordinator *self, struct seat *seat, const char *why, uint64_t now_ns,
-                       struct effects *out);
+void membership_remove(struct coordinator *self, struct seat *seat, const char *why,
+                       uint64_t now_ns, struct effects *out);
 void membership_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
 uint64_t membership_deadline(const struct coordinator *self);
 /* Publishes a new epoch if anything in it has changed. */

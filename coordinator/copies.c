@@ -1,12 +1,16 @@
-/* Copies of experts: who serves each (layer, expert), who is to, and the orders that bring it about.
+/* Copies of experts: who serves each (layer, expert), who is to, and the orders that bring it
+ * about.
  *
- *   a pair:     target != active: the target has been told to load it (ASSIGN); when it says READY, it becomes the active one; the old one
- *               serves until then (make before break) and drops it (RELEASE) once every attention actor has adopted an epoch without it
- *   an order:   ASSIGN or RELEASE with a new operation number, said again until READY names that number; a newer order to the same
- *               process replaces it
+ * A pair whose target is not its active holder is on its way: the target has been told to load it
+ * (ASSIGN); when it says READY, it becomes the active one. The old one serves until then (make
+ * before break) and drops it (RELEASE) once every attention actor has adopted an epoch without it.
  *
- * Invariants: 1. a live active holder is never told to drop before its successor is ready; 2. READY counts only for the newest operation of
- * a process; 3. everything a process was told to hold is told to be dropped once it is neither active nor target there. */
+ * An order is an ASSIGN or a RELEASE with a new operation number, said again until READY names that
+ * number; a newer order to the same process replaces it.
+ *
+ * Invariants: 1. a live active holder is never told to drop before its successor is ready; 2. READY
+ * counts only for the newest operation of a process; 3. everything a process was told to hold is
+ * told to be dropped once it is neither active nor target there. */
 #include "coordinator/coordinator.h"
 
 #include <string.h>
@@ -123,10 +127,11 @@ static uint32_t index_of(const uint32_t *id, uint32_t count, actor_id wanted) {
 static void complain(struct coordinator *self, uint32_t homeless, uint32_t holders,
                      struct effects *out) {
     if (homeless > 0 && !self->complained)
-        effects_trace(out, TRACE_ERROR,
-                      "%u experts have no place: %u expert processes have no room for more (about %llu "
-                      "bytes each); start another one or raise its capacity",
-                      homeless, holders, (unsigned long long)self->expert_bytes);
+        effects_trace(
+            out, TRACE_ERROR,
+            "%u experts have no place: %u expert processes have no room for more (about %llu "
+            "bytes each); start another one or raise its capacity",
+            homeless, holders, (unsigned long long)self->expert_bytes);
     self->complained = homeless > 0;
 }
 

@@ -1,15 +1,19 @@
 /* Who is there: from HELLO to loss, and the epochs that say so to everybody.
  *
- *   a seat:   (HELLO, checked) listed as JOINING -> READY, when itself and all who must know it have adopted an epoch that lists it
- *             -> removed: process ended, heartbeats missed, or the same name said HELLO in a new incarnation
+ *   (HELLO, checked) -> JOINING -> READY -> removed
  *
- * Who must know whom: an attention actor's rows go to experts and samplers, which answer only those they know; a gateway's requests
- * go to attention actors. So an attention actor becomes READY after the ready experts and samplers have adopted it, a gateway after the
- * ready attention actors have; nobody waits for anybody else.
+ * READY: itself and all who must know it have adopted an epoch that lists it. Removed: its process
+ * has ended, its heartbeats stay away, or the same name said HELLO in a new incarnation.
  *
- * Invariants: 1. ids are never given twice; 2. an epoch is never changed once published, its number only grows; 3. an incarnation that was
- * removed never becomes a member again (it is told to end); 4. `serving` is true only if every (layer, expert) has a ready holder and a ready
- * attention actor and sampler exist. */
+ * Who must know whom: an attention actor's rows go to experts and samplers, which answer only those
+ * they know; a gateway's requests go to attention actors. So an attention actor becomes READY after
+ * the ready experts and samplers have adopted it, a gateway after the ready attention actors have;
+ * nobody waits for anybody else.
+ *
+ * Invariants: 1. ids are never given twice; 2. an epoch is never changed once published, its number
+ * only grows; 3. an incarnation that was removed never becomes a member again (it is told to
+ * end); 4. `serving` is true only if every (layer, expert) has a ready holder and a ready attention
+ * actor and sampler exist. */
 #include "coordinator/coordinator.h"
 
 #include <stdio.h>
@@ -67,7 +71,8 @@ static char *put_string(char **at, const char *text) {
 }
 
 /* Everything that a seat owns; false: no memory, and nothing is owned. */
-static bool seat_fill(const struct coordinator *self, struct seat *seat, const Troupe__Hello *hello) {
+static bool seat_fill(const struct coordinator *self, struct seat *seat,
+                      const Troupe__Hello *hello) {
     memset(seat, 0, sizeof *seat);
     char *at = malloc(strlen(hello->name) + strlen(hello->control_address) +
                       strlen(hello->data_address) + strlen(hello->host) + 4);
@@ -96,18 +101,21 @@ static bool seat_fill(const struct coordinator *self, struct seat *seat, const T
 
 /* ---- messages about membership ---- */
 
-static void connect_to(actor_id id, enum role role, uint64_t incarnation, const char *control_address,
-                       const char *data_address, const char *host, struct effects *out) {
+static void connect_to(actor_id id, enum role role, uint64_t incarnation,
+                       const char *control_address, const char *data_address, const char *host,
+                       struct effects *out) {
     struct effect *effect = effects_add(out, EFFECT_CONNECT);
     effect->connect.id = id;
     effect->connect.role = role;
     effect->connect.incarnation = incarnation;
-    effect->connect.control_address = effects_copy(out, control_address, strlen(control_address) + 1);
+    effect->connect.control_address =
+        effects_copy(out, control_address, strlen(control_address) + 1);
     effect->connect.data_address = effects_copy(out, data_address, strlen(data_address) + 1);
     effect->connect.host = effects_copy(out, host, strlen(host) + 1);
 }
 
-static void disconnect_from(actor_id id, enum role role, uint64_t incarnation, struct effects *out) {
+static void disconnect_from(actor_id id, enum role role, uint64_t incarnation,
+                            struct effects *out) {
     struct effect *effect = effects_add(out, EFFECT_DISCONNECT);
     effect->connect.id = id;
     effect->connect.role = role;
@@ -140,7 +148,8 @@ static void send_refused(const struct coordinator *self, actor_id id, uint64_t i
     disconnect_from(id, ROLE_NONE, incarnation, out);
 }
 
-void membership_on_stranger(struct coordinator *self, const message *envelope, struct effects *out) {
+void membership_on_stranger(struct coordinator *self, const message *envelope,
+                            struct effects *out) {
     const struct ghost *ghost = find_ghost(self, envelope->from_incarnation);
     effects_trace(out, TRACE_WARNING, "ignored %s of actor %u, %s", wire_name(envelope),
                   envelope->from, ghost != NULL ? "which was removed" : "which is no member");
@@ -162,14 +171,17 @@ static int check_hello(const struct coordinator *self, const message *envelope,
     bool serves = hello->role != TROUPE__ROLE__ROLE_CONTROL;
     if ((serves || hello->model_fingerprint[0] != '\0') &&
         strcmp(hello->model_fingerprint, self->identity.model_fingerprint) != 0)
-        return fail(failure, ERR_VERSION,
-                    "the troupe serves the model with fingerprint %s, found %s: start every actor with "
-                    "the same model directory",
-                    self->identity.model_fingerprint, hello->model_fingerprint);
+        return fail(
+            failure, ERR_VERSION,
+            "the troupe serves the model with fingerprint %s, found %s: start every actor with "
+            "the same model directory",
+            self->identity.model_fingerprint, hello->model_fingerprint);
     if ((serves || hello->numerics[0] != '\0') &&
         strcmp(hello->numerics, self->identity.numerics) != 0)
-        return fail(failure, ERR_VERSION, "the troupe computes in %s, found %s: start every actor with "
-                    "the same --numerics", self->identity.numerics, hello->numerics);
+        return fail(failure, ERR_VERSION,
+                    "the troupe computes in %s, found %s: start every actor with "
+                    "the same --numerics",
+                    self->identity.numerics, hello->numerics);
     if (self->seats == ACTORS_MAX - 2)
         return fail(failure, ERR_BUSY, "the troupe has %u members already", self->seats);
     return 0;
@@ -230,8 +242,8 @@ void membership_on_hello(struct coordinator *self, const message *envelope, uint
 
 /* ---- loss ---- */
 
-void membership_remove(struct coordinator *self, struct seat *seat, const char *why, uint64_t now_ns,
-                       struct effects *out) {
+void membership_remove(struct coordinator *self, struct seat *seat, const char *why,
+                       uint64_t now_ns, struct effects *out) {
     effects_trace(out, TRACE_WARNING, "removed %s (actor %u): %s", seat->name, seat->id, why);
     struct ghost *ghost = &self->ghost[self->next_ghost++ % GHOSTS_MAX];
     ghost->id = seat->id;
@@ -277,7 +289,8 @@ Troupe__Member *membership_member(const struct seat *seat, struct effects *out) 
     member->data_address = seat->data_address;
     member->host = seat->host;
     member->name = seat->name;
-    member->state = seat->ready ? TROUPE__ACTOR_STATE__STATE_READY : TROUPE__ACTOR_STATE__STATE_JOINING;
+    member->state =
+        seat->ready ? TROUPE__ACTOR_STATE__STATE_READY : TROUPE__ACTOR_STATE__STATE_JOINING;
     return member;
 }
 
@@ -352,8 +365,8 @@ void membership_publish(struct coordinator *self, uint64_t now_ns, struct effect
         return;
     self->changed = false;
     self->epoch++;
-    bool serving = has_ready(self, ROLE_ATTENTION) && has_ready(self, ROLE_SAMPLER) &&
-                   copies_complete(self);
+    bool serving =
+        has_ready(self, ROLE_ATTENTION) && has_ready(self, ROLE_SAMPLER) && copies_complete(self);
     if (serving != self->serving)
         effects_trace(out, TRACE_INFO, serving ? "serving" : "not serving");
     self->serving = serving;
@@ -362,7 +375,7 @@ void membership_publish(struct coordinator *self, uint64_t now_ns, struct effect
             self->seat[i].introduced_epoch = self->epoch;
     Troupe__Commit *commit = membership_commit(self, out);
     effects_trace(out, TRACE_INFO, "epoch %llu: %u members, %zu of %u experts placed",
-                  (unsigned long long)self->epoch, self->seats, commit->n_layer, self->pairs);
+                  (unsigned long long)self->epoch, self->seats, commit->n_layer, self->moe_pairs);
     for (uint32_t i = 0; i < self->seats; i++)
         send_commit(self, &self->seat[i], commit, now_ns, out);
 }

@@ -19,7 +19,8 @@ static uint32_t room(const struct plan *plan, uint32_t holder) {
                : 0;
 }
 
-/* Who is next in line for one more than the even share: prefers what needs no move, then the emptiest, then the first. */
+/* Who is next in line for one more than the even share: prefers what needs no move, then the
+ * emptiest, then the first. */
 static uint32_t choose_extra(const struct plan *plan, uint32_t base) {
     uint32_t best = NOBODY;
     bool best_keeps = false;
@@ -111,6 +112,7 @@ uint32_t placement_even(uint32_t layers, const uint8_t *is_moe, uint32_t experts
     memset(plan.total, 0, holders * sizeof *plan.total);
     for (uint32_t l = 0; l < layers; l++)
         if (is_moe[l])
-            homeless += place_layer(&plan, current + (size_t)l * experts, ret + (size_t)l * experts);
+            homeless +=
+                place_layer(&plan, current + (size_t)l * experts, ret + (size_t)l * experts);
     return homeless;
 }

@@ -1,4 +1,5 @@
-/* What the coordinator tells about the troupe: STATS to gateways and control clients each heartbeat interval, STATUS when asked. */
+/* What the coordinator tells about the troupe: STATS to gateways and control clients each heartbeat
+ * interval, STATUS when asked. */
 #include "coordinator/coordinator.h"
 
 #include <string.h>
