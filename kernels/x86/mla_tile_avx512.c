@@ -192,10 +192,10 @@ INLINE float softmax_query(float score[PAGE_TOKENS], uint32_t visible, float sca
     const float block_maximum = _mm512_reduce_max_ps(largest);
     maximum = block_maximum > maximum ? block_maximum : maximum;
     UNROLL for (uint32_t g = 0; g < POSITION_GROUPS; g++) {
-        const __m512 p =
-            _mm512_maskz_mov_ps(lanes[g], exp_avx512(_mm512_sub_ps(s[g], _mm512_set1_ps(maximum))));
+        const __m512 p = _mm512_maskz_mov_ps(
+            lanes[g], exp_nonpositive_avx512(_mm512_sub_ps(s[g], _mm512_set1_ps(maximum))));
         partial = _mm512_add_ps(partial, p);
-        _mm512_store_ps(score + 16 * g, round_to_bf16_avx512(p));
+        _mm512_store_ps(score + 16 * g, round_normal_to_bf16_avx512(p));
     }
     *ret_sum = sum_tree_avx512(partial);
     return maximum;

@@ -3,6 +3,7 @@
 
 #if defined(__x86_64__)
 void exp_vector_avx512(const float x[16], float ret[16]);
+void exp_nonpositive_vector_avx512(const float x[16], float ret[16]);
 #endif
 
 #endif
