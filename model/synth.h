@@ -19,4 +19,9 @@ int synth_model(const char *shape_json, size_t bytes, uint64_t seed,
                 int (*write)(void *context, const char *file, const void *bytes, size_t size),
                 void *context, struct failure *failure);
 
+/* The same with shards of at most about `shard_bytes` of tensors each (a shard holds at least one tensor). */
+int synth_model_sharded(const char *shape_json, size_t bytes, uint64_t seed, uint64_t shard_bytes,
+                        int (*write)(void *context, const char *file, const void *bytes, size_t size),
+                        void *context, struct failure *failure);
+
 #endif
