@@ -25,6 +25,7 @@ uint8_t e4m3_from_float(float value);   /* round to nearest even, saturating at 
 
 /* One polynomial each, the same FP32 operations in scalar and vector form. Accuracy: a few ulp, stated at the definition. */
 float exp_canonical(float x);   /* exp(-inf) = 0, overflow to +inf */
+void exp_canonical_row(const float *x, uint32_t n, float *ret); /* ret[i] = exp_canonical(x[i]); ret may be x */
 float log_canonical(float x);   /* x > 0 and normal */
 float rsqrt_canonical(float x); /* 1/sqrt(x) by hardware sqrt and division, which IEEE 754 defines exactly */
 float sigmoid_canonical(float x); /* 1 / (1 + exp(-x)) */

@@ -102,6 +102,22 @@ static double ulps(float got, double want) {
     return fabs(got - want) / ldexp(1, exponent - 24);
 }
 
+/* A row at a time gives the bits of one at a time, whole runs and the rest alike. */
+static void test_exp_row(void **state) {
+    (void)state;
+    enum { COUNT = 3 * 32 + 5 };
+    float x[COUNT], got[COUNT];
+    for (uint64_t first = 0; first < UINT64_C(1) << 32; first += COUNT * UINT64_C(40009)) {
+        for (uint32_t i = 0; i < COUNT; i++)
+            x[i] = from_bits((uint32_t)(first + i * UINT64_C(40009)));
+        exp_canonical_row(x, COUNT, got);
+        for (uint32_t i = 0; i < COUNT; i++) {
+            const float want = exp_canonical(x[i]);
+            assert_true(memcmp(&got[i], &want, sizeof want) == 0 || (isnan(got[i]) && isnan(want)));
+        }
+    }
+}
+
 static void test_exp(void **state) {
     double worst = 0;
     for (uint32_t sign = 0; sign < 2; sign++) {
@@ -289,6 +305,7 @@ int main(void) {
         cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_e4m3),
         cmocka_unit_test(test_exp),
+        cmocka_unit_test(test_exp_row),
         cmocka_unit_test(test_exp_vector_has_the_same_bits),
         cmocka_unit_test(test_log),
         cmocka_unit_test(test_rsqrt_and_sigmoid),
