@@ -100,7 +100,7 @@ static inline void *activation_at(const struct kernels *kernels, const void *bas
 /* A thread's own work space, [vocabulary] each. */
 struct sample_work {
     float *logits;    /* modified logits, then weights of the draw */
-    float *sum;       /* exponentials of the raw logits */
+    float *sum;       /* exponentials of the raw logits, maxima of runs */
     uint32_t *heap;   /* tokens */
     uint8_t *touched; /* zero between rows */
 };

@@ -134,6 +134,32 @@ int sample_check(const struct sample_spec *spec, uint32_t rows, const uint32_t *
     return 0;
 }
 
+/* The largest of a run, by lanes that the compiler can keep in vectors. No NaN. */
+static float run_max(const float *x, uint32_t n) {
+    enum { LANES = 16 };
+    float lane[LANES], max = -INFINITY;
+    for (int j = 0; j < LANES; j++)
+        lane[j] = -INFINITY;
+    uint32_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++)
+            lane[j] = x[i + (uint32_t)j] > lane[j] ? x[i + (uint32_t)j] : lane[j];
+    for (; i < n; i++)
+        max = x[i] > max ? x[i] : max;
+    for (int j = 0; j < LANES; j++)
+        max = lane[j] > max ? lane[j] : max;
+    return max;
+}
+
+/* The token of the largest logit, the lower of equals. */
+static uint32_t largest(const float *logits, uint32_t vocabulary) {
+    const float max = run_max(logits, vocabulary);
+    uint32_t t = 0;
+    while (logits[t] != max)
+        t++;
+    return t;
+}
+
 /* --- log-probabilities --- */
 
 struct logprobs {
@@ -142,12 +168,12 @@ struct logprobs {
 
 static struct logprobs measure(const float *logits, uint32_t vocabulary, float *scratch) {
     struct logprobs ret = {-INFINITY, 0};
-    for (uint32_t t = 0; t < vocabulary; t++)
-        ret.max = logits[t] > ret.max ? logits[t] : ret.max;
+    ret.max = logits[largest(logits, vocabulary)];
     if (ret.max == -INFINITY)
         return ret;
     for (uint32_t t = 0; t < vocabulary; t++)
-        scratch[t] = exp_canonical(logits[t] - ret.max);
+        scratch[t] = logits[t] - ret.max;
+    exp_canonical_row(scratch, vocabulary, scratch);
     ret.log_sum = log_canonical(sum_canonical(scratch, vocabulary));
     return ret;
 }
@@ -217,14 +243,6 @@ static void modify(const struct sample_spec *spec, const uint32_t *words, float 
 
 /* --- the draw --- */
 
-static uint32_t largest(const float *logits, uint32_t vocabulary) {
-    uint32_t best = 0;
-    for (uint32_t t = 1; t < vocabulary; t++)
-        if (logits[t] > logits[best])
-            best = t;
-    return best;
-}
-
 /* Order of the heap: larger weight first, then the lower token. */
 static bool goes_before(const float *weights, uint32_t a, uint32_t b) {
     return weights[a] > weights[b] || (weights[a] == weights[b] && a < b);
@@ -254,56 +272,83 @@ static uint32_t heap_pop(const float *weights, uint32_t *heap, uint32_t *length)
     return token;
 }
 
-/* The last token, in descending order, that top_k and top_p keep: everything not before it or equal
- * to it is dropped. A heap gives the best ones one by one, so that only as many are sorted as are
- * kept. Popped tokens are left behind the heap, the first at the end. */
-static uint32_t last_kept(const struct sample_spec *spec, const float *weights, uint32_t *heap,
-                          uint32_t length, double sum) {
-    const uint32_t count = length;
+static void heap_make(const float *weights, uint32_t *heap, uint32_t length) {
     for (uint32_t at = length / 2; at-- > 0;)
         sift_down(weights, heap, length, at);
-    uint32_t most =
-        spec->top_k > 0 && (uint32_t)spec->top_k < count ? (uint32_t)spec->top_k : count;
-    if (most < count) { /* top_p takes its share of what top_k leaves */
+}
+
+/* At most the weight of the k-th largest: k different runs of tokens each have one at least as
+ * large. 0 where there are fewer runs. */
+static float top_k_bound(const float *weights, uint32_t vocabulary, uint32_t k, float *maxima,
+                         uint32_t *heap) {
+    enum { RUN = 64 };
+    uint32_t runs = (vocabulary + RUN - 1) / RUN, token = 0;
+    if (k > runs)
+        return 0;
+    for (uint32_t r = 0; r < runs; r++) {
+        uint32_t first = r * RUN, rest = vocabulary - first;
+        maxima[r] = run_max(weights + first, rest < RUN ? rest : RUN);
+        heap[r] = r;
+    }
+    heap_make(maxima, heap, runs);
+    for (uint32_t i = 0, length = runs; i < k; i++)
+        token = heap_pop(maxima, heap, &length);
+    return maxima[token];
+}
+
+/* The last token, in descending order, that top_k and top_p keep: everything not before it or equal
+ * to it is dropped. A heap gives the best ones one by one, so that only as many are sorted as are
+ * kept, and only tokens that may be kept enter it. */
+static uint32_t last_kept(const struct sample_spec *spec, const float *weights, uint32_t vocabulary,
+                          double sum, const struct sample_work *work) {
+    uint32_t *heap = work->heap, length = 0;
+    bool limited = spec->top_k > 0 && (uint32_t)spec->top_k < vocabulary;
+    uint32_t most = limited ? (uint32_t)spec->top_k : vocabulary;
+    /* All tokens below this weight together have half of what top_p leaves out, so the kept run
+     * ends before them. */
+    float bound = (float)((1.0 - (double)spec->top_p) * sum / (2.0 * vocabulary));
+    if (limited)
+        bound = top_k_bound(weights, vocabulary, most, work->sum, heap);
+    for (uint32_t t = 0; t < vocabulary; t++)
+        if (weights[t] > 0 && weights[t] >= bound)
+            heap[length++] = t;
+    heap_make(weights, heap, length);
+    const uint32_t count = length;
+    uint32_t popped = 0;
+    if (limited) { /* top_p takes its share of what top_k leaves */
         sum = 0;
-        for (uint32_t i = 0; i < most; i++) {
+        for (; popped < count && popped < most; popped++) {
             uint32_t token = heap_pop(weights, heap, &length);
-            heap[length] = token;
+            heap[length] = token; /* stands behind the heap, the first at the end */
             sum += (double)weights[token];
         }
-        if (spec->top_p >= 1.0f)
-            return heap[length];
     }
     double wanted = (double)spec->top_p * sum, mass = 0;
     uint32_t token = 0;
-    for (uint32_t i = 0; i < most; i++) {
-        token = most < count ? heap[count - 1 - i] : heap_pop(weights, heap, &length);
+    for (uint32_t i = 0; i < (limited ? popped : count); i++) {
+        token = limited ? heap[count - 1 - i] : heap_pop(weights, heap, &length);
         mass += (double)weights[token];
-        if (mass >= wanted)
+        if (spec->top_p < 1.0f && mass >= wanted)
             break;
     }
     return token;
 }
 
 static uint32_t draw(const struct sample_spec *spec, float *logits, uint32_t vocabulary,
-                     uint32_t *heap) {
-    float *weights = logits, max = logits[largest(logits, vocabulary)];
+                     const struct sample_work *work) {
+    float *weights = logits, max = run_max(logits, vocabulary);
     if (max == -INFINITY)
         return 0;
-    uint32_t count = 0;
+    for (uint32_t t = 0; t < vocabulary; t++)
+        weights[t] = (logits[t] - max) / spec->temperature;
+    exp_canonical_row(weights, vocabulary, weights);
     double sum = 0;
     for (uint32_t t = 0; t < vocabulary; t++) {
-        float weight = exp_canonical((logits[t] - max) / spec->temperature);
-        if (weight < spec->min_p)
-            weight = 0;
-        weights[t] = weight;
-        if (weight > 0) {
-            heap[count++] = t;
-            sum += (double)weight;
-        }
+        weights[t] = weights[t] < spec->min_p ? 0 : weights[t];
+        sum += (double)weights[t];
     }
-    if ((spec->top_k > 0 && (uint32_t)spec->top_k < count) || spec->top_p < 1.0f) {
-        uint32_t last = last_kept(spec, weights, heap, count, sum);
+    if ((spec->top_k > 0 && (uint32_t)spec->top_k < vocabulary) || spec->top_p < 1.0f) {
+        uint32_t last = last_kept(spec, weights, vocabulary, sum, work);
         const float least = weights[last];
         sum = 0;
         for (uint32_t t = 0; t < vocabulary; t++) {
@@ -334,8 +379,7 @@ static uint32_t choose(const struct sample_spec *spec, const uint32_t *words, co
     memcpy(work->logits, logits, vocabulary * sizeof *logits);
     if (modified)
         modify(spec, words, work->logits, work->touched);
-    return greedy ? largest(work->logits, vocabulary)
-                  : draw(spec, work->logits, vocabulary, work->heap);
+    return greedy ? largest(work->logits, vocabulary) : draw(spec, work->logits, vocabulary, work);
 }
 
 void sample_row(const struct sample_spec *spec, const uint32_t *words, const float *logits,

@@ -34,15 +34,20 @@ static void score_softmax(uint32_t experts, const float *logits, float *ret) {
         return;
     }
     for (uint32_t e = 0; e < experts; e++)
-        ret[e] = exp_canonical(ret[e] - max);
+        ret[e] = ret[e] - max;
+    exp_canonical_row(ret, experts, ret);
     float sum = sum_canonical(ret, experts);
     for (uint32_t e = 0; e < experts; e++)
         ret[e] = ret[e] / sum;
 }
 
+/* sigmoid_canonical, a row at a time. */
 static void score_sigmoid(uint32_t experts, const float *logits, float *ret) {
     for (uint32_t e = 0; e < experts; e++)
-        ret[e] = sigmoid_canonical(logit_clean(logits[e]));
+        ret[e] = -logit_clean(logits[e]);
+    exp_canonical_row(ret, experts, ret);
+    for (uint32_t e = 0; e < experts; e++)
+        ret[e] = 1.0f / (1.0f + ret[e]);
 }
 
 static float group_score(enum gate_group_score kind, const float *scores, uint32_t count) {

@@ -146,8 +146,8 @@ static uint32_t plain_draw(const struct sample_spec *spec, const float *logits, 
     for (uint32_t i = 0; i < count; i++) /* what top_k does not cut, in order of token */
         sum += (double)weights[order[i]];
     qsort(order, count, sizeof *order, descending);
-    if (spec->top_k > 0 && (uint32_t)spec->top_k < count) {
-        count = (uint32_t)spec->top_k;
+    if (spec->top_k > 0 && (uint32_t)spec->top_k < vocabulary) {
+        count = (uint32_t)spec->top_k < count ? (uint32_t)spec->top_k : count;
         sum = 0;
         for (uint32_t i = 0; i < count; i++)
             sum += (double)weights[order[i]];
