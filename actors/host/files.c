@@ -42,6 +42,15 @@ int mapped_open(struct mapped *ret, const char *directory, const char *name, siz
     return error;
 }
 
+int mapped_open_path(struct mapped *ret, const char *path, size_t limit, struct failure *failure) {
+    const char *slash = strrchr(path, '/');
+    char directory[4096];
+    snprintf(directory, sizeof directory, "%.*s", slash != NULL ? (int)(slash - path) : 1,
+             slash != NULL ? path : ".");
+    return mapped_open(ret, slash == path ? "/" : directory, slash != NULL ? slash + 1 : path, limit,
+                       failure);
+}
+
 void mapped_close(struct mapped *self) {
     if (self->size > 0)
         munmap((void *)self->bytes, self->size);

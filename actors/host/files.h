@@ -16,6 +16,8 @@ struct mapped {
 /* ERR_NOT_FOUND, ERR_TOO_LARGE (over `limit` bytes), ERR_IO. */
 int mapped_open(struct mapped *ret, const char *directory, const char *name, size_t limit,
                 struct failure *failure);
+/* The same for any path. */
+int mapped_open_path(struct mapped *ret, const char *path, size_t limit, struct failure *failure);
 void mapped_close(struct mapped *self);
 
 struct model_directory {

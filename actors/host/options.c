@@ -36,6 +36,7 @@ static const struct option_row table[] = {
     NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK, "port to listen on for HTTP, 0 for any free one (default 8000)"),
     TEXT("served-model-name", served_model, "NAME", FOR_SERVE | FOR_GATEWAY, "name in /v1/models (default: name of the model directory)"),
     TEXT("api-key", api_key, "KEY", FOR_SERVE | FOR_GATEWAY, "clients must send it as a bearer token"),
+    TEXT("api-key-file", api_key_file, "FILE", FOR_SERVE | FOR_GATEWAY, "the same, read from a file: the command line is no place for secrets"),
     TEXT("run-dir", run_dir, "DIR", FOR_SERVE | FOR_ACTORS | FOR_CONTROL, "directory of sockets, pid files and logs (serve: default a new one under XDG_RUNTIME_DIR)"),
     TEXT("coordinator", coordinator, "ADDRESS", FOR_GATEWAY | FOR_WORKER | FOR_CONTROL, "address of the coordinator, tcp://host:port (default: the one in --run-dir)"),
     TEXT("bind", bind, "ADDRESS", FOR_ACTORS, "where this actor's control inbox listens (default: in --run-dir, else tcp://*:*)"),
@@ -163,15 +164,29 @@ static int parse_config(struct options *self, int argc, char **argv, struct fail
     if (path == NULL)
         return 0;
     struct mapped file;
-    const char *slash = strrchr(path, '/');
-    char directory[4096];
-    snprintf(directory, sizeof directory, "%.*s", slash != NULL ? (int)(slash - path) : 1,
-             slash != NULL ? path : ".");
-    int error = mapped_open(&file, slash == path ? "/" : directory, slash != NULL ? slash + 1 : path,
-                            JSON_FILE_MAX, failure);
+    int error = mapped_open_path(&file, path, JSON_FILE_MAX, failure);
     if (error < 0)
         return error;
     error = settings_parse_yaml(&self->settings, file.bytes, file.size, failure);
+    mapped_close(&file);
+    return error;
+}
+
+/* The first line of --api-key-file. */
+static int read_api_key(struct options *self, struct failure *failure) {
+    struct mapped file;
+    if (self->api_key_file == NULL)
+        return 0;
+    int error = mapped_open_path(&file, self->api_key_file, JSON_FILE_MAX, failure);
+    if (error < 0)
+        return error;
+    const char *end = memchr(file.bytes, '\n', file.size);
+    size_t size = end != NULL ? (size_t)(end - (const char *)file.bytes) : file.size;
+    if (size == 0 || size >= sizeof self->api_key_read)
+        error = fail(failure, ERR_INVALID, "%s: expected a key of 1 to %zu bytes in the first line, found %zu",
+                     self->api_key_file, sizeof self->api_key_read - 1, size);
+    else
+        memcpy(self->api_key_read, file.bytes, size);
     mapped_close(&file);
     return error;
 }
@@ -226,8 +241,13 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
     if (error == 0)
         error = check_words(&self, failure);
     if (error == 0)
-        *ret = self;
-    return error;
+        error = read_api_key(&self, failure);
+    if (error < 0)
+        return error;
+    *ret = self;
+    if (ret->api_key_read[0] != 0)
+        ret->api_key = ret->api_key_read;
+    return 0;
 }
 
 void options_help(unsigned command) {

@@ -25,16 +25,18 @@ enum command_bit {
 };
 
 #define POSITIONAL_MAX 4
+#define API_KEY_BYTES  512
 
 struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
-        *bind, *bind_data, *cpus, *log, *served_model, *api_key, *prompt, *golden, *shape;
+        *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden, *shape;
     uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib;
     double temperature;
     bool verbose, help, port_set;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
     int positionals;
+    char api_key_read[API_KEY_BYTES]; /* behind api_key if it came from --api-key-file */
 };
 
 /* Fills `ret` with defaults, then with --config's file, then with the command line. argv[0] is the command's name. Strings are

@@ -1,0 +1,103 @@
+/* build/troupe: one binary for everything. Each subcommand is a row of the table. */
+#include <stdio.h>
+#include <string.h>
+
+#include "actors/host/commands.h"
+#include "actors/host/process.h"
+#include "actors/host/version.h"
+
+static int run_coordinator(const struct options *options) {
+    return process_run(ROLE_COORDINATOR, options);
+}
+static int run_gateway(const struct options *options) {
+    return process_run(ROLE_GATEWAY, options);
+}
+static int run_attention(const struct options *options) {
+    return process_run(ROLE_ATTENTION, options);
+}
+static int run_expert(const struct options *options) {
+    return process_run(ROLE_EXPERT, options);
+}
+static int run_sampler(const struct options *options) {
+    return process_run(ROLE_SAMPLER, options);
+}
+
+static int show_version(const struct options *options) {
+    (void)options;
+    printf("troupe %s\n", TROUPE_VERSION);
+    return 0;
+}
+
+static const struct command {
+    const char *name;
+    unsigned bit;
+    int (*run)(const struct options *options);
+    const char *arguments;
+    const char *help;
+} commands[] = {
+    {"serve", FOR_SERVE, command_serve, "[OPTIONS]",
+     "start all actors of a troupe on this machine and serve HTTP until Ctrl-C"},
+    {"coordinator", FOR_COORDINATOR, run_coordinator, "[OPTIONS]",
+     "one coordinator: membership, placement of experts, epochs"},
+    {"gateway", FOR_GATEWAY, run_gateway, "[OPTIONS]", "one gateway: the OpenAI-style HTTP interface"},
+    {"attention", FOR_WORKER, run_attention, "[OPTIONS]",
+     "one attention actor: sequences, latent cache, gate"},
+    {"expert", FOR_WORKER | FOR_EXPERT, run_expert, "[OPTIONS]",
+     "one expert actor: the experts that the coordinator assigns to it"},
+    {"sampler", FOR_WORKER, run_sampler, "[OPTIONS]", "one sampler: LM head and choice of tokens"},
+    {"generate", FOR_GENERATE, command_generate, "--prompt TEXT [OPTIONS]",
+     "one answer in the terminal, by the same actors in this process"},
+    {"check", FOR_CHECK, command_check, "[OPTIONS]",
+     "would it run here? or, with --golden, does it compute what the oracle computed?"},
+    {"inspect", FOR_INSPECT, command_inspect, "DIR", "what a model directory holds"},
+    {"synth", FOR_SYNTH, command_synth, "--shape FILE [--seed N] OUT",
+     "write a model directory of any shape with random weights"},
+    {"ctl", FOR_CONTROL, command_ctl, "status [OPTIONS]", "ask a running troupe how it is"},
+    {"version", FOR_VERSION, show_version, "", "print the version"},
+};
+#define COMMANDS (sizeof commands / sizeof commands[0])
+
+static int usage(FILE *out) {
+    fprintf(out, "usage: troupe COMMAND [OPTIONS]\n\n");
+    for (size_t i = 0; i < COMMANDS; i++)
+        fprintf(out, "  %-12s %s\n", commands[i].name, commands[i].help);
+    fprintf(out, "\ntroupe COMMAND --help lists the options of a command\n");
+    return out == stdout ? 0 : 2;
+}
+
+static bool wants_help(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0)
+            return true;
+    }
+    return false;
+}
+
+static int run_command(const struct command *command, int argc, char **argv) {
+    struct options options;
+    struct failure failure;
+    if (wants_help(argc, argv)) {
+        printf("usage: troupe %s %s\n\n%s\n\n", command->name, command->arguments, command->help);
+        options_help(command->bit);
+        return 0;
+    }
+    if (options_parse(&options, argc, argv, command->bit, &failure) < 0) {
+        fprintf(stderr, "troupe %s: %s\n", command->name, failure.text);
+        return 2;
+    }
+    return command->run(&options);
+}
+
+int main(int argc, char **argv) {
+    if (argc < 2)
+        return usage(stderr);
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0)
+        return usage(stdout);
+    for (size_t i = 0; i < COMMANDS; i++) {
+        if (strcmp(commands[i].name, argv[1]) == 0 ||
+            (strcmp(argv[1], "--version") == 0 && commands[i].bit == FOR_VERSION))
+            return run_command(&commands[i], argc - 1, argv + 1);
+    }
+    fprintf(stderr, "troupe: there is no command '%s'\n\n", argv[1]);
+    return usage(stderr);
+}
