@@ -39,6 +39,7 @@
 #define JSON_CONTAINERS_MAX    65536      /* lists and objects in one body */
 #define PROMPTS_MAX            1024 /* prompts in one request */
 #define CHAT_MESSAGES_MAX      4096
+#define HISTORY_TOKENS_MAX     (256u << 20) /* prompt tokens held by one gateway */
 #define CHOICES_MAX            128  /* n */
 #define STOP_STRINGS_MAX       16
 #define STOP_STRING_BYTES_MAX  1024

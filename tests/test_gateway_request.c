@@ -1,4 +1,5 @@
-/* Bodies of requests: every field's type and range, every bad input with the status and the words that the client gets. */
+/* Bodies of requests: every field's type and range, every bad input with the status and the words
+ * that the client gets. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,8 +31,8 @@ static struct generation_request good(enum endpoint endpoint, const char *body) 
     return request;
 }
 
-static void bad_bytes(enum endpoint endpoint, const char *body, size_t size, unsigned status, const char *param,
-                      const char *words) {
+static void bad_bytes(enum endpoint endpoint, const char *body, size_t size, unsigned status,
+                      const char *param, const char *words) {
     struct generation_request request;
     struct http_error error;
     if (request_parse(&request, endpoint, body, size, &LIMITS, &error) == 0)
@@ -39,11 +40,12 @@ static void bad_bytes(enum endpoint endpoint, const char *body, size_t size, uns
     if (error.status != status || (param == NULL) != (error.param == NULL) ||
         (param != NULL && strcmp(param, error.param) != 0) || strstr(error.message, words) == NULL)
         fail_msg("%.100s: status %u, param %s, \"%s\"; expected %u, %s, \"%s\"", body, error.status,
-                 error.param == NULL ? "none" : error.param, error.message, status, param == NULL ? "none" : param,
-                 words);
+                 error.param == NULL ? "none" : error.param, error.message, status,
+                 param == NULL ? "none" : param, words);
 }
 
-static void bad(enum endpoint endpoint, const char *body, unsigned status, const char *param, const char *words) {
+static void bad(enum endpoint endpoint, const char *body, unsigned status, const char *param,
+                const char *words) {
     bad_bytes(endpoint, body, strlen(body), status, param, words);
 }
 
@@ -52,7 +54,8 @@ static void defaults_come_from_the_model(void **state) {
     struct generation_request r = good(ENDPOINT_COMPLETIONS, "{\"prompt\":\"hi\"}");
     assert_int_equal(r.prompts, 1);
     assert_string_equal(r.prompt[0].text, "hi");
-    assert_true(r.temperature == 0.6 && r.top_p == 0.95 && r.min_p == 0 && r.repetition_penalty == 1);
+    assert_true(r.temperature == 0.6 && r.top_p == 0.95 && r.min_p == 0 &&
+                r.repetition_penalty == 1);
     assert_true(r.n == 1 && r.max_tokens == ABSENT && r.seed == ABSENT && r.logprobs == ABSENT);
     assert_true(r.skip_special_tokens && r.add_special_tokens && !r.stream && !r.echo);
     request_free(&r);
@@ -61,33 +64,42 @@ static void defaults_come_from_the_model(void **state) {
 static void null_is_absent_and_unknown_fields_are_ignored(void **state) {
     (void)state;
     struct generation_request r =
-        good(ENDPOINT_COMPLETIONS,
-             "{\"prompt\":\"hi\",\"model\":null,\"max_tokens\":null,\"stop\":null,\"stop_token_ids\":null,"
-             "\"logit_bias\":null,\"stream_options\":null,\"seed\":null,\"temperature\":null,\"logprobs\":null,"
-             "\"user\":\"me\",\"suffix\":null,\"nonsense\":{\"a\":[1,2]}}");
+        good(ENDPOINT_COMPLETIONS, "{\"prompt\":\"hi\",\"model\":null,\"max_tokens\":null,\"stop\":"
+                                   "null,\"stop_token_ids\":null,"
+                                   "\"logit_bias\":null,\"stream_options\":null,\"seed\":null,"
+                                   "\"temperature\":null,\"logprobs\":null,"
+                                   "\"user\":\"me\",\"suffix\":null,\"nonsense\":{\"a\":[1,2]}}");
     assert_true(r.max_tokens == ABSENT && r.temperature == 0.6 && r.stop.count == 0);
     request_free(&r);
 }
 
 static void every_field_is_read(void **state) {
     (void)state;
-    struct generation_request r =
-        good(ENDPOINT_COMPLETIONS,
-             "{\"model\":\"demo\",\"prompt\":[[1,2,3],[4]],\"max_tokens\":7,\"min_tokens\":2,\"stream\":true,"
-             "\"stream_options\":{\"include_usage\":true,\"continuous_usage_stats\":true},\"temperature\":0,"
-             "\"top_p\":0.5,\"top_k\":-1,\"min_p\":0.1,\"presence_penalty\":-2,\"frequency_penalty\":2,"
-             "\"repetition_penalty\":1.1,\"stop\":[\"a\",\"bc\"],\"stop_token_ids\":[9],\"seed\":-5,\"n\":2,"
-             "\"ignore_eos\":true,\"echo\":true,\"logprobs\":5,\"logit_bias\":{\"17\":-200,\"3\":1.5},"
-             "\"return_token_ids\":true,\"include_stop_str_in_output\":true,\"skip_special_tokens\":false}");
+    struct generation_request r = good(
+        ENDPOINT_COMPLETIONS,
+        "{\"model\":\"demo\",\"prompt\":[[1,2,3],[4]],\"max_tokens\":7,\"min_tokens\":2,\"stream\":"
+        "true,"
+        "\"stream_options\":{\"include_usage\":true,\"continuous_usage_stats\":true},"
+        "\"temperature\":0,"
+        "\"top_p\":0.5,\"top_k\":-1,\"min_p\":0.1,\"presence_penalty\":-2,\"frequency_penalty\":2,"
+        "\"repetition_penalty\":1.1,\"stop\":[\"a\",\"bc\"],\"stop_token_ids\":[9],\"seed\":-5,"
+        "\"n\":2,"
+        "\"ignore_eos\":true,\"echo\":true,\"logprobs\":5,\"logit_bias\":{\"17\":-200,\"3\":1.5},"
+        "\"return_token_ids\":true,\"include_stop_str_in_output\":true,\"skip_special_tokens\":"
+        "false}");
     assert_true(r.prompts == 2 && r.prompt[0].tokens == 3 && r.prompt[0].token[2] == 3);
     assert_true(r.prompt[1].tokens == 1 && r.prompt[1].token[0] == 4);
-    assert_true(r.max_tokens == 7 && r.min_tokens == 2 && r.n == 2 && r.seed == -5 && r.logprobs == 5);
+    assert_true(r.max_tokens == 7 && r.min_tokens == 2 && r.n == 2 && r.seed == -5 &&
+                r.logprobs == 5);
     assert_true(r.temperature == 0 && r.top_p == 0.5 && r.top_k == -1 && r.min_p == 0.1);
-    assert_true(r.presence_penalty == -2 && r.frequency_penalty == 2 && r.repetition_penalty == 1.1);
+    assert_true(r.presence_penalty == -2 && r.frequency_penalty == 2 &&
+                r.repetition_penalty == 1.1);
     assert_true(r.stream && r.include_usage && r.continuous_usage_stats && r.echo && r.ignore_eos);
     assert_true(r.return_token_ids && r.include_stop && !r.skip_special_tokens);
-    assert_true(r.stop.count == 2 && r.stop.string[1].size == 2 && r.stop_tokens == 1 && r.stop_token[0] == 9);
-    assert_true(r.biases == 2 && r.bias_token[0] == 17 && r.bias_value[0] == -100 && r.bias_value[1] == 1.5f);
+    assert_true(r.stop.count == 2 && r.stop.string[1].size == 2 && r.stop_tokens == 1 &&
+                r.stop_token[0] == 9);
+    assert_true(r.biases == 2 && r.bias_token[0] == 17 && r.bias_value[0] == -100 &&
+                r.bias_value[1] == 1.5f);
     request_free(&r);
 }
 
@@ -107,9 +119,11 @@ static void prompts_come_in_four_kinds(void **state) {
     bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[1,\"a\"]}", 400, "prompt", "found a string");
     bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[\"a\",[1]]}", 400, "prompt", "a list beside a string");
     bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[{}]}", 400, "prompt", "found an object");
-    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[-1]}", 400, "prompt", "Token id -1 of prompt is out of vocabulary");
+    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[-1]}", 400, "prompt",
+        "Token id -1 of prompt is out of vocabulary");
     bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[4096]}", 400, "prompt", "expected 0 to 4095");
-    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[[1.5]]}", 400, "prompt", "found a number with a fraction");
+    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[[1.5]]}", 400, "prompt",
+        "found a number with a fraction");
 }
 
 static void wrong_types_and_ranges_are_refused(void **state) {
@@ -149,7 +163,8 @@ static void wrong_types_and_ranges_are_refused(void **state) {
         {"\"stop\":\"\"", "stop", "1 to 1024 bytes, found 0"},
         {"\"stop\":[3]", "stop", "found an integer"},
         {"\"stop\":{}", "stop", "found an object"},
-        {"\"stop\":[\"1\",\"2\",\"3\",\"4\",\"5\",\"6\",\"7\",\"8\",\"9\",\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\","
+        {"\"stop\":[\"1\",\"2\",\"3\",\"4\",\"5\",\"6\",\"7\",\"8\",\"9\",\"a\",\"b\",\"c\",\"d\","
+         "\"e\",\"f\",\"g\","
          "\"h\"]",
          "stop", "at most 16 strings, found 17"},
         {"\"stop_token_ids\":[-4]", "stop_token_ids", "out of vocabulary"},
@@ -161,7 +176,8 @@ static void wrong_types_and_ranges_are_refused(void **state) {
         {"\"logit_bias\":{\"1\":\"a\"}", "logit_bias", "must be a number"},
         {"\"logit_bias\":{\"1\":1,\"01\":2}", "logit_bias", "twice"},
         {"\"stream_options\":{\"include_usage\":true}", "stream_options", "stream: true"},
-        {"\"stream\":true,\"stream_options\":{\"include_usage\":3}", "stream_options", "include_usage must be"},
+        {"\"stream\":true,\"stream_options\":{\"include_usage\":3}", "stream_options",
+         "include_usage must be"},
         {"\"stream\":true,\"stream_options\":7", "stream_options", "must be an object"},
         {"\"suffix\":\"end\"", "suffix", "not supported"},
         {"\"best_of\":3", "best_of", "unless it equals n (1)"},
@@ -172,8 +188,10 @@ static void wrong_types_and_ranges_are_refused(void **state) {
         snprintf(body, sizeof body, "{\"prompt\":\"hi\",%s}", cases[i].fields);
         bad(ENDPOINT_COMPLETIONS, body, 400, cases[i].param, cases[i].words);
     }
-    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":\"hi\",\"model\":\"gpt-4\"}", 404, "model", "`gpt-4` does not exist");
-    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[\"a\",\"b\",\"c\"],\"n\":8}", 400, "n", "at most 16, found 3 times 8");
+    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":\"hi\",\"model\":\"gpt-4\"}", 404, "model",
+        "`gpt-4` does not exist");
+    bad(ENDPOINT_COMPLETIONS, "{\"prompt\":[\"a\",\"b\",\"c\"],\"n\":8}", 400, "n",
+        "at most 16, found 3 times 8");
 }
 
 static void malformed_and_oversized_json_is_refused(void **state) {
@@ -185,7 +203,8 @@ static void malformed_and_oversized_json_is_refused(void **state) {
     bad(ENDPOINT_COMPLETIONS, "{\"prompt\":\"\xff\xfe\"}", 400, NULL, "invalid JSON");
     bad(ENDPOINT_COMPLETIONS, "{\"prompt\":\"\xed\xa0\x80\"}", 400, NULL, "invalid JSON");
     bad(ENDPOINT_COMPLETIONS, "{\"prompt\":\"\\ud800\"}", 400, NULL, "invalid JSON");
-    bad(ENDPOINT_COMPLETIONS, "{\"max_tokens\":123456789012345678901234567890}", 400, NULL, "too big integer");
+    bad(ENDPOINT_COMPLETIONS, "{\"max_tokens\":123456789012345678901234567890}", 400, NULL,
+        "too big integer");
     char deep[4096];
     memset(deep, '[', sizeof deep);
     bad_bytes(ENDPOINT_COMPLETIONS, deep, sizeof deep, 400, NULL, "nested at most 64 deep");
@@ -203,22 +222,25 @@ static void malformed_and_oversized_json_is_refused(void **state) {
 
 static void chat_messages_take_strings_and_parts(void **state) {
     (void)state;
-    struct generation_request r =
-        good(ENDPOINT_CHAT,
-             "{\"messages\":[{\"role\":\"developer\",\"content\":\"be brief\"},"
-             "{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"a\"},{\"type\":\"text\",\"text\":\"b\"}]},"
-             "{\"role\":\"assistant\",\"content\":null}],\"logprobs\":true,\"top_logprobs\":3,\"max_tokens\":9,"
-             "\"max_completion_tokens\":4,\"chat_template_kwargs\":{\"thinking\":true}}");
+    struct generation_request r = good(
+        ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"developer\",\"content\":\"be brief\"},"
+                       "{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":\"a\"},{"
+                       "\"type\":\"text\",\"text\":\"b\"}]},"
+                       "{\"role\":\"assistant\",\"content\":null}],\"logprobs\":true,\"top_"
+                       "logprobs\":3,\"max_tokens\":9,"
+                       "\"max_completion_tokens\":4,\"chat_template_kwargs\":{\"thinking\":true}}");
     assert_int_equal(r.messages, 3);
     assert_string_equal(r.message[0].role, "system");
     assert_string_equal(r.message[1].content, "ab");
     assert_string_equal(r.message[2].content, "");
     assert_true(r.logprobs == 3 && r.max_tokens == 4 && r.thinking && r.add_generation_prompt);
     request_free(&r);
-    r = good(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"logprobs\":true}");
+    r = good(ENDPOINT_CHAT,
+             "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"logprobs\":true}");
     assert_true(r.logprobs == 0);
     request_free(&r);
-    r = good(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"logprobs\":false}");
+    r = good(ENDPOINT_CHAT,
+             "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"logprobs\":false}");
     assert_true(r.logprobs == ABSENT);
     request_free(&r);
 #define WITH(fields) "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}]," fields "}"
@@ -227,26 +249,37 @@ static void chat_messages_take_strings_and_parts(void **state) {
     bad(ENDPOINT_CHAT, "{\"messages\":[]}", 400, "messages", "1 to 4096 messages, found 0");
     bad(ENDPOINT_CHAT, "{\"messages\":[3]}", 400, "messages", "messages[0] must be an object");
     bad(ENDPOINT_CHAT, "{\"messages\":[{\"content\":\"x\"}]}", 400, "messages", "no such role");
-    bad(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":4}]}", 400, "messages", "found an integer");
-    bad(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":\"a\\u0000\"}]}", 400, "messages", "U+0000");
-    bad(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400, "messages",
-        "found type image_url");
-    bad(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":[3]}]}", 400, "messages", "content[0] must be");
+    bad(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":4}]}", 400, "messages",
+        "found an integer");
+    bad(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":\"a\\u0000\"}]}", 400,
+        "messages", "U+0000");
+    bad(ENDPOINT_CHAT,
+        "{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}", 400,
+        "messages", "found type image_url");
+    bad(ENDPOINT_CHAT, "{\"messages\":[{\"role\":\"user\",\"content\":[3]}]}", 400, "messages",
+        "content[0] must be");
     bad(ENDPOINT_CHAT, WITH("\"top_logprobs\":2"), 400, "top_logprobs", "needs logprobs: true");
-    bad(ENDPOINT_CHAT, WITH("\"logprobs\":true,\"top_logprobs\":6"), 400, "top_logprobs", "at most 5");
+    bad(ENDPOINT_CHAT, WITH("\"logprobs\":true,\"top_logprobs\":6"), 400, "top_logprobs",
+        "at most 5");
     bad(ENDPOINT_CHAT, WITH("\"logprobs\":5"), 400, "logprobs", "must be true or false");
-    bad(ENDPOINT_CHAT, WITH("\"max_completion_tokens\":0"), 400, "max_completion_tokens", "at least 1");
-    bad(ENDPOINT_CHAT, WITH("\"chat_template_kwargs\":{\"thinking\":1}"), 400, "chat_template_kwargs", "thinking");
-    bad(ENDPOINT_CHAT, WITH("\"continue_final_message\":true"), 400, "continue_final_message", "not supported");
+    bad(ENDPOINT_CHAT, WITH("\"max_completion_tokens\":0"), 400, "max_completion_tokens",
+        "at least 1");
+    bad(ENDPOINT_CHAT, WITH("\"chat_template_kwargs\":{\"thinking\":1}"), 400,
+        "chat_template_kwargs", "thinking");
+    bad(ENDPOINT_CHAT, WITH("\"continue_final_message\":true"), 400, "continue_final_message",
+        "not supported");
 }
 
 static void tokenize_bodies(void **state) {
     (void)state;
     struct generation_request r =
-        good(ENDPOINT_TOKENIZE, "{\"prompt\":\"hi\",\"add_special_tokens\":false,\"return_token_strs\":true}");
+        good(ENDPOINT_TOKENIZE,
+             "{\"prompt\":\"hi\",\"add_special_tokens\":false,\"return_token_strs\":true}");
     assert_true(!r.add_special_tokens && r.return_token_strs && r.prompts == 1);
     request_free(&r);
-    r = good(ENDPOINT_TOKENIZE, "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"add_generation_prompt\":false}");
+    r = good(
+        ENDPOINT_TOKENIZE,
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"x\"}],\"add_generation_prompt\":false}");
     assert_true(r.messages == 1 && r.prompts == 0 && !r.add_generation_prompt);
     request_free(&r);
     r = good(ENDPOINT_DETOKENIZE, "{\"tokens\":[5,6]}");
@@ -265,8 +298,10 @@ static void tokenize_bodies(void **state) {
 static void random_damage_is_survived(void **state) {
     (void)state;
     static const char BODY[] =
-        "{\"prompt\":[[1,2],[3]],\"n\":2,\"stop\":[\"ab\"],\"logit_bias\":{\"3\":1.5},\"stop_token_ids\":[4],"
-        "\"stream\":true,\"stream_options\":{\"include_usage\":true},\"messages\":[{\"role\":\"user\",\"content\":"
+        "{\"prompt\":[[1,2],[3]],\"n\":2,\"stop\":[\"ab\"],\"logit_bias\":{\"3\":1.5},\"stop_token_"
+        "ids\":[4],"
+        "\"stream\":true,\"stream_options\":{\"include_usage\":true},\"messages\":[{\"role\":"
+        "\"user\",\"content\":"
         "[{\"type\":\"text\",\"text\":\"x\"}]}],\"tokens\":[7],\"seed\":12,\"temperature\":0.5}";
     uint64_t seed = 20240607;
     uint32_t accepted = 0;
@@ -274,7 +309,8 @@ static void random_damage_is_survived(void **state) {
         char body[sizeof BODY];
         memcpy(body, BODY, sizeof BODY);
         for (uint32_t i = random_below(&seed, 3); i > 0; i--)
-            body[random_below(&seed, sizeof BODY - 1)] = "{}[]\",:0-1e.x\\\xff"[random_below(&seed, 15)];
+            body[random_below(&seed, sizeof BODY - 1)] =
+                "{}[]\",:0-1e.x\\\xff"[random_below(&seed, 15)];
         struct generation_request request;
         struct http_error error;
         enum endpoint endpoint = (enum endpoint)(1u << random_below(&seed, 4));

@@ -1,4 +1,5 @@
-/* What answers are made of: JSON text, floats, stop strings and reasoning tags, whatever the token borders. */
+/* What answers are made of: JSON text, floats, stop strings and reasoning tags, whatever the token
+ * borders. */
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
@@ -28,13 +29,16 @@ static void json_strings_are_valid_for_any_bytes(void **state) {
     (void)state;
     struct text text = {0};
     text_json(&text, "a\"\\\n\x01\x7f\xc3\xa9\xff\xed\xa0\x80\xf0\x9f\x98\x80\xe2\x82", 18);
-    expect_text(&text, "\"a\\\"\\\\\\n\\u0001\\u007f\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"
-                       "\xf0\x9f\x98\x80\xef\xbf\xbd\xef\xbf\xbd\"");
+    expect_text(
+        &text,
+        "\"a\\\"\\\\\\n\\u0001\\u007f\xc3\xa9\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd\xef\xbf\xbd"
+        "\xf0\x9f\x98\x80\xef\xbf\xbd\xef\xbf\xbd\"");
     uint64_t seed = 7;
     for (int round = 0; round < 2000; round++) {
         char bytes[40];
         for (size_t i = 0; i < sizeof bytes; i++)
-            bytes[i] = (char)(random_below(&seed, 3) == 0 ? 0x80 | random_next(&seed) : random_next(&seed));
+            bytes[i] = (char)(random_below(&seed, 3) == 0 ? 0x80 | random_next(&seed)
+                                                          : random_next(&seed));
         text_clear(&text);
         text_json(&text, bytes, sizeof bytes);
         json_t *value = json_loadb(text.bytes, text.size, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
@@ -50,9 +54,14 @@ static void floats_keep_every_bit(void **state) {
     const struct {
         float value;
         const char *digits;
-    } cases[] = {{0.1f, "0.1"},       {-1.5f, "-1.5"},    {0, "0.0"},
-                 {-0.0f, "-0.0"},     {-INFINITY, "-9999.0"}, {NAN, "-9999.0"},
-                 {16777216, "16777216.0"}, {-3.4028235e38f, "-3.4028235e+38"}};
+    } cases[] = {{0.1f, "0.1"},
+                 {-1.5f, "-1.5"},
+                 {0, "0.0"},
+                 {-0.0f, "-0.0"},
+                 {-INFINITY, "-9999.0"},
+                 {NAN, "-9999.0"},
+                 {16777216, "16777216.0"},
+                 {-3.4028235e38f, "-3.4028235e+38"}};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         text_clear(&text);
         text_float(&text, cases[i].value);
@@ -80,8 +89,9 @@ static void errors_have_the_documented_form(void **state) {
     assert_int_equal(http_fail(&error, 400, "n", "n must be at most %d", 3), ERR_INVALID);
     struct text text = {0};
     http_error_write(&text, &error);
-    expect_text(&text, "{\"error\":{\"message\":\"n must be at most 3\",\"type\":\"BadRequestError\","
-                       "\"param\":\"n\",\"code\":400}}");
+    expect_text(&text,
+                "{\"error\":{\"message\":\"n must be at most 3\",\"type\":\"BadRequestError\","
+                "\"param\":\"n\",\"code\":400}}");
     text_free(&text);
 }
 
@@ -120,8 +130,9 @@ static void stop_strings_do_not_depend_on_token_borders(void **state) {
             stop_filter_init(&filter, &strings);
             bool stopped = false;
             for (size_t at = 0; at < size && !stopped; at += step)
-                stopped = stop_filter_push(&filter, test->text + at, size - at < step ? size - at : step, true,
-                                           test->include, &out);
+                stopped =
+                    stop_filter_push(&filter, test->text + at, size - at < step ? size - at : step,
+                                     true, test->include, &out);
             stop_filter_flush(&filter, &out);
             expect_text(&out, test->expected);
             assert_int_equal(filter.found, test->found);
@@ -224,8 +235,8 @@ static void reasoning_is_split_at_its_tag(void **state) {
             struct text thought = {0}, answer = {0};
             reasoning_init(&reasoning, cases[c].inside);
             for (size_t at = 0; at < size; at += step)
-                reasoning_push(&reasoning, cases[c].text + at, size - at < step ? size - at : step, &thought,
-                               &answer);
+                reasoning_push(&reasoning, cases[c].text + at, size - at < step ? size - at : step,
+                               &thought, &answer);
             reasoning_flush(&reasoning, &thought);
             expect_text(&thought, cases[c].thought);
             expect_text(&answer, cases[c].answer);

@@ -9,15 +9,9 @@ static const struct {
     uint16_t status;
     const char *type;
 } TYPES[] = {
-    {400, "BadRequestError"},
-    {401, "AuthenticationError"},
-    {404, "NotFoundError"},
-    {405, "MethodNotAllowedError"},
-    {413, "RequestTooLargeError"},
-    {429, "RateLimitError"},
-    {500, "InternalServerError"},
-    {501, "NotImplementedError"},
-    {503, "ServiceUnavailableError"},
+    {400, "BadRequestError"},       {401, "AuthenticationError"},  {404, "NotFoundError"},
+    {405, "MethodNotAllowedError"}, {413, "RequestTooLargeError"}, {429, "RateLimitError"},
+    {500, "InternalServerError"},   {501, "NotImplementedError"},  {503, "ServiceUnavailableError"},
 };
 
 const char *http_error_type(uint16_t status) {
@@ -27,7 +21,8 @@ const char *http_error_type(uint16_t status) {
     return status < 500 ? "BadRequestError" : "InternalServerError";
 }
 
-int http_fail(struct http_error *self, uint16_t status, const char *param, const char *format, ...) {
+int http_fail(struct http_error *self, uint16_t status, const char *param, const char *format,
+              ...) {
     memset(self, 0, sizeof *self);
     self->status = status;
     self->param = param;

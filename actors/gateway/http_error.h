@@ -1,4 +1,5 @@
-/* What an HTTP client is told when something is wrong: {"error": {"message", "type", "param", "code"}}. */
+/* What an HTTP client is told when something is wrong: {"error": {"message", "type", "param",
+ * "code"}}. */
 #ifndef TROUPE_HTTP_ERROR_H
 #define TROUPE_HTTP_ERROR_H
 
@@ -9,9 +10,9 @@
 
 struct http_error {
     uint16_t status;
-    uint16_t retry_after_s;          /* 0: no Retry-After header */
-    const char *param;               /* static string: the field at fault; NULL if none */
-    const char *allow;               /* 405: methods that the path knows, "Allow: ..." */
+    uint16_t retry_after_s;           /* 0: no Retry-After header */
+    const char *param;                /* static string: the field at fault; NULL if none */
+    const char *allow;                /* 405: methods that the path knows, "Allow: ..." */
     char message[FAILURE_TEXT_BYTES]; /* what was expected and found */
 };
 

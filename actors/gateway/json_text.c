@@ -1,5 +1,6 @@
-/* Writing answers. Requests are read with jansson; answers are written straight into a reused buffer, because a chunk per token is the
- * hottest thing that a gateway does and its keys never change. */
+/* Writing answers. Requests are read with jansson; answers are written straight into a reused
+ * buffer, because a chunk per token is the hottest thing that a gateway does and its keys never
+ * change. */
 #include "actors/gateway/json_text.h"
 
 #include <math.h>

@@ -1,4 +1,5 @@
-/* POST /v1/completions, /v1/chat/completions, /tokenize and /detokenize: JSON -> a checked request. Pure. */
+/* POST /v1/completions, /v1/chat/completions, /tokenize and /detokenize: JSON -> a checked request.
+ * Pure. */
 #ifndef TROUPE_OPENAI_REQUEST_H
 #define TROUPE_OPENAI_REQUEST_H
 
@@ -47,7 +48,8 @@ struct generation_request {
     bool stream, include_usage, continuous_usage_stats;
     bool echo, ignore_eos, return_token_ids, tokens_as_ids;
     bool skip_special_tokens, include_stop;
-    int64_t n, max_tokens, max_completion_tokens, min_tokens, top_k, seed; /* ABSENT where optional */
+    int64_t n, max_tokens, max_completion_tokens, min_tokens, top_k,
+        seed;         /* ABSENT where optional */
     int64_t logprobs; /* number of alternatives per token; ABSENT: no logprobs at all */
     double temperature, top_p, min_p;
     double repetition_penalty, presence_penalty, frequency_penalty;
@@ -67,7 +69,8 @@ int request_parse(struct generation_request *ret, enum endpoint endpoint, const 
                   size_t body_bytes, const struct request_limits *limits, struct http_error *error);
 void request_free(struct generation_request *self);
 
-/* Bytes -> JSON object, with limits on size, nesting and number of values, without duplicate keys. */
+/* Bytes -> JSON object, with limits on size, nesting and number of values, without duplicate keys.
+ */
 int request_parse_json(json_t **ret, const char *body, size_t body_bytes, struct http_error *error);
 
 #endif

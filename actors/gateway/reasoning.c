@@ -1,5 +1,6 @@
-/* Reasoning text of R1 and V3.1. States: OFF (everything is answer), BEGIN (a model may repeat the opening tag that its prompt already
- * ended with), INSIDE (until </think>), DONE. A tag that is cut by token borders is held back like a stop string. */
+/* Reasoning text of R1 and V3.1. States: OFF (everything is answer), BEGIN (a model may repeat the
+ * opening tag that its prompt already ended with), INSIDE (until </think>), DONE. A tag that is cut
+ * by token borders is held back like a stop string. */
 #include "actors/gateway/reasoning.h"
 
 #include "actors/errors.h"
@@ -35,7 +36,8 @@ static size_t begin(struct reasoning *self, const char *bytes, size_t size, stru
         self->state = REASONING_INSIDE;
     } else if (used < size) {
         self->state = REASONING_INSIDE;
-        /* No tag after all: what looked like one is text, and may even begin the closing tag ("<"). */
+        /* No tag after all: what looked like one is text, and may even begin the closing tag ("<").
+         */
         bool closed = stop_filter_push(&self->filter, OPEN_TAG, self->opened, true, false, thought);
         ASSERT(!closed);
     }

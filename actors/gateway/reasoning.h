@@ -12,7 +12,8 @@ struct reasoning {
 /* `inside`: the prompt ended inside <think>. */
 void reasoning_init(struct reasoning *self, bool inside);
 void reasoning_free(struct reasoning *self);
-/* Appends to `thought` what belongs to the reasoning and to `answer` what comes after it; the tags themselves are dropped. */
+/* Appends to `thought` what belongs to the reasoning and to `answer` what comes after it; the tags
+ * themselves are dropped. */
 void reasoning_push(struct reasoning *self, const char *bytes, size_t size, struct text *thought,
                     struct text *answer);
 void reasoning_flush(struct reasoning *self, struct text *thought);

@@ -1,5 +1,6 @@
-/* Stop strings. Each string is an automaton that is fed byte by byte, so the work is linear in the text whatever the strings are, and the
- * longest suffix that may still become a stop string is simply the longest of the automata's states. */
+/* Stop strings. Each string is an automaton that is fed byte by byte, so the work is linear in the
+ * text whatever the strings are, and the longest suffix that may still become a stop string is
+ * simply the longest of the automata's states. */
 #include "actors/gateway/stop.h"
 
 #include <stdlib.h>
@@ -55,8 +56,8 @@ static bool feed(struct stop_filter *self, uint32_t i, char byte) {
     return length == string->size;
 }
 
-bool stop_filter_push(struct stop_filter *self, const char *bytes, size_t size, bool watch, bool include,
-                      struct text *out) {
+bool stop_filter_push(struct stop_filter *self, const char *bytes, size_t size, bool watch,
+                      bool include, struct text *out) {
     ASSERT(self->found < 0);
     if (self->strings->count == 0 || !watch) {
         text_append(out, bytes, size);
