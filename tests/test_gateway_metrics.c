@@ -189,7 +189,7 @@ static void requests_are_counted_under_vllms_names(void **state) {
     assert_true(value_of(text, "vllm:inter_token_latency_seconds_count{model_name=\"demo\"} ") ==
                 generated - 4);
     assert_true(value_of(text, "troupe_http_responses_total{code=\"400\"} ") == 1);
-    assert_true(value_of(text, "troupe_epoch ") == 1);
+    assert_true(value_of(text, "\ntroupe_epoch ") == 1);
     rig_close(rig);
 }
 
