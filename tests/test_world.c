@@ -18,6 +18,7 @@
 #define SEQUENCES 6
 #define STEPS_MAX 2000000
 #define MS        UINT64_C(1000000)
+#define QUIET_RUN_NS (140 * MS)
 
 static struct model_files files;
 static struct model *model;
@@ -58,7 +59,7 @@ static struct world_options calm(uint64_t seed) {
                                     .delay_max_ns = 100000,
                                     .frame_delay_min_ns = 20000,
                                     .frame_delay_max_ns = 20000,
-                                    .compute_ns = 50000};
+                                    .compute_ns = 500000};
     settings_default(&options.settings);
     options.settings.kv_cache_tokens = 2048;
     options.settings.batch_tokens = 64;
@@ -122,6 +123,8 @@ static void expect_quiet_tokens(const char *what, const struct world_options *op
     struct failure failure;
     assert_int_equal(world_open(&world, options, &failure), 0);
     bool finished = run(world, fault);
+    if (fault.kill_ns != 0)
+        assert_true(world_now_ns(world) > fault.kill_ns);
     bool same = finished && same_tokens(world);
     world_close(&world);
     if (!same)
@@ -135,6 +138,7 @@ static void test_quiet(void **state) {
     struct failure failure;
     assert_int_equal(world_open(&world, &options, &failure), 0);
     assert_true(run(world, (struct fault){0}));
+    assert_true(world_now_ns(world) > QUIET_RUN_NS); /* so that faults come while it runs */
     for (uint32_t s = 0; s < SEQUENCES; s++) {
         const struct probe_answer *answer = probe_answer(world_actor(world, ROLE_GATEWAY, 0), s);
         assert_int_equal(answer->error, 0);
@@ -209,7 +213,7 @@ static void test_crashes(void **state) {
         options.attention = 2;
         options.samplers = 2;
         struct fault fault = {.role = roles[seed % 3], .index = (uint32_t)(seed / 3 % 2)};
-        fault.kill_ns = random_between(&random, 20 * MS, 120 * MS);
+        fault.kill_ns = random_between(&random, 10 * MS, QUIET_RUN_NS / 2);
         fault.restart_ns = fault.kill_ns + random_between(&random, 1 * MS, 200 * MS);
         expect_quiet_tokens(role_name(fault.role), &options, fault);
     }
