@@ -14,7 +14,8 @@ enum family { FAMILY_DEEPSEEK_V2, FAMILY_DEEPSEEK_V3 };
 
 struct model_config {
     enum family family;
-    uint32_t vocabulary, hidden, layers, mtp_layers;
+    uint32_t vocabulary, hidden, layers;
+    uint32_t mtp_layers;         /* model_open() sets it to 0 where the files hold no tensor of them */
     uint32_t dense_layers;       /* first_k_dense_replace */
     uint32_t moe_layer_freq;     /* layer l >= dense_layers is MoE if l % moe_layer_freq == 0 */
     uint32_t dense_width;        /* intermediate_size */
@@ -25,7 +26,7 @@ struct model_config {
     uint32_t kv_lora, nope, rope, v;
     float norm_eps;
     struct rope_parameters rope_parameters;
-    bool rope_interleave;        /* false: halves are rotated (x_i, x_{i+rope/2}); handled at load by permuting rows */
+    bool rope_interleave;        /* pairs (2i, 2i+1) are rotated; always true: false is refused, no known checkpoint has it */
     struct gate_parameters gate; /* scoring, groups, top-k, scaling */
     uint32_t context;            /* max_position_embeddings */
     bool tie_embeddings;
