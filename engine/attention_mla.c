@@ -65,26 +65,14 @@ uint8_t *cache_at(const struct engine *self, uint32_t page, uint32_t layer) {
     return a->cache + ((size_t)page * self->config->layers + layer) * layer_bytes;
 }
 
-/* One position's rotation of `count` vectors `stride` apart. `from` holds them as the projection
- * left them; where the model rotates halves (x_i with x_{i+rope/2}) the pairs are brought together
- * first, in queries and keys alike, which leaves every score the same. */
+/* One position's rotation of `count` vectors, `from_stride` apart as the projection left them. */
 static void rotate(const struct engine *self, const float *from, size_t from_stride, float *to,
                    size_t to_stride, uint32_t count, uint32_t position) {
-    const struct model_config *c = self->config;
-    for (uint32_t v = 0; v < count; v++) {
-        const float *x = from + v * from_stride;
-        float *y = to + v * to_stride;
-        if (c->rope_interleave) {
-            memcpy(y, x, c->rope * sizeof *y);
-        } else {
-            for (uint32_t i = 0; i < c->rope / 2; i++) {
-                y[2 * i] = x[i];
-                y[2 * i + 1] = x[i + c->rope / 2];
-            }
-        }
-    }
-    self->kernels->rope(to, to_stride, count, c->rope,
-                        self->attention->cos_sin + (size_t)position * c->rope);
+    const uint32_t rope = self->config->rope;
+    for (uint32_t v = 0; v < count; v++)
+        memcpy(to + v * to_stride, from + v * from_stride, rope * sizeof *to);
+    self->kernels->rope(to, to_stride, count, rope,
+                        self->attention->cos_sin + (size_t)position * rope);
 }
 
 /* Page tables of the batch for one layer: consecutive rows of a sequence share one. */
@@ -160,7 +148,8 @@ static void run_expanded(struct mla_job *job) {
     const struct attention *a = self->attention;
     const struct attention_slot *slot = job->slot;
     struct mla_work *work = job->work;
-    rows_run(&self->parallel, slot->rows, 8, expanded_query_rows, job);
+    rows_run(&self->parallel, slot->rows, self->config->heads * a->expanded_stride / 4,
+             expanded_query_rows, job);
     for (uint32_t first = 0; first < slot->rows;) {
         uint32_t end = first + 1;
         if (slot->row[first].form != MLA_EXPANDED) {
@@ -254,19 +243,22 @@ static void run_absorbed_block(struct mla_job *job) {
     const struct attention *a = self->attention;
     struct mla_work *work = job->work;
     const struct parallel *parallel = &self->parallel;
+    const size_t row_work = c->heads * a->absorbed_stride / 8;
+    const size_t key_work = (size_t)job->block_rows * c->kv_lora * c->nope / 16;
+    const size_t value_work = (size_t)job->block_rows * c->kv_lora * c->v / 16;
     for (uint32_t i = 0; i < job->block_rows; i++) {
         uint32_t r = work->absorbed_row[job->block_first + i];
         work->block_position[i] = work->position[r];
         work->block_pages[i] = work->pages[r];
     }
-    rows_run(parallel, job->block_rows, 4, absorbed_query_rows, job);
-    rows_run(parallel, c->heads, 1, absorb_key_heads, job);
-    rows_run(parallel, job->block_rows, 4, convert_query_rows, job);
+    rows_run(parallel, job->block_rows, row_work, absorbed_query_rows, job);
+    rows_run(parallel, c->heads, key_work, absorb_key_heads, job);
+    rows_run(parallel, job->block_rows, row_work, convert_query_rows, job);
     const struct mla_rows rows = {job->block_rows, work->block_position, work->block_pages};
     const size_t latent_stride = activation_stride(c->kv_lora);
     self->kernels->mla_absorbed(&a->shape, &rows, work->q_absorbed, a->absorbed_stride,
                                 work->latent, latent_stride, parallel);
-    rows_run(parallel, c->heads, 1, absorb_value_heads, job);
+    rows_run(parallel, c->heads, value_work, absorb_value_heads, job);
     const uint32_t width = c->heads * c->v;
     for (uint32_t i = 0; i < job->block_rows; i++) {
         uint32_t r = work->absorbed_row[job->block_first + i];
@@ -320,7 +312,7 @@ void attention_mla(struct engine *self, struct attention_slot *slot, uint32_t la
     project_queries(self, weights, slot, &work);
     kernels->matmul(&weights->kv_a.matrix, slot->normed, self->hidden_stride, slot->rows, work.kv,
                     c->kv_lora + c->rope, &self->parallel);
-    rows_run(&self->parallel, slot->rows, 16, store_rows, &job);
+    rows_run(&self->parallel, slot->rows, (c->kv_lora + c->rope) / 2, store_rows, &job);
     run_expanded(&job);
     run_absorbed(&job);
     kernels->matmul(&weights->o.matrix, work.attended, a->attended_stride, slot->rows,

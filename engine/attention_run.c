@@ -95,7 +95,7 @@ static void run_embed(struct engine *self, struct attention_slot *slot,
         prepare_rotation(a, self->config, row->position);
     }
     struct embed_job job = {self, slot};
-    rows_run(&self->parallel, slot->rows, 16, embed_rows, &job);
+    rows_run(&self->parallel, slot->rows, self->hidden / 4, embed_rows, &job);
 }
 
 struct gate_job {
@@ -138,7 +138,7 @@ static void run_layer(struct engine *self, struct attention_slot *slot,
     kernels->matmul(&weights->gate.matrix, slot->normed, self->hidden_stride, slot->rows,
                     work.logits, self->config->experts, &self->parallel);
     struct gate_job job = {self, weights, slot, work.logits};
-    rows_run(&self->parallel, slot->rows, 16, gate_rows, &job);
+    rows_run(&self->parallel, slot->rows, 4 * (size_t)self->config->experts, gate_rows, &job);
     memset(slot->filled, 0, (size_t)slot->rows * a->gate.k);
     slot->shared_ready = !weights->has_mlp;
     ret->choice = slot->choice;
@@ -195,7 +195,8 @@ static void run_combine(struct engine *self, struct attention_slot *slot,
                         const struct program *program) {
     ASSERT(program->layer < self->config->layers && slot->shared_ready);
     struct combine_job job = {self, slot, self->attention->layer[program->layer].has_mlp};
-    rows_run(&self->parallel, slot->rows, 8, combine_some_rows, &job);
+    rows_run(&self->parallel, slot->rows, (size_t)self->attention->gate.k * self->hidden / 8,
+             combine_some_rows, &job);
     slot->shared_ready = false;
 }
 

@@ -79,9 +79,10 @@ void mlp_run(const struct mlp *self, const struct kernels *kernels, const void *
 
 /* --- rows (engine/rows.c) --- */
 
-/* Cuts rows into at most parallel->width runs of at least rows_min rows and calls task(argument,
- * first, end, part) for each, part < width. Rows must not depend on each other. */
-void rows_run(const struct parallel *parallel, uint32_t rows, uint32_t rows_min,
+/* Cuts rows into at most parallel->width runs and calls task(argument, first, end, part) for each,
+ * part < width. Rows must not depend on each other. row_work is about how many vector operations a
+ * row takes: small jobs stay in the calling thread, because waking another costs more. */
+void rows_run(const struct parallel *parallel, uint32_t rows, size_t row_work,
               void (*task)(void *argument, uint32_t first, uint32_t end, int part), void *argument);
 
 /* rms_norm and add of kernels/ops.h over all threads. */

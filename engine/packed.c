@@ -76,6 +76,6 @@ void mlp_run(const struct mlp *self, const struct kernels *kernels, const void *
     kernels->matmul(&self->gate.matrix, x, x_stride, rows, work->gate, stride, parallel);
     kernels->matmul(&self->up.matrix, x, x_stride, rows, work->up, stride, parallel);
     struct silu_job job = {kernels, work, width};
-    rows_run(parallel, rows, 16, silu_rows, &job);
+    rows_run(parallel, rows, 2 * (size_t)width, silu_rows, &job);
     kernels->matmul(&self->down.matrix, work->inner, stride, rows, y, y_stride, parallel);
 }

@@ -1,6 +1,9 @@
 /* Work on independent rows, cut over the threads. How it is cut never changes a row. */
 #include "engine/internal.h"
 
+/* Vector operations that are worth a thread: some microseconds, as long as waking it takes. */
+#define PART_WORK 4096
+
 struct rows_job {
     void (*task)(void *argument, uint32_t first, uint32_t end, int part);
     void *argument;
@@ -15,14 +18,16 @@ static void run_part(void *argument, int part, int parts) {
         job->task(job->argument, first, end, part);
 }
 
-void rows_run(const struct parallel *parallel, uint32_t rows, uint32_t rows_min,
+void rows_run(const struct parallel *parallel, uint32_t rows, size_t row_work,
               void (*task)(void *argument, uint32_t first, uint32_t end, int part),
               void *argument) {
     if (rows == 0)
         return;
-    uint32_t parts = rows / rows_min;
-    if (parts > (uint32_t)parallel->width)
-        parts = (uint32_t)parallel->width;
+    uint64_t parts = (uint64_t)rows * row_work / PART_WORK;
+    if (parts > rows)
+        parts = rows;
+    if (parts > (uint64_t)parallel->width)
+        parts = (uint64_t)parallel->width;
     if (parts <= 1) {
         task(argument, 0, rows, 0);
         return;
@@ -51,7 +56,7 @@ static void norm_rows(void *argument, uint32_t first, uint32_t end, int part) {
 void rows_norm(const struct engine *self, const float *x, size_t x_stride, const float *weight,
                uint32_t rows, uint32_t n, void *ret, size_t ret_stride) {
     struct norm_job job = {self, x, weight, ret, x_stride, ret_stride, n};
-    rows_run(&self->parallel, rows, 16, norm_rows, &job);
+    rows_run(&self->parallel, rows, n / 4, norm_rows, &job);
 }
 
 struct add_job {
@@ -72,5 +77,5 @@ static void add_rows(void *argument, uint32_t first, uint32_t end, int part) {
 void rows_add(const struct engine *self, float *x, size_t x_stride, const float *y, size_t y_stride,
               uint32_t rows, uint32_t n) {
     struct add_job job = {self->kernels, x, y, x_stride, y_stride, n};
-    rows_run(&self->parallel, rows, 32, add_rows, &job);
+    rows_run(&self->parallel, rows, n / 8, add_rows, &job);
 }

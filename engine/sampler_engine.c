@@ -150,7 +150,7 @@ void sampler_run(struct engine *self, const struct program *program, struct prog
         kernels->matmul(&s->head.matrix, s->x, self->hidden_stride, rows, s->logits, s->vocabulary,
                         &self->parallel);
         struct sample_job job = {self, program, first};
-        rows_run(&self->parallel, rows, 1, sample_rows, &job);
+        rows_run(&self->parallel, rows, 4 * (size_t)s->vocabulary, sample_rows, &job);
     }
     ret->sampled = s->result;
     ret->words = s->words;

@@ -146,6 +146,34 @@ static void no_way_of_running_changes_a_bit(void **state) {
     check_model("tests/golden/v2-lite", 5);
 }
 
+/* A batch large enough that every piece of work is cut over the threads. */
+static void large_batches_are_cut_without_a_trace(void **state) {
+    (void)state;
+    enum { LARGE = 256, LARGE_PROMPT = 192 };
+    static const struct parallel *const WAYS[2] = {&PARALLEL_SERIAL, &PARALLEL_REVERSED};
+    struct failure failure;
+    const struct kernels *kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+    float *logits[2];
+    size_t bytes = 0;
+    for (int way = 0; way < 2; way++) {
+        static struct batch_row row[LARGE];
+        static uint32_t select[LARGE];
+        struct one_process m;
+        assert_true(one_process_open(&m, "models/demo", kernels, WAYS[way], LARGE, LARGE));
+        for (uint32_t p = 0; p < LARGE; p++) {
+            row[p] = one_process_row(&m, 1, p, 3 + p * 7919 % (m.config->vocabulary - 3),
+                                     p < LARGE_PROMPT ? MLA_EXPANDED : MLA_ABSORBED);
+            select[p] = p;
+        }
+        bytes = (size_t)LARGE * m.config->vocabulary * sizeof(float);
+        logits[way] = malloc(bytes);
+        one_process_step(&m, row, LARGE, select, LARGE, logits[way]);
+        one_process_close(&m);
+    }
+    assert_memory_equal(logits[0], logits[1], bytes);
+    free(logits[0]), free(logits[1]);
+}
+
 /* Forgotten pages are zero again: what was in them cannot be seen by the next sequence, and a page
  * of NaN would be. */
 static void cleared_pages_leave_no_trace(void **state) {
@@ -200,6 +228,7 @@ static void steady_state_takes_no_memory(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(no_way_of_running_changes_a_bit),
+        cmocka_unit_test(large_batches_are_cut_without_a_trace),
         cmocka_unit_test(cleared_pages_leave_no_trace),
         cmocka_unit_test(steady_state_takes_no_memory),
     };

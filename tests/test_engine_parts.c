@@ -1,0 +1,268 @@
+/* The engines one by one: what they refuse to open, experts that come and go, frames of any shape,
+ * options of the gate. */
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/support/one_process.h"
+#include "tests/support/random.h"
+
+#include <cmocka.h> /* last: its macro fail() hides the function of actors/errors.h */
+
+#define MODEL "tests/golden/v3-fp8"
+#define LAYER 1 /* the first MoE layer */
+
+static struct one_process serial,
+    cut; /* the same model with PARALLEL_SERIAL and PARALLEL_REVERSED */
+
+static int open_both(void **state) {
+    (void)state;
+    struct failure failure;
+    const struct kernels *kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+    bool opened = one_process_open(&serial, MODEL, kernels, &PARALLEL_SERIAL, 160, 64) &&
+                  one_process_open(&cut, MODEL, kernels, &PARALLEL_REVERSED, 160, 64);
+    return opened ? 0 : -1;
+}
+
+static int close_both(void **state) {
+    (void)state;
+    one_process_close(&serial);
+    one_process_close(&cut);
+    return 0;
+}
+
+static struct engine_options options_for(enum engine_role role) {
+    struct failure failure;
+    return (struct engine_options){
+        .role = role,
+        .kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure),
+        .parallel = PARALLEL_SERIAL,
+        .batch_rows = 8,
+        .batch_slots = 1,
+        .pages = 4,
+    };
+}
+
+static void impossible_options_are_refused(void **state) {
+    (void)state;
+    struct engine_options bad[7];
+    for (int i = 0; i < 7; i++)
+        bad[i] = options_for(ENGINE_ATTENTION);
+    bad[0].batch_rows = 0;
+    bad[1].batch_rows = BATCH_ROWS_MAX + 1;
+    bad[2].batch_slots = 0;
+    bad[3].batch_slots = BATCH_SLOTS_MAX + 1;
+    bad[4].pages = 0;
+    bad[5].experts_per_token_override = 9; /* two groups of four can be chosen */
+    bad[6].gate_top_p = 1.5f;
+    for (int i = 0; i < 7; i++) {
+        struct engine *engine = NULL;
+        struct failure failure = {0};
+        assert_int_equal(engine_open(&engine, serial.model, &bad[i], &failure), ERR_INVALID);
+        assert_non_null(strstr(failure.text, "expected"));
+        assert_null(engine);
+    }
+#ifndef __SANITIZE_ADDRESS__ /* which ends the process where malloc would return NULL */
+    struct engine_options huge = options_for(ENGINE_ATTENTION);
+    huge.pages = UINT32_MAX;
+    struct engine *engine = NULL;
+    struct failure failure = {0};
+    assert_int_equal(engine_open(&engine, serial.model, &huge, &failure), ERR_NO_MEMORY);
+    assert_non_null(strstr(failure.text, "latent cache"));
+#endif
+}
+
+static void experts_come_and_go(void **state) {
+    (void)state;
+    const struct engine_options options = options_for(ENGINE_EXPERT);
+    struct engine *engine = NULL;
+    struct failure failure;
+    assert_int_equal(engine_open(&engine, serial.model, &options, &failure), 0);
+    const uint64_t empty = engine_memory_bytes(engine);
+    assert_false(engine_expert_held(engine, LAYER, 3));
+    struct expert_weights *weights = NULL;
+    assert_int_equal(
+        engine_expert_pack(serial.model, options.kernels, LAYER, 3, &weights, &failure), 0);
+    engine_expert_publish(engine, LAYER, 3, &weights);
+    assert_null(weights);
+    assert_true(engine_expert_held(engine, LAYER, 3));
+    assert_false(engine_expert_held(engine, LAYER + 1, 3));
+    const uint64_t one = engine_memory_bytes(engine);
+    /* E4M3 stays one byte a weight */
+    assert_true(one > empty && one - empty < 2 * 3 * 128 * 64);
+    assert_int_equal(
+        engine_expert_pack(serial.model, options.kernels, LAYER, 3, &weights, &failure), 0);
+    engine_expert_publish(engine, LAYER, 3, &weights); /* takes the place of the first */
+    assert_int_equal(engine_memory_bytes(engine), one);
+    engine_expert_drop(engine, LAYER, 3);
+    engine_expert_drop(engine, LAYER, 3);
+    assert_false(engine_expert_held(engine, LAYER, 3));
+    assert_int_equal(engine_memory_bytes(engine), empty);
+    /* numbers from a frame */
+    assert_false(engine_expert_held(engine, UINT32_MAX, 0));
+    assert_false(engine_expert_held(engine, LAYER, UINT32_MAX));
+    engine_close(&engine);
+    static const uint32_t NONE[][2] = {{0, 0}, {LAYER, 16}, {3, 0}, {UINT32_MAX, UINT32_MAX}};
+    for (int i = 0; i < 4; i++) {
+        weights = NULL;
+        assert_int_equal(engine_expert_pack(serial.model, options.kernels, NONE[i][0], NONE[i][1],
+                                            &weights, &failure),
+                         ERR_NOT_FOUND);
+        assert_null(weights);
+    }
+}
+
+/* Groups of one item, of more than a chunk, empty ones, an expert named twice, rows used often:
+ * each output equals the one of its item alone. */
+static void an_output_depends_on_its_item_only(void **state) {
+    (void)state;
+    static const struct frame_group GROUPS[][6] = {
+        {{3, 130}, {5, 2}, {7, 1}},                            /* inside products */
+        {{0, 20}, {1, 20}, {2, 13}, {4, 0}, {9, 20}, {3, 11}}, /* whole groups */
+        {{6, 1}, {6, 1}, {6, 1}},
+    };
+    enum { ROWS = 40 };
+    const uint32_t hidden = serial.config->hidden;
+    uint64_t random = 31;
+    bf16 *rows = malloc(ROWS * hidden * sizeof *rows);
+    for (uint32_t i = 0; i < ROWS * hidden; i++)
+        rows[i] = bf16_from_float(random_float(&random, -1, 1));
+    for (size_t g = 0; g < sizeof GROUPS / sizeof *GROUPS; g++) {
+        uint32_t groups = g == 1 ? 6 : 3, items = 0, item_row[160];
+        for (uint32_t i = 0; i < groups; i++)
+            items += GROUPS[g][i].count;
+        for (uint32_t i = 0; i < items; i++)
+            item_row[i] = random_below(&random, ROWS);
+        struct program program = {.kind = PROGRAM_EXPERT,
+                                  .layer = LAYER,
+                                  .group = GROUPS[g],
+                                  .groups = groups,
+                                  .item_row = item_row,
+                                  .items = items,
+                                  .rows = ROWS,
+                                  .payload = rows};
+        struct program_result whole, parts, alone;
+        engine_run(serial.expert, &program, &whole);
+        engine_run(cut.expert, &program, &parts);
+        size_t bytes = hidden * sizeof(float);
+        assert_int_equal(whole.error, 0);
+        assert_memory_equal(whole.output, parts.output, items * bytes);
+        float *gathered = malloc(items * bytes);
+        engine_gather(cut.expert, REGION_EXPERT_OUTPUT, 0, NULL, items, gathered);
+        assert_memory_equal(gathered, whole.output, items * bytes);
+        for (uint32_t i = 0, item = 0; i < groups; i++)
+            for (uint32_t j = 0; j < GROUPS[g][i].count; j++, item++) {
+                const struct frame_group one = {GROUPS[g][i].expert, 1};
+                program.group = &one, program.groups = program.items = 1;
+                program.item_row = &item_row[item];
+                engine_run(serial.expert, &program, &alone);
+                assert_memory_equal(alone.output, gathered + (size_t)item * hidden, bytes);
+            }
+        free(gathered);
+    }
+    free(rows);
+}
+
+/* The experts of a prediction layer are behind the main layers. */
+static void experts_of_prediction_layers_can_be_packed(void **state) {
+    (void)state;
+    struct model_files files;
+    struct model *model;
+    struct failure failure;
+    assert_true(model_files_read(&files, "models/demo"));
+    assert_int_equal(model_open(&model, files.file, files.count, &failure), 0);
+    struct expert_weights *weights = NULL;
+    const struct kernels *kernels = kernels_select(PROFILE_F32, ISA_BEST, &failure);
+    assert_int_equal(
+        engine_expert_pack(model, kernels, model_config(model)->layers, 31, &weights, &failure), 0);
+    engine_expert_free(&weights);
+    assert_null(weights);
+    model_close(&model);
+    model_files_free(&files);
+}
+
+/* Runs EMBED and LAYER 0 and LAYER 1 of a new attention engine over eight rows. */
+static const uint16_t *choose(struct engine *engine, uint32_t *ret_k) {
+    struct batch_row row[8];
+    struct program_result result;
+    for (uint32_t p = 0; p < 8; p++)
+        row[p] = one_process_row(&serial, 0, p, 3 + 5 * p, MLA_EXPANDED);
+    struct program program = {.kind = PROGRAM_EMBED, .row = row, .rows = 8};
+    engine_run(engine, &program, &result);
+    assert_int_equal(result.error, 0);
+    for (uint32_t l = 0; l <= LAYER; l++) {
+        program = (struct program){.kind = PROGRAM_LAYER, .layer = l};
+        engine_run(engine, &program, &result);
+        assert_int_equal(result.rows, 8);
+        assert_true((result.choice != NULL) == (l == LAYER));
+    }
+    *ret_k = result.k;
+    return result.choice;
+}
+
+static void the_gate_takes_its_options(void **state) {
+    (void)state;
+    struct engine_options options = options_for(ENGINE_ATTENTION);
+    options.pages = 16;
+    struct engine *all = NULL, *fewer = NULL, *mass = NULL;
+    struct failure failure;
+    assert_int_equal(engine_open(&all, serial.model, &options, &failure), 0);
+    options.experts_per_token_override = 2;
+    assert_int_equal(engine_open(&fewer, serial.model, &options, &failure), 0);
+    options.experts_per_token_override = 0;
+    options.gate_top_p = 0.15f;
+    assert_int_equal(engine_open(&mass, serial.model, &options, &failure), 0);
+    uint32_t k, k_fewer, k_mass, unused = 0;
+    const uint16_t *chosen = choose(all, &k), *two = choose(fewer, &k_fewer);
+    const uint16_t *some = choose(mass, &k_mass);
+    assert_int_equal(k, 4);
+    assert_int_equal(k_fewer, 2);
+    assert_int_equal(k_mass, 4);
+    for (uint32_t r = 0; r < 8; r++) {
+        assert_memory_equal(two + 2 * r, chosen + 4 * r, 2 * sizeof *two);
+        for (uint32_t slot = 0; slot < 4; slot++) {
+            unused += some[4 * r + slot] == GATE_UNUSED;
+            assert_true(some[4 * r + slot] == chosen[4 * r + slot] ||
+                        (slot > 0 && some[4 * r + slot] == GATE_UNUSED));
+        }
+    }
+    printf("top-p 0.15 leaves %u of 32 slots unused\n", unused);
+    assert_true(unused > 0 && unused < 32);
+    /* slots left unused are not waited for */
+    struct program program = {.kind = PROGRAM_SHARED, .layer = LAYER};
+    struct program_result result;
+    engine_run(mass, &program, &result);
+    float *zeros = calloc(serial.config->hidden, sizeof *zeros);
+    for (uint32_t i = 0; i < 32; i++)
+        if (some[i] != GATE_UNUSED) {
+            const uint32_t item_row = i / 4;
+            const uint16_t item_slot = (uint16_t)(i % 4);
+            program = (struct program){.kind = PROGRAM_SCATTER,
+                                       .items = 1,
+                                       .item_row = &item_row,
+                                       .item_slot = &item_slot,
+                                       .payload = zeros};
+            engine_run(mass, &program, &result);
+        }
+    program = (struct program){.kind = PROGRAM_COMBINE, .layer = LAYER};
+    engine_run(mass, &program, &result);
+    free(zeros);
+    engine_close(&all);
+    engine_close(&fewer);
+    engine_close(&mass);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(impossible_options_are_refused),
+        cmocka_unit_test(experts_come_and_go),
+        cmocka_unit_test(an_output_depends_on_its_item_only),
+        cmocka_unit_test(experts_of_prediction_layers_can_be_packed),
+        cmocka_unit_test(the_gate_takes_its_options),
+    };
+    return cmocka_run_group_tests(tests, open_both, close_both);
+}
