@@ -1,5 +1,7 @@
 #include "tests/support/one_process.h"
 
+#include "model/synth.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -48,46 +50,85 @@ static bool open_engines(struct one_process *self, const struct kernels *kernels
     return true;
 }
 
-bool one_process_open(struct one_process *self, const char *directory,
-                      const struct kernels *kernels, const struct parallel *parallel,
-                      uint32_t batch_rows, uint32_t positions) {
-    memset(self, 0, sizeof *self);
+static void take_memory(struct one_process *self) {
+    const struct model_config *c = self->config;
+    uint32_t items = self->batch_rows * (c->gate.k > 0 ? c->gate.k : 1);
+    uint32_t entries = c->layers * c->experts;
+    self->part_items_max = items;
+    self->pages =
+        take((size_t)self->pages_per_sequence * ONE_PROCESS_SEQUENCES, sizeof *self->pages);
+    /* pages of a sequence lie apart and out of order */
+    for (uint32_t s = 0; s < ONE_PROCESS_SEQUENCES; s++)
+        for (uint32_t p = 0; p < self->pages_per_sequence; p++)
+            self->pages[s * self->pages_per_sequence + p] =
+                (self->pages_per_sequence - 1 - p) * ONE_PROCESS_SEQUENCES + s;
+    self->first = take(entries + 1, sizeof *self->first);
+    self->holder = take(entries, sizeof *self->holder);
+    for (uint32_t i = 0; i <= entries; i++)
+        self->first[i] = i;
+    self->placement = (struct placement){c->layers, c->experts, self->first, self->holder};
+    self->items = take(items, sizeof *self->items);
+    self->item_row = take(items, sizeof *self->item_row);
+    self->item_slot = take(items, sizeof *self->item_slot);
+    self->rows = take((size_t)self->batch_rows * c->hidden, sizeof(float));
+    self->spec = take(self->batch_rows, sizeof *self->spec);
+    ASSERT(dispatch_plan_init(&self->plan, items, 1) == 0);
+}
+
+static bool open_model(struct one_process *self, const char *name, const struct kernels *kernels,
+                       const struct parallel *parallel, uint32_t batch_rows, uint32_t positions) {
     struct failure failure = {0};
-    if (!model_files_read(&self->files, directory)) {
-        printf("%s: cannot be read\n", directory);
-        return false;
-    }
     self->batch_rows = batch_rows;
     self->pages_per_sequence = (positions + PAGE_TOKENS - 1) / PAGE_TOKENS;
     if (model_open(&self->model, self->files.file, self->files.count, &failure) == 0) {
         self->config = model_config(self->model);
         if (open_engines(self, kernels, parallel, &failure)) {
-            const struct model_config *c = self->config;
-            uint32_t items = batch_rows * c->gate.k, entries = c->layers * c->experts;
-            self->part_items_max = items;
-            self->pages =
-                take((size_t)self->pages_per_sequence * ONE_PROCESS_SEQUENCES, sizeof *self->pages);
-            /* pages of a sequence lie apart and out of order */
-            for (uint32_t s = 0; s < ONE_PROCESS_SEQUENCES; s++)
-                for (uint32_t p = 0; p < self->pages_per_sequence; p++)
-                    self->pages[s * self->pages_per_sequence + p] =
-                        (self->pages_per_sequence - 1 - p) * ONE_PROCESS_SEQUENCES + s;
-            self->first = take(entries + 1, sizeof *self->first);
-            self->holder = take(entries, sizeof *self->holder);
-            for (uint32_t i = 0; i <= entries; i++)
-                self->first[i] = i;
-            self->placement = (struct placement){c->layers, c->experts, self->first, self->holder};
-            self->items = take(items, sizeof *self->items);
-            self->item_row = take(items, sizeof *self->item_row);
-            self->item_slot = take(items, sizeof *self->item_slot);
-            self->rows = take((size_t)batch_rows * c->hidden, sizeof(float));
-            self->spec = take(batch_rows, sizeof *self->spec);
-            return dispatch_plan_init(&self->plan, items, 1) == 0;
+            take_memory(self);
+            return true;
         }
     }
-    printf("%s: %s\n", directory, failure.text);
+    printf("%s: %s\n", name, failure.text);
     one_process_close(self);
     return false;
+}
+
+bool one_process_open(struct one_process *self, const char *directory,
+                      const struct kernels *kernels, const struct parallel *parallel,
+                      uint32_t batch_rows, uint32_t positions) {
+    memset(self, 0, sizeof *self);
+    if (!model_files_read(&self->files, directory)) {
+        printf("%s: cannot be read\n", directory);
+        return false;
+    }
+    return open_model(self, directory, kernels, parallel, batch_rows, positions);
+}
+
+/* Files come one after the other, each in pieces. */
+static int collect(void *context, const char *name, const void *bytes, size_t size) {
+    struct model_files *files = context;
+    struct model_file *file = files->count > 0 ? &files->file[files->count - 1] : NULL;
+    if (file == NULL || strcmp(file->name, name) != 0) {
+        file = &files->file[files->count++];
+        *file = (struct model_file){.name = strdup(name)};
+    }
+    file->bytes = realloc((void *)file->bytes, file->size + size);
+    ASSERT(file->bytes != NULL);
+    memcpy((uint8_t *)file->bytes + file->size, bytes, size);
+    file->size += size;
+    return 0;
+}
+
+bool one_process_open_shape(struct one_process *self, const char *shape_json, uint64_t seed,
+                            const struct kernels *kernels, const struct parallel *parallel,
+                            uint32_t batch_rows, uint32_t positions) {
+    struct failure failure;
+    memset(self, 0, sizeof *self);
+    if (synth_model(shape_json, strlen(shape_json), seed, collect, &self->files, &failure) != 0) {
+        printf("%s\n", failure.text);
+        model_files_free(&self->files);
+        return false;
+    }
+    return open_model(self, "random weights", kernels, parallel, batch_rows, positions);
 }
 
 void one_process_close(struct one_process *self) {

@@ -35,6 +35,10 @@ struct one_process {
 bool one_process_open(struct one_process *self, const char *directory,
                       const struct kernels *kernels, const struct parallel *parallel,
                       uint32_t batch_rows, uint32_t positions);
+/* The same with random weights of a shape (model/synth.h). */
+bool one_process_open_shape(struct one_process *self, const char *shape_json, uint64_t seed,
+                            const struct kernels *kernels, const struct parallel *parallel,
+                            uint32_t batch_rows, uint32_t positions);
 void one_process_close(struct one_process *self);
 
 /* A row of one of the sequences 0..ONE_PROCESS_SEQUENCES-1. */
