@@ -134,8 +134,8 @@ static const struct {
     bool wide; /* uint64_t, else uint32_t */
     double scale;
 } ACTOR_METRICS[] = {
-    {"troupe_actor_memory_bytes", "gauge", "Resident memory.", EVERYBODY, AT(memory_bytes), true,
-     1},
+    {"troupe_actor_memory_bytes", "gauge", "Weights held, as the actor reports it.", EVERYBODY,
+     AT(memory_bytes), true, 1},
     {"troupe_actor_epoch", "gauge", "Newest epoch adopted.", EVERYBODY, AT(epoch), true, 1},
     {"troupe_sequences_running", "gauge", "Sequences in the running batch.", ATTENTION,
      AT(sequences_running), false, 1},
@@ -150,13 +150,13 @@ static const struct {
     {"troupe_generated_tokens_total", "counter", "Tokens generated.", ATTENTION,
      AT(generated_tokens), true, 1},
     {"troupe_steps_total", "counter", "Batches computed.", ATTENTION, AT(steps), true, 1},
-    {"troupe_frames_total", "counter", "Data frames handled.", EVERYBODY, AT(frames), true, 1},
+    {"troupe_frames_total", "counter", "Data frames handled.", DATA_PLANE, AT(frames), true, 1},
     {"troupe_rows_total", "counter", "Rows computed.", WORKERS, AT(rows), true, 1},
-    {"troupe_busy_seconds_total", "counter", "Time spent computing.", EVERYBODY, AT(busy_ns), true,
+    {"troupe_busy_seconds_total", "counter", "Time spent computing.", WORKERS, AT(busy_ns), true,
      1e-9},
-    {"troupe_frames_resent_total", "counter", "Data frames sent again.", EVERYBODY,
+    {"troupe_frames_resent_total", "counter", "Data frames sent again.", DATA_PLANE,
      AT(frames_resent), true, 1},
-    {"troupe_frames_stale_total", "counter", "Data frames dropped as stale.", EVERYBODY,
+    {"troupe_frames_stale_total", "counter", "Data frames dropped as stale.", DATA_PLANE,
      AT(frames_stale), true, 1},
 };
 
