@@ -121,6 +121,7 @@ static const char *state_name(Troupe__ActorState state) {
 
 #define ATTENTION         ROLE_BIT_OF(ROLE_ATTENTION)
 #define WORKERS           (ROLE_BIT_OF(ROLE_EXPERT) | ROLE_BIT_OF(ROLE_SAMPLER))
+#define DATA_PLANE        (ATTENTION | WORKERS)
 #define EVERYBODY         UINT32_MAX
 #define ROLE_BIT_OF(role) (1u << (role))
 #define AT(member)        offsetof(Troupe__Heartbeat, member)
