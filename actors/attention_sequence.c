@@ -181,10 +181,10 @@ static bool allocate_entries(const struct attention *self, struct sequence *sequ
 
 /* ---- SUBMIT ---- */
 
+/* proto/wire.h has seen to it that there are sampling parameters and as many biases as biased
+ * tokens. */
 static int check_sampling(const Troupe__Sampling *sampling, uint32_t vocabulary,
                           struct failure *failure) {
-    if (sampling == NULL)
-        return fail(failure, ERR_INVALID, "the submission has no sampling parameters");
     if (!(sampling->temperature >= 0 && sampling->temperature <= 3e38f))
         return fail(failure, ERR_INVALID, "temperature must be 0 or larger, found %g",
                     (double)sampling->temperature);
@@ -209,9 +209,6 @@ static int check_sampling(const Troupe__Sampling *sampling, uint32_t vocabulary,
     if (sampling->n_bias_token > LOGIT_BIAS_MAX)
         return fail(failure, ERR_INVALID, "at most %d biased tokens, found %zu", LOGIT_BIAS_MAX,
                     sampling->n_bias_token);
-    if (sampling->n_bias_token != sampling->n_bias_value)
-        return fail(failure, ERR_INVALID, "%zu biased tokens but %zu biases",
-                    sampling->n_bias_token, sampling->n_bias_value);
     for (size_t i = 0; i < sampling->n_bias_token; i++) {
         if (sampling->bias_token[i] >= vocabulary)
             return fail(failure, ERR_INVALID, "biased token %u is not below the vocabulary of %u",
