@@ -206,7 +206,7 @@ static bool allocate(struct coordinator *self) {
     self->target = calloc(pairs, sizeof *self->target);
     self->current = calloc(pairs, sizeof *self->current);
     self->wanted = calloc(pairs, sizeof *self->wanted);
-    self->scratch = calloc((size_t)5 * ACTORS_MAX, sizeof *self->scratch);
+    self->scratch = calloc((size_t)6 * ACTORS_MAX, sizeof *self->scratch);
     self->load_of_gone = calloc(pairs, sizeof *self->load_of_gone);
     return self->seat != NULL && self->ghost != NULL && self->is_moe != NULL &&
            self->active != NULL && self->target != NULL && self->current != NULL &&

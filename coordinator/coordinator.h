@@ -80,7 +80,7 @@ struct coordinator {
     actor_id *active;           /* [pairs] who serves it; 0: nobody */
     actor_id *target;           /* [pairs] who is to serve it; 0: nobody */
     uint32_t *current, *wanted; /* planning: [pairs] */
-    uint32_t *scratch;          /* planning: [5 * ACTORS_MAX] */
+    uint32_t *scratch;          /* planning: [6 * ACTORS_MAX] */
     uint64_t *load_of_gone;     /* [pairs] totals of attention actors that left */
     char description[160];
 };

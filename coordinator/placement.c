@@ -8,15 +8,15 @@
 struct plan {
     uint32_t experts, holders, target_total;
     const uint32_t *capacity;
-    uint32_t *total; /* [holders] pairs given so far, all layers */
-    uint32_t *quota; /* [holders] of this layer */
-    uint32_t *held;  /* [holders] of this layer, now */
+    uint32_t *given; /* [holders] pairs in the layers placed so far */
+    uint32_t *used;  /* [holders] those and what it holds in the layers to come */
+    uint32_t *held;  /* [holders] of this layer, before */
+    uint32_t *quota; /* [holders] of this layer, still to be given */
 };
 
 static uint32_t room(const struct plan *plan, uint32_t holder) {
-    return plan->capacity[holder] > plan->total[holder]
-               ? plan->capacity[holder] - plan->total[holder]
-               : 0;
+    return plan->capacity[holder] > plan->used[holder] ? plan->capacity[holder] - plan->used[holder]
+                                                       : 0;
 }
 
 /* Who is next in line for one more than the even share: prefers what needs no move, then the
@@ -27,9 +27,9 @@ static uint32_t choose_extra(const struct plan *plan, uint32_t base) {
     for (uint32_t h = 0; h < plan->holders; h++) {
         if (plan->quota[h] > base || room(plan, h) <= base)
             continue;
-        bool keeps = plan->held[h] > base && plan->total[h] + base < plan->target_total;
+        bool keeps = plan->held[h] > base && plan->given[h] + base < plan->target_total;
         if (best == NOBODY || (keeps && !best_keeps) ||
-            (keeps == best_keeps && plan->total[h] < plan->total[best])) {
+            (keeps == best_keeps && plan->given[h] < plan->given[best])) {
             best = h;
             best_keeps = keeps;
         }
@@ -37,14 +37,17 @@ static uint32_t choose_extra(const struct plan *plan, uint32_t base) {
     return best;
 }
 
+/* Takes the layer out of `used` and sets the quotas. */
 static void share_out(struct plan *plan, const uint32_t *current) {
     uint32_t base = plan->experts / plan->holders, extras = plan->experts % plan->holders;
     memset(plan->held, 0, plan->holders * sizeof *plan->held);
     for (uint32_t e = 0; e < plan->experts; e++)
         if (current[e] < plan->holders)
             plan->held[current[e]]++;
-    for (uint32_t h = 0; h < plan->holders; h++)
+    for (uint32_t h = 0; h < plan->holders; h++) {
+        plan->used[h] -= plan->held[h];
         plan->quota[h] = base < room(plan, h) ? base : room(plan, h);
+    }
     for (uint32_t i = 0; i < extras; i++) {
         uint32_t holder = choose_extra(plan, base);
         if (holder == NOBODY)
@@ -56,14 +59,15 @@ static void share_out(struct plan *plan, const uint32_t *current) {
 static uint32_t emptiest_with_room(const struct plan *plan) {
     uint32_t best = NOBODY;
     for (uint32_t h = 0; h < plan->holders; h++)
-        if (room(plan, h) > 0 && (best == NOBODY || plan->total[h] < plan->total[best]))
+        if (room(plan, h) > 0 && (best == NOBODY || plan->given[h] < plan->given[best]))
             best = h;
     return best;
 }
 
 static void give(struct plan *plan, uint32_t *ret, uint32_t holder) {
     *ret = holder;
-    plan->total[holder]++;
+    plan->given[holder]++;
+    plan->used[holder]++;
     if (plan->quota[holder] > 0)
         plan->quota[holder]--;
 }
@@ -81,7 +85,11 @@ static uint32_t place_layer(struct plan *plan, const uint32_t *current, uint32_t
             continue;
         while (holder < plan->holders && plan->quota[holder] == 0)
             holder++;
-        uint32_t taker = holder < plan->holders ? holder : emptiest_with_room(plan);
+        uint32_t taker = holder;
+        if (taker == plan->holders) /* some have no room for their share: others take more */
+            taker = current[e] < plan->holders && room(plan, current[e]) > 0
+                        ? current[e]
+                        : emptiest_with_room(plan);
         if (taker == NOBODY)
             homeless++;
         else
@@ -105,11 +113,15 @@ uint32_t placement_even(uint32_t layers, const uint8_t *is_moe, uint32_t experts
         .holders = holders,
         .target_total = (moe_layers * experts + holders - 1) / holders,
         .capacity = capacity,
-        .total = scratch,
-        .quota = scratch + holders,
+        .given = scratch,
+        .used = scratch + holders,
         .held = scratch + 2 * (size_t)holders,
+        .quota = scratch + 3 * (size_t)holders,
     };
-    memset(plan.total, 0, holders * sizeof *plan.total);
+    memset(scratch, 0, 4 * (size_t)holders * sizeof *scratch);
+    for (uint32_t i = 0; i < layers * experts; i++)
+        if (is_moe[i / experts] && current[i] < holders)
+            plan.used[current[i]]++;
     for (uint32_t l = 0; l < layers; l++)
         if (is_moe[l])
             homeless +=

@@ -13,7 +13,7 @@
  * then for those with the fewest in all, so that totals are even too, also when a layer has fewer
  * experts than there are holders. What a holder has and may keep stays; the rest goes out in
  * contiguous runs, ascending. What nobody has room for stays NOBODY; returns how many pairs that
- * is. scratch: [3 * holders]. */
+ * is. scratch: [4 * holders]. */
 uint32_t placement_even(uint32_t layers, const uint8_t *is_moe, uint32_t experts, uint32_t holders,
                         const uint32_t *capacity, const uint32_t *current, uint32_t *ret,
                         uint32_t *scratch);
