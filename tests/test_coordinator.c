@@ -772,7 +772,7 @@ static void run_chaos(uint64_t seed) {
                 ready(&stage, &player[i], order.operation, true);
         }
         stage_clear(&stage);
-        stage_timer(&stage, stage.now_ns + 20 * (uint64_t)MS);
+        stage_timer(&stage, stage.now_ns + 200 * (uint64_t)MS);
     }
     if (strstr(described(&stage), "orders=0 serving=1") == NULL)
         fail_msg("seed %llu: %s", (unsigned long long)seed, described(&stage));
