@@ -124,8 +124,9 @@ static void take_placement(struct attention *self, const Troupe__Commit *commit)
     memmove(first, first + 1, entries * sizeof *first);
     first[entries] = total;
     for (uint32_t i = 0; i < entries; i++)
-        qsort(self->placement_holder + first[i], first[i + 1] - first[i], sizeof *first,
-              compare_u32);
+        if (first[i + 1] - first[i] > 1)
+            qsort(self->placement_holder + first[i], first[i + 1] - first[i], sizeof *first,
+                  compare_u32);
     self->placement = (struct placement){self->config.layers, self->config.experts, first,
                                          self->placement_holder};
 }

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -169,8 +170,44 @@ static void test_hang_ups(void **state) {
     assert_true(cluster_stop(&cluster));
 }
 
+/* One process of the role is killed while 60 streams run. */
+static void kill_under_load(const struct cluster *cluster, const char *role, char **expected) {
+    pid_t pid;
+    pid_t killer = fork();
+    if (killer == 0) {
+        usleep(150000);
+        if (cluster_pids(cluster, role, &pid, 1) == 1)
+            _exit(kill(pid, SIGKILL) == 0 ? 0 : 1);
+        _exit(1);
+    }
+    uint32_t right = run_streams(cluster, 60, expected);
+    int status = -1;
+    waitpid(killer, &status, 0);
+    printf("killed one %s under 60 streams: %u of 60 as if nothing had happened\n", role, right);
+    assert_int_equal(status, 0);
+    assert_int_equal(right, 60);
+    for (int i = 0; i < 100 && http_one(cluster->port, "GET", "/ready", NULL, NULL) != 200; i++)
+        usleep(100000);
+}
+
+static void test_kills(void **state) {
+    (void)state;
+    struct cluster cluster;
+    char *expected[KINDS];
+    assert_true(cluster_start(&cluster, MODEL, "--experts 4 --restart-limit 20"));
+    cluster.faults = true;
+    ask_alone(&cluster, expected);
+    kill_under_load(&cluster, "expert", expected);
+    kill_under_load(&cluster, "attention", expected);
+    kill_under_load(&cluster, "sampler", expected);
+    assert_idle(&cluster);
+    assert_true(cluster_stop(&cluster));
+    for (uint32_t kind = 0; kind < KINDS; kind++)
+        free(expected[kind]);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_200_streams),
-                                       cmocka_unit_test(test_hang_ups)};
+                                       cmocka_unit_test(test_hang_ups), cmocka_unit_test(test_kills)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -8,6 +8,7 @@
 #include "actors/actor.h"
 #include "actors/host/clock.h"
 #include "actors/host/commands.h"
+#include "actors/host/mailbox.h"
 #include "actors/host/process.h"
 #include "proto/wire.h"
 
@@ -198,8 +199,10 @@ int command_ctl(const struct options *options) {
         fprintf(stderr, "troupe ctl: %s\n", failure.text);
     else
         code = ask(&self);
-    if (self.in != NULL)
+    if (self.in != NULL) {
         zmq_close(self.in);
+        remove_ipc_socket(self.inbox);
+    }
     if (self.out != NULL)
         zmq_close(self.out);
     if (self.zmq != NULL)

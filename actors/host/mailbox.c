@@ -24,6 +24,7 @@
 #define HIGH_WATER       1000  /* messages in each ZeroMQ socket */
 #define READ_BATCH       256
 #define SHORT_POLL_MS    2
+#define LINGER_MS        1000  /* a message sent just before DISCONNECT (REFUSED) still goes out in the background */
 
 struct command {
     enum { COMMAND_SEND, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_STOP } kind;
@@ -104,9 +105,9 @@ static void outbox_open(struct mailbox *self, actor_id id, const char *address) 
     outbox->id = id;
     outbox->last = &outbox->first;
     outbox->socket = zmq_socket(self->options.context, ZMQ_PUSH);
-    int zero = 0, high_water = HIGH_WATER, longest_retry_ms = 1000;
+    int linger = LINGER_MS, high_water = HIGH_WATER, longest_retry_ms = 1000;
     if (outbox->socket != NULL) {
-        zmq_setsockopt(outbox->socket, ZMQ_LINGER, &zero, sizeof zero);
+        zmq_setsockopt(outbox->socket, ZMQ_LINGER, &linger, sizeof linger);
         zmq_setsockopt(outbox->socket, ZMQ_SNDHWM, &high_water, sizeof high_water);
         zmq_setsockopt(outbox->socket, ZMQ_RECONNECT_IVL_MAX, &longest_retry_ms,
                        sizeof longest_retry_ms);
@@ -264,6 +265,11 @@ static void wait_for_work(struct mailbox *self) {
     }
 }
 
+void remove_ipc_socket(const char *address) {
+    if (strncmp(address, "ipc://", 6) == 0)
+        unlink(address + 6);
+}
+
 /* ZeroMQ's own thread sends in the background what it was handed; closing at once would throw that away. */
 static void close_sockets(struct mailbox *self) {
     uint64_t until = clock_now_ns() + (uint64_t)self->drain_ms * 1000000u;
@@ -278,6 +284,7 @@ static void close_sockets(struct mailbox *self) {
         outbox_close(self, 0);
     }
     zmq_close(self->inbox);
+    remove_ipc_socket(self->address); /* ZeroMQ leaves it */
 }
 
 static void *run(void *argument) {

@@ -43,4 +43,7 @@ int mailbox_send(struct mailbox *self, actor_id to, void *bytes, size_t size);
 /* The next thing that arrived, NULL: none. The caller's from now on. */
 void *mailbox_receive(struct mailbox *self);
 
+/* Removes the file of an address "ipc://path" that this process has bound; other addresses: nothing. */
+void remove_ipc_socket(const char *address);
+
 #endif

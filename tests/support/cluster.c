@@ -62,6 +62,7 @@ static void print_log(const struct cluster *self) {
 
 bool cluster_start(struct cluster *self, const char *model, const char *arguments) {
     static int number;
+    self->faults = false;
     self->port = free_port();
     snprintf(self->run_dir, sizeof self->run_dir, "/tmp/troupe-test-%d-%d", (int)getpid(), ++number);
     snprintf(self->log, sizeof self->log, "%s.log", self->run_dir);
@@ -85,6 +86,18 @@ bool cluster_start(struct cluster *self, const char *model, const char *argument
     return false;
 }
 
+/* A process that died was started again, and the log says so. */
+static bool was_restarted(const struct cluster *self) {
+    char line[1024];
+    bool found = false;
+    FILE *file = fopen(self->log, "r");
+    while (file != NULL && fgets(line, sizeof line, file) != NULL)
+        found = found || strstr(line, "starting it again") != NULL;
+    if (file != NULL)
+        fclose(file);
+    return found;
+}
+
 bool cluster_stop(struct cluster *self) {
     kill(self->pid, SIGTERM);
     for (int i = 0; i < 400; i++) {
@@ -93,14 +106,15 @@ bool cluster_stop(struct cluster *self) {
             struct stat info;
             bool clean = WIFEXITED(status) && WEXITSTATUS(status) == 0;
             bool gone = stat(self->run_dir, &info) != 0;
-            if (!clean || !gone) {
-                fprintf(stderr, "serve ended with status %#x, run directory %s\n", status,
-                        gone ? "gone" : "left");
+            bool died = !self->faults && was_restarted(self);
+            if (!clean || !gone || died) {
+                fprintf(stderr, "serve ended with status %#x, run directory %s, processes %s\n", status,
+                        gone ? "gone" : "left", died ? "died" : "lived");
                 print_log(self);
             } else {
                 unlink(self->log);
             }
-            return clean && gone;
+            return clean && gone && !died;
         }
         usleep(50000);
     }
