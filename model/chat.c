@@ -11,13 +11,14 @@
 #define END       "<｜end▁of▁sentence｜>"
 
 enum trait {
-    ROLES_IN_WORDS = 1,     /* "User: " and "Assistant: ", blank lines between */
-    SYSTEM_FIRST = 2,       /* system messages are joined and put before all others */
-    MARK_AFTER_USER = 4,    /* the assistant's marker belongs to the user message */
-    DROP_TO_LAST_CLOSE = 8, /* of earlier answers only what follows the last </think> */
-    OPEN_THINK = 16,        /* the prompt ends inside <think> */
+    ROLES_IN_WORDS = 1,      /* "User: " and "Assistant: ", blank lines between */
+    SYSTEM_FIRST = 2,        /* system messages are joined and put before all others */
+    LAST_SYSTEM_ONLY = 4,    /* instead of joined */
+    MARK_AFTER_USER = 8,     /* the assistant's marker belongs to the user message */
+    DROP_TO_LAST_CLOSE = 16, /* of earlier answers only what follows the last </think> */
+    OPEN_THINK = 32,         /* the prompt ends inside <think> */
     THINKING_BY_OPTION =
-        32 /* <think> or </think> follows the marker; dropped up to the first </think> */
+        64, /* (no) thinking is marked; answers are dropped to the first </think> */
 };
 
 static const struct {
@@ -27,6 +28,7 @@ static const struct {
     [CHAT_NONE] = {"none", 0},
     [CHAT_DEMO] = {"demo", 0},
     [CHAT_V2] = {"deepseek-v2", ROLES_IN_WORDS},
+    [CHAT_V25] = {"deepseek-v2.5", SYSTEM_FIRST | LAST_SYSTEM_ONLY},
     [CHAT_V3] = {"deepseek-v3", SYSTEM_FIRST},
     [CHAT_R1] = {"deepseek-r1", SYSTEM_FIRST | DROP_TO_LAST_CLOSE | OPEN_THINK},
     [CHAT_V31] = {"deepseek-v3.1", SYSTEM_FIRST | THINKING_BY_OPTION},
@@ -62,7 +64,9 @@ static enum chat_format recognise_text(const char *text) {
                    : CHAT_NONE;
     if (after_user && HAS("not ns.is_last_user"))
         return drops_to_last ? CHAT_R1_0528 : HAS("think") ? CHAT_NONE : CHAT_V3_0324;
-    return marker && !after_user && !HAS("think") ? CHAT_V3 : CHAT_NONE;
+    if (!marker || after_user || HAS("think"))
+        return CHAT_NONE;
+    return HAS("ns.is_first_sp") ? CHAT_V3 : CHAT_V25;
 #undef HAS
 }
 
@@ -244,16 +248,19 @@ static int check_messages(const struct chat_message *messages, uint32_t count,
 }
 
 static void put_system_messages(struct prompt *self, const struct chat_message *messages,
-                                uint32_t count) {
-    bool first = true;
+                                uint32_t count, unsigned traits) {
+    const char *last = NULL;
     for (uint32_t i = 0; i < count; i++) {
         if (role_of(messages[i].role) != ROLE_SYSTEM)
             continue;
-        if (!first)
-            put_text(self, "\n\n");
-        put_text(self, messages[i].content);
-        first = false;
+        if (!(traits & LAST_SYSTEM_ONLY)) {
+            put_text(self, last != NULL ? "\n\n" : "");
+            put_text(self, messages[i].content);
+        }
+        last = messages[i].content;
     }
+    if (traits & LAST_SYSTEM_ONLY && last != NULL)
+        put_text(self, last);
 }
 
 int chat_encode(enum chat_format format, const struct tokenizer *tokenizer,
@@ -272,7 +279,7 @@ int chat_encode(enum chat_format format, const struct tokenizer *tokenizer,
     bool after_user = false; /* system messages do not count */
     put_token(&prompt, tokenizer_bos(tokenizer));
     if (traits & SYSTEM_FIRST)
-        put_system_messages(&prompt, messages, count);
+        put_system_messages(&prompt, messages, count, traits);
     for (uint32_t i = 0; i < count; i++) {
         const char *content = messages[i].content;
         switch (role_of(messages[i].role)) {

@@ -9,7 +9,8 @@ enum chat_format {
     CHAT_NONE,
     CHAT_DEMO,
     CHAT_V2,
-    CHAT_V3, /* V2.5 and V3 */
+    CHAT_V25, /* of several system messages only the last counts */
+    CHAT_V3,
     CHAT_R1,
     CHAT_V31,     /* V3.1, V3.2 */
     CHAT_V3_0324, /* the assistant's marker follows each user message */

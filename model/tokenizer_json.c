@@ -370,18 +370,21 @@ static int read_added(struct tokenizer *self, const json_t *token, struct failur
     if (added_find(self, content, length) != TOKEN_NONE)
         return fail(failure, ERR_CORRUPT, "tokenizer.json: added token \"%.*s\" is given twice",
                     clip(content, length, 64), content);
-    if (entry->flags & TOKEN_KNOWN) { /* in the vocabulary too: then under the same name */
-        char *expected = self->text + self->text_bytes; /* measured for it, not taken */
-        int64_t decoded = byte_level_decode(content, length, expected);
-        bool literal = decoded < 0;
-        if (literal
-                ? entry->length != length || memcmp(entry->bytes, content, length) != 0
-                : entry->length != decoded || memcmp(entry->bytes, expected, (size_t)decoded) != 0)
+    char *decoded = self->text + self->text_bytes; /* measured for it, not taken */
+    int64_t bytes = byte_level_decode(content, length, decoded);
+    uint32_t known = bytes < 0 ? vocabulary_find(&self->vocabulary, content, length, true)
+                               : vocabulary_find(&self->vocabulary, decoded, (size_t)bytes, false);
+    if (known != TOKEN_NONE && known != id)
+        return fail(failure, ERR_CORRUPT,
+                    "tokenizer.json: added token \"%.*s\" has id %u, but %u in the vocabulary",
+                    clip(content, length, 64), content, id, known);
+    if (known == TOKEN_NONE) {
+        if (entry->flags & TOKEN_KNOWN)
             return fail(failure, ERR_CORRUPT,
                         "tokenizer.json: id %u is given twice, to \"%.*s\" too", id,
                         clip(content, length, 64), content);
-    } else
         set_entry(self, id, content, length);
+    }
     if (json_is_true(json_object_get(token, "special")))
         entry->flags |= TOKEN_SPECIAL;
     bool normalized = json_is_true(json_object_get(token, "normalized"));
