@@ -136,7 +136,7 @@ static void make_token(Troupe__Token *token, Troupe__TopLogprob *top, Troupe__To
 
 #define BURST 2048
 static void tell(struct rig *rig, struct rig_attention *attention, struct rig_sequence *sequence,
-                 uint32_t first, uint32_t first_prompt) {
+                 uint32_t first, uint32_t first_prompt, uint32_t most_prompt) {
     static Troupe__Token token[BURST], prompt[BURST];
     static Troupe__Token *token_list[BURST], *prompt_list[BURST];
     static Troupe__TopLogprob top[2][BURST][20], *top_list[2][BURST][20];
@@ -155,7 +155,8 @@ static void tell(struct rig *rig, struct rig_attention *attention, struct rig_se
                    alternatives);
         token_list[at] = &token[at];
     }
-    for (uint32_t i = first_prompt; sequence->prompt_logprobs && i + 1 < sequence->prompt_tokens;
+    for (uint32_t i = first_prompt; sequence->prompt_logprobs && i + 1 < sequence->prompt_tokens &&
+                                    tokens.n_prompt < most_prompt;
          i++) {
         uint32_t at = (uint32_t)tokens.n_prompt++;
         make_token(&prompt[at], top[1][at], top_list[1][at], sequence->token[i + 1], i + 1,
@@ -231,7 +232,8 @@ static void on_attention(struct rig *rig, struct rig_attention *attention,
         if (sequence == NULL)
             reject(rig, attention, envelope->poll->sequence, ERR_NOT_FOUND, true);
         else
-            tell(rig, attention, sequence, envelope->poll->have, envelope->poll->have_prompt);
+            tell(rig, attention, sequence, envelope->poll->have, envelope->poll->have_prompt,
+                 BURST);
         break;
     case TROUPE__ENVELOPE__BODY_CANCEL:
         attention->cancels++;
@@ -266,8 +268,8 @@ static void generate(struct rig *rig, struct rig_attention *attention) {
             sequence->done = sequence->tokens - sequence->prompt_tokens >= sequence->max_tokens ||
                              ends(rig, sequence, token);
         }
-        tell(rig, attention, sequence, first, sequence->started ? sequence->prompt_tokens : 0);
-        sequence->started = true;
+        tell(rig, attention, sequence, first, sequence->told_prompt, 2);
+        sequence->told_prompt += 2;
     }
 }
 

@@ -18,7 +18,8 @@ struct rig_sequence {
     uint64_t id, seed;
     uint32_t *token;
     uint32_t tokens, prompt_tokens, given, max_tokens, min_tokens;
-    bool prompt_logprobs, logprobs, ignore_eos, started, done;
+    uint32_t told_prompt; /* entries sent unasked: a few with each token */
+    bool prompt_logprobs, logprobs, ignore_eos, done;
     uint32_t top;
     float temperature;
     uint32_t stop_token[64], stop_tokens;
