@@ -58,7 +58,7 @@ static enum chat_format recognise_text(const char *text) {
     if (opens)
         return drops_to_last && !after_user ? CHAT_R1 : CHAT_NONE;
     if (HAS("thinking"))
-        return marker && HAS("if not thinking") && HAS("'</think>'") && HAS("'<think>'") &&
+        return marker && HAS("if not thinking %}") && HAS("'</think>'") && HAS("'<think>'") &&
                        HAS(".split('</think>', 1)[1]") && HAS("ns.is_last_user")
                    ? CHAT_V31
                    : CHAT_NONE;
