@@ -125,7 +125,7 @@ void gate_choose(const struct gate_parameters *parameters, const float *logits, 
     ASSERT(!limited || (p->groups_chosen >= 1 && p->groups_chosen <= p->groups));
     ASSERT(p->k <= (limited ? p->groups_chosen * per_group : p->experts));
 
-    float scores[EXPERTS_MAX], biased_scores[EXPERTS_MAX];
+    float scores[EXPERTS_MAX] = {0}, biased_scores[EXPERTS_MAX];
     if (p->scoring == GATE_SOFTMAX)
         score_softmax(p->experts, logits, scores);
     else
