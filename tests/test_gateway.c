@@ -531,6 +531,24 @@ static void chat_may_fill_the_context_and_no_more(void **state) {
     rig_close(rig);
 }
 
+static void text_that_cannot_fit_is_refused_before_it_is_tokenised(void **state) {
+    (void)state;
+    struct rig *rig = open_rig();
+    size_t size = 4 << 20;
+    char *body = malloc(size + 64);
+    for (int chat = 0; chat < 2; chat++) {
+        const char *head =
+            chat ? "{\"messages\":[{\"role\":\"user\",\"content\":\"" : "{\"prompt\":\"";
+        strcpy(body, head);
+        memset(body + strlen(head), 'a', size);
+        strcpy(body + strlen(head) + size, chat ? "\"}]}" : "\"}");
+        expect_error(rig, chat ? "/v1/chat/completions" : "/v1/completions", body, 400,
+                     "BadRequestError", "have 4194304 bytes, which is at least");
+    }
+    free(body);
+    rig_close(rig);
+}
+
 static void an_unknown_chat_format_leaves_completions_working(void **state) {
     (void)state;
     struct rig *rig = rig_open(&(struct rig_options){.chat = CHAT_NONE}, NULL);
@@ -837,6 +855,7 @@ int main(void) {
         cmocka_unit_test(streamed_logprobs_add_up_to_the_whole),
         cmocka_unit_test(chat_answers_whole_and_streamed),
         cmocka_unit_test(chat_may_fill_the_context_and_no_more),
+        cmocka_unit_test(text_that_cannot_fit_is_refused_before_it_is_tokenised),
         cmocka_unit_test(an_unknown_chat_format_leaves_completions_working),
         cmocka_unit_test(reasoning_has_both_names),
         cmocka_unit_test(a_bad_network_never_changes_the_stream),

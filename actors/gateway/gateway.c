@@ -187,7 +187,18 @@ static uint32_t usable_context(const struct settings *settings, const struct mod
     return cache < context ? cache : context;
 }
 
+static size_t longest_token(const struct tokenizer *tokenizer) {
+    size_t longest = 1;
+    for (uint32_t token = 0; token < tokenizer_vocabulary(tokenizer); token++) {
+        size_t size = 0;
+        if (tokenizer_bytes(tokenizer, token, &size) != NULL && size > longest)
+            longest = size;
+    }
+    return longest;
+}
+
 static void set_limits(struct gateway *self) {
+    self->longest_token_bytes = longest_token(self->tokenizer);
     self->context = usable_context(&self->settings, &self->config);
     self->limits = (struct request_limits){
         .served_model = self->served_model,

@@ -137,6 +137,7 @@ struct gateway {
     char chat_error[FAILURE_TEXT_BYTES];
     int64_t unix_offset_ns;
     uint32_t context; /* positions that a request may use */
+    size_t longest_token_bytes;
     struct request_limits limits;
     uint64_t poll_ns, retry_ns, submit_timeout_ns;
 

@@ -85,6 +85,24 @@ static void decode_echo(const struct gateway *self, const struct request *reques
     prompt->echo = decoded;
 }
 
+/* Text that is too long however it is cut into tokens is refused before a tokenizer spends a second
+ * on it. */
+static int check_bytes(const struct gateway *self, const struct generation_request *input,
+                       uint32_t which, struct http_error *error) {
+    bool chat = input->messages > 0;
+    size_t bytes = chat || input->prompt[which].text == NULL ? 0 : input->prompt[which].text_bytes;
+    for (uint32_t i = 0; chat && i < input->messages; i++)
+        bytes += strlen(input->message[i].content);
+    size_t least = bytes / self->longest_token_bytes;
+    if (least <= self->context)
+        return 0;
+    return http_fail(
+        error, 400, chat ? "messages" : "prompt",
+        "This model's maximum context length is %u tokens. However, the %s have %zu bytes, "
+        "which is at least %zu tokens. Please reduce their length.",
+        self->context, chat ? "messages" : "prompts", bytes, least);
+}
+
 static int check_length(const struct gateway *self, const struct generation_request *input,
                         struct prompt *prompt, struct http_error *error) {
     bool chat = input->endpoint == ENDPOINT_CHAT;
@@ -123,7 +141,9 @@ int request_take_prompts(struct gateway *self, struct request *request, struct h
     for (uint32_t i = 0; i < request->prompts; i++) {
         struct prompt *prompt = &request->prompt[i];
         struct token_list list = {0};
-        int code = request_tokenize(self, input, i, &list, error);
+        int code = check_bytes(self, input, i, error);
+        if (code == 0)
+            code = request_tokenize(self, input, i, &list, error);
         prompt->token = list.token; /* the list's memory becomes the prompt's */
         prompt->tokens = list.count;
         if (code == 0)

@@ -306,7 +306,7 @@ static enum MHD_Result refuse_body(struct request *request) {
     char text[256];
     snprintf(text, sizeof text,
              "{\"error\":{\"message\":\"The request body is over the limit of %u bytes\","
-             "\"type\":\"invalid_request_error\",\"param\":null,\"code\":413}}",
+             "\"type\":\"RequestTooLargeError\",\"param\":null,\"code\":413}}",
              HTTP_BODY_MAX);
     struct MHD_Response *response =
         MHD_create_response_from_buffer(strlen(text), text, MHD_RESPMEM_MUST_COPY);
