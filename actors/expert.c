@@ -14,6 +14,7 @@
 #include "actors/actors.h"
 #include "actors/member.h"
 
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -207,6 +208,29 @@ static void on_loaded(struct expert *self, const struct event *event, struct eff
     check_complete(self, out);
 }
 
+/* For a coordinator that was started again: what is held, then what is being loaded or was to be. */
+static void describe_holdings(const struct member *member, Troupe__Hello *hello,
+                              struct effects *out) {
+    const struct expert *self =
+        (const struct expert *)((const char *)member - offsetof(struct expert, member));
+    uint32_t *layer = effects_alloc(out, ((size_t)self->pairs + 1) * sizeof *layer);
+    uint32_t *expert = effects_alloc(out, ((size_t)self->pairs + 1) * sizeof *expert);
+    uint32_t held = 0, others = self->held;
+    for (uint32_t place = 0; place < self->pairs; place++) {
+        if (self->pair[place] == PAIR_ABSENT)
+            continue;
+        uint32_t at = self->pair[place] == PAIR_HELD ? held++ : others++;
+        layer[at] = place / self->config.experts;
+        expert[at] = place % self->config.experts;
+    }
+    ASSERT(held == self->held);
+    hello->held = held;
+    hello->operation = self->operation;
+    hello->n_layer = hello->n_expert = others;
+    hello->layer = layer;
+    hello->expert = expert;
+}
+
 /* ---- rows ---- */
 
 /* Header of an answer: everything that tells what is answered comes from the question. */
@@ -396,6 +420,7 @@ struct actor *expert_create(const struct actor_identity *identity, const struct 
         expert_destroy(&self->actor);
         return NULL;
     }
+    self->member.describe_holdings = describe_holdings;
     self->row_bytes = config->hidden * identity_activation_bytes(&self->member.identity);
     return &self->actor;
 }

@@ -2,6 +2,9 @@
  *
  *   JOINING   HELLO every hello_retry until WELCOME (or REFUSED: EXIT 1)
  *   JOINED    heartbeats; COMMITs with a larger epoch are adopted, all others ignored
+ *   REJOINING a coordinator that was started again did not know the heartbeat (REJOIN): HELLO again,
+ *             with all that it must learn, until its WELCOME; work goes on with the adopted epoch,
+ *             the old coordinator is not listened to any more
  *
  * Invariants: 1. the adopted epoch only grows; 2. a peer is known by (id, incarnation) of the
  * adopted epoch, anything from anybody else is ignored; 3. an actor does not adopt an epoch that
@@ -125,6 +128,14 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
     hello.pid = identity->pid;
     hello.name = (char *)identity->name;
     hello.threads = identity->threads;
+    if (self->rejoining != 0) {
+        hello.id = self->id;
+        hello.epoch = self->epoch;
+        hello.members = self->epoch > 0 ? self->peers + 1 : 0;
+        hello.ready = self->ready;
+        if (self->describe_holdings != NULL)
+            self->describe_holdings(self, &hello, out);
+    }
     message envelope = member_envelope(self);
     envelope.body_case = TROUPE__ENVELOPE__BODY_HELLO;
     envelope.hello = &hello;
@@ -135,9 +146,13 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
 static uint32_t on_welcome(struct member *self, const message *envelope, uint64_t now_ns,
                            struct effects *out) {
     const Troupe__Welcome *welcome = envelope->welcome;
-    if (self->id != 0 || welcome->incarnation != self->identity.incarnation ||
-        welcome->id <= ACTOR_COORDINATOR)
+    if (welcome->incarnation != self->identity.incarnation || welcome->id <= ACTOR_COORDINATOR)
         return MEMBER_DONE;
+    self->rejoining = 0; /* also if it was the one followed all along: the REJOIN was an old one */
+    if (self->id != 0 && envelope->from_incarnation == self->coordinator_incarnation) {
+        self->hello_at_ns = NEVER;
+        return MEMBER_DONE;
+    }
     self->id = welcome->id;
     self->coordinator_incarnation = envelope->from_incarnation;
     if (welcome->heartbeat_interval_ns > 0)
@@ -146,6 +161,20 @@ static uint32_t on_welcome(struct member *self, const message *envelope, uint64_
     self->heartbeat_at_ns = now_ns;
     effects_trace(out, TRACE_INFO, "%s joined as actor %u", self->identity.name, self->id);
     return MEMBER_DONE | MEMBER_JOINED;
+}
+
+/* A coordinator that was started again. Until its WELCOME nothing of the old one is taken any more, so
+ * that what HELLO tells remains true. */
+static uint32_t on_rejoin(struct member *self, const message *envelope, uint64_t now_ns,
+                          struct effects *out) {
+    if (self->id == 0 || envelope->rejoin->incarnation != self->identity.incarnation ||
+        envelope->from_incarnation == self->coordinator_incarnation ||
+        envelope->from_incarnation == self->rejoining)
+        return MEMBER_DONE;
+    effects_trace(out, TRACE_WARNING, "another coordinator is there; telling it what is here");
+    self->rejoining = envelope->from_incarnation;
+    self->hello_at_ns = now_ns;
+    return MEMBER_DONE;
 }
 
 static uint32_t on_refused(struct member *self, const Troupe__Refused *refused,
@@ -267,7 +296,8 @@ static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uin
     take_members(self, commit, out);
     self->epoch = commit->epoch;
     self->bias_version = commit->bias_version;
-    self->serving = commit->serving && own->state == TROUPE__ACTOR_STATE__STATE_READY;
+    self->ready = own->state == TROUPE__ACTOR_STATE__STATE_READY;
+    self->serving = commit->serving && self->ready;
     self->heartbeat_at_ns = now_ns; /* the acknowledgement; others wait for it */
     effects_trace(out, TRACE_DEBUG, "adopted epoch %llu: %u peers, %zu placements%s",
                   (unsigned long long)commit->epoch, self->peers, commit->n_layer,
@@ -279,7 +309,16 @@ static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uin
 
 static uint32_t on_coordinator(struct member *self, const message *envelope, uint64_t now_ns,
                                struct effects *out) {
-    if (self->id != 0 && envelope->from_incarnation != self->coordinator_incarnation) {
+    if (envelope->body_case == TROUPE__ENVELOPE__BODY_REJOIN)
+        return on_rejoin(self, envelope, now_ns, out);
+    bool answers_hello = envelope->body_case == TROUPE__ENVELOPE__BODY_WELCOME ||
+                         envelope->body_case == TROUPE__ENVELOPE__BODY_REFUSED;
+    bool followed = self->id == 0 || envelope->from_incarnation == self->coordinator_incarnation;
+    if (self->rejoining != 0 && !answers_hello)
+        followed = false;
+    else if (self->rejoining != 0 && envelope->from_incarnation == self->rejoining)
+        followed = true;
+    if (!followed) {
         effects_trace(out, TRACE_WARNING, "ignored %s of another incarnation of the coordinator",
                       wire_name(envelope));
         return MEMBER_DONE;
@@ -361,6 +400,8 @@ uint32_t member_step(struct member *self, const struct event *event, uint64_t no
 void member_heartbeat(struct member *self, Troupe__Heartbeat *heartbeat, uint64_t now_ns,
                       struct effects *out) {
     heartbeat->epoch = self->epoch;
+    heartbeat->control_address = (char *)self->identity.control_address;
+    heartbeat->coordinator_incarnation = self->coordinator_incarnation;
     message envelope = member_envelope(self);
     envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
     envelope.heartbeat = heartbeat;

@@ -31,10 +31,14 @@ struct member {
         data_roles; /* bit sets of roles to connect: control only, control and data */
 
     actor_id id; /* 0 until WELCOME */
-    uint64_t coordinator_incarnation;
+    uint64_t coordinator_incarnation; /* whom it follows */
+    uint64_t rejoining;               /* a new coordinator that asked for HELLO; 0: none */
+    /* What a HELLO to a new coordinator says about this role; NULL: nothing. */
+    void (*describe_holdings)(const struct member *self, Troupe__Hello *hello, struct effects *out);
     uint64_t hello_at_ns, heartbeat_at_ns; /* NEVER: not now */
     uint64_t epoch;                        /* adopted */
     uint64_t bias_version;
+    bool ready;   /* as the adopted epoch lists it */
     bool serving; /* requests may be submitted: the epoch serves, and all who must know this actor
                      do */
     bool exited;
@@ -46,7 +50,7 @@ struct member {
 
 /* What an event meant; bits. */
 enum member_news {
-    MEMBER_JOINED = 1,    /* WELCOME: the actor has an id */
+    MEMBER_JOINED = 1,    /* WELCOME: the actor has an id, or another one than before */
     MEMBER_COMMITTED = 2, /* a newer epoch has been adopted; event->message->commit is it */
     MEMBER_HEARTBEAT = 4, /* a heartbeat is due: the role fills one in and calls member_heartbeat */
     MEMBER_LOST = 8,      /* event->peer is a known peer and now marked lost */

@@ -1,5 +1,8 @@
 /* The coordinator: who is there, who holds which expert, and what everybody must know about it. It
- * stands beside a token's way, never on it: while it is gone, serving goes on with the last epoch.
+ * stands beside a token's way, never on it: while it is gone, serving goes on with the last epoch. One
+ * that is started again learns from the members: a heartbeat of somebody unknown is answered with REJOIN,
+ * the HELLO that follows tells id, epoch and what is held; nothing is published until all that are known
+ * of have come, or had time to.
  *
  * Every event is taken in, then time is looked at, then a new epoch is published if anything in it
  * has changed. */
@@ -86,10 +89,13 @@ static void on_message(struct coordinator *self, const message *envelope, uint64
             shut_down(self, envelope->shutdown->reason, out);
         break;
     default:
-        if (known)
+        if (known && envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT &&
+            envelope->heartbeat->coordinator_incarnation != self->identity.incarnation)
+            membership_rejoin(self, seat, envelope, now_ns, out);
+        else if (known)
             on_member(self, seat, envelope, now_ns, out);
         else
-            membership_on_stranger(self, envelope, out);
+            membership_on_stranger(self, envelope, now_ns, out);
         break;
     }
 }
@@ -154,7 +160,7 @@ static uint64_t coordinator_deadline(const struct actor *actor) {
     const struct coordinator *self = (const struct coordinator *)actor;
     if (self->exited)
         return NEVER;
-    return smaller(self->statistics_at_ns,
+    return smaller(smaller(self->statistics_at_ns, self->learn_until_ns),
                    smaller(membership_deadline(self), copies_deadline(self)));
 }
 
@@ -234,6 +240,7 @@ struct actor *coordinator_create(const struct actor_identity *identity,
     self->lost_after_ns = self->heartbeat_ns * settings->heartbeat_misses;
     self->last_id = ACTOR_COORDINATOR;
     self->place_at_ns = NEVER;
+    self->learn_until_ns = NEVER;
     self->statistics_at_ns = NEVER;
     self->strings = identity_copy(&self->identity, identity);
     if (config->experts > 0)

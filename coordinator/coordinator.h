@@ -30,6 +30,8 @@ struct seat {
     uint32_t pid;
     uint64_t introduced_epoch; /* the first that lists it; 0: none yet */
     uint64_t acknowledged_epoch;
+    uint64_t foreign_epoch; /* adopted from an earlier coordinator when it came here: acknowledges
+                               nothing */
     bool ready; /* all who must know it have adopted an epoch that lists it */
     uint64_t heard_ns, commit_sent_ns;
     Troupe__Heartbeat heartbeat; /* the last one, without its lists */
@@ -69,6 +71,9 @@ struct coordinator {
     uint32_t next_ghost;
 
     uint64_t epoch, last_operation;
+    bool learnt;             /* it has heard of an earlier coordinator's members */
+    uint64_t learn_until_ns; /* it waits for more of them and publishes nothing; NEVER: no */
+    uint32_t members_before; /* as many as they know of */
     bool changed; /* a new epoch is due at the end of this step */
     bool serving, placed, complained;
     uint64_t place_at_ns; /* NEVER: nobody to wait for */
@@ -95,7 +100,11 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
                              const Troupe__Heartbeat *heartbeat, uint64_t now_ns,
                              struct effects *out);
 /* A message of somebody who is no member: told so if it was one once. */
-void membership_on_stranger(struct coordinator *self, const message *envelope, struct effects *out);
+void membership_on_stranger(struct coordinator *self, const message *envelope, uint64_t now_ns,
+                            struct effects *out);
+/* A heartbeat of a member that follows another coordinator. */
+void membership_rejoin(struct coordinator *self, struct seat *seat, const message *envelope,
+                       uint64_t now_ns, struct effects *out);
 void membership_remove(struct coordinator *self, struct seat *seat, const char *why,
                        uint64_t now_ns, struct effects *out);
 void membership_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
@@ -115,6 +124,9 @@ void copies_on_ready(struct coordinator *self, struct seat *seat, const Troupe__
                      uint64_t now_ns, struct effects *out);
 void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
 uint64_t copies_deadline(const struct coordinator *self);
+/* What a member of an earlier coordinator holds. */
+void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello);
+void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
 bool copies_complete(const struct coordinator *self); /* every pair has a ready holder */
 
 /* statistics.c */

@@ -145,7 +145,7 @@ static void retarget(struct coordinator *self, const uint32_t *id) {
 }
 
 void copies_plan(struct coordinator *self, uint64_t now_ns, struct effects *out) {
-    if (!self->placed || self->pairs == 0)
+    if (!self->placed || self->pairs == 0 || self->learn_until_ns != NEVER)
         return;
     uint32_t *id = self->scratch, *capacity = id + ACTORS_MAX, holders = 0;
     for (uint32_t i = 0; i < self->seats; i++)
@@ -223,6 +223,36 @@ void copies_on_ready(struct coordinator *self, struct seat *seat, const Troupe__
     }
 }
 
+/* ---- what an earlier coordinator had done ---- */
+
+void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello) {
+    for (size_t i = 0; i < hello->n_layer; i++) {
+        if (hello->layer[i] >= self->config.layers || hello->expert[i] >= self->config.experts ||
+            !self->is_moe[hello->layer[i]])
+            continue;
+        uint32_t pair = hello->layer[i] * self->config.experts + hello->expert[i];
+        seat->assigned[pair] = ASSIGNED_BEFORE;
+        if (i >= hello->held || self->active[pair] != 0)
+            continue;
+        self->active[pair] = seat->id;
+        if (self->target[pair] == 0)
+            self->target[pair] = seat->id;
+    }
+    seat->shrunk_epoch = self->epoch + 1; /* what is nobody's target here is used until then */
+}
+
+/* Epochs that others reported since may be larger; from the next one on the copies learnt of count. */
+void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    bool some = false;
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        some = some || self->active[pair] != 0;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].role == ROLE_EXPERT)
+            self->seat[i].shrunk_epoch = self->epoch + 1;
+    self->placed = self->placed || some;
+    copies_plan(self, now_ns, out);
+}
+
 /* ---- time ---- */
 
 static bool all_here(const struct coordinator *self) {
@@ -233,6 +263,8 @@ static bool all_here(const struct coordinator *self) {
 }
 
 void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    if (self->learn_until_ns != NEVER)
+        return;
     if (!self->placed && self->place_at_ns != NEVER &&
         (now_ns >= self->place_at_ns || all_here(self))) {
         self->placed = true;
@@ -251,6 +283,8 @@ void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out
 
 uint64_t copies_deadline(const struct coordinator *self) {
     uint64_t deadline = self->placed ? NEVER : self->place_at_ns;
+    if (self->learn_until_ns != NEVER)
+        return NEVER;
     for (uint32_t i = 0; i < self->seats; i++)
         if (self->seat[i].order != ORDER_NONE && self->seat[i].order_at_ns < deadline)
             deadline = self->seat[i].order_at_ns;

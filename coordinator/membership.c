@@ -11,8 +11,8 @@
  * nobody waits for anybody else.
  *
  * Invariants: 1. ids are never given twice; 2. an epoch is never changed once published, its number
- * only grows; 3. an incarnation that was removed never becomes a member again (it is told to
- * end); 4. `serving` is true only if every (layer, expert) has a ready holder and a ready attention
+ * only grows; 3. an incarnation that this coordinator removed never becomes a member again (it
+ * is told to end); 4. `serving` is true only if every (layer, expert) has a ready holder and a ready attention
  * actor and sampler exist. */
 #include "coordinator/coordinator.h"
 
@@ -148,7 +148,69 @@ static void send_refused(const struct coordinator *self, actor_id id, uint64_t i
     disconnect_from(id, ROLE_NONE, incarnation, out);
 }
 
-void membership_on_stranger(struct coordinator *self, const message *envelope,
+/* ---- learning from an earlier coordinator's members ---- */
+
+static void learn(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    if (self->learnt)
+        return;
+    self->learnt = true;
+    self->learn_until_ns = now_ns + 2 * self->heartbeat_ns + 3 * self->retry_ns;
+    effects_trace(out, TRACE_WARNING, "there was a coordinator before; learning from its members");
+}
+
+static void send_rejoin(struct coordinator *self, const message *envelope, uint64_t now_ns,
+                        struct effects *out) {
+    const char *address = envelope->heartbeat->control_address;
+    if (address[0] == '\0')
+        return;
+    learn(self, now_ns, out);
+    Troupe__Rejoin rejoin = TROUPE__REJOIN__INIT;
+    rejoin.incarnation = envelope->from_incarnation;
+    message answer = coordinator_envelope(self);
+    answer.body_case = TROUPE__ENVELOPE__BODY_REJOIN;
+    answer.rejoin = &rejoin;
+    actor_id id = self->last_id + 1; /* nobody's; the connection lasts for this one message */
+    connect_to(id, ROLE_NONE, envelope->from_incarnation, address, "", "", out);
+    effects_send(out, id, &answer);
+    disconnect_from(id, ROLE_NONE, envelope->from_incarnation, out);
+}
+
+void membership_rejoin(struct coordinator *self, struct seat *seat, const message *envelope,
+                       uint64_t now_ns, struct effects *out) {
+    seat->heard_ns = now_ns;
+    send_rejoin(self, envelope, now_ns, out);
+}
+
+/* The seat of somebody who has been a member before. */
+static void take_past(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
+                      uint64_t now_ns, struct effects *out) {
+    learn(self, now_ns, out);
+    if (hello->members > self->members_before)
+        self->members_before = hello->members;
+    if (hello->epoch > self->epoch)
+        self->epoch = hello->epoch;
+    if (hello->operation > self->last_operation)
+        self->last_operation = hello->operation;
+    seat->foreign_epoch = hello->epoch;
+    seat->ready = hello->ready;
+    if (hello->id > ACTOR_COORDINATOR && seat_find(self, hello->id) == NULL)
+        seat->id = hello->id;
+    if (seat->role == ROLE_EXPERT)
+        copies_learn(self, seat, hello);
+}
+
+/* Everybody has come, or has had time to. */
+static void end_learning(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    bool complete = self->members_before > 0 && self->seats >= self->members_before;
+    if (self->learn_until_ns == NEVER || (!complete && now_ns < self->learn_until_ns))
+        return;
+    self->learn_until_ns = NEVER;
+    effects_trace(out, TRACE_INFO, "learnt of %u members, %u were known of", self->seats,
+                  self->members_before);
+    copies_learnt(self, now_ns, out);
+}
+
+void membership_on_stranger(struct coordinator *self, const message *envelope, uint64_t now_ns,
                             struct effects *out) {
     const struct ghost *ghost = find_ghost(self, envelope->from_incarnation);
     effects_trace(out, TRACE_WARNING, "ignored %s of actor %u, %s", wire_name(envelope),
@@ -156,6 +218,8 @@ void membership_on_stranger(struct coordinator *self, const message *envelope,
     if (ghost != NULL && envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT)
         send_refused(self, ghost->id, ghost->incarnation, ghost->control_address,
                      "removed from the troupe after missed heartbeats; start again to join", out);
+    else if (envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT)
+        send_rejoin(self, envelope, now_ns, out);
 }
 
 /* ---- HELLO ---- */
@@ -187,16 +251,30 @@ static int check_hello(const struct coordinator *self, const message *envelope,
     return 0;
 }
 
-static void replace_namesake(struct coordinator *self, const Troupe__Hello *hello, uint64_t now_ns,
-                             struct effects *out) {
+/* Two of one name: the one that was started later stays. A process that says HELLO for the first time is
+ * the later one; among those that had ids before, the larger id is. Returns 0 or why `hello` loses. */
+static int replace_namesake(struct coordinator *self, const Troupe__Hello *hello, uint64_t now_ns,
+                            struct effects *out, struct failure *failure) {
     if (hello->name[0] == '\0' || hello->role == TROUPE__ROLE__ROLE_CONTROL)
-        return;
+        return 0;
     for (uint32_t i = 0; i < self->seats; i++)
         if (strcmp(self->seat[i].name, hello->name) == 0 &&
             self->seat[i].role == (enum role)hello->role) {
+            if (hello->id != 0 && hello->id < self->seat[i].id)
+                return fail(failure, ERR_STATE, "%s has been started again since", hello->name);
             membership_remove(self, &self->seat[i], "it has been started again", now_ns, out);
-            return;
+            return 0;
         }
+    return 0;
+}
+
+static void insert_seat(struct coordinator *self, const struct seat *seat) {
+    uint32_t place = self->seats++;
+    for (; place > 0 && self->seat[place - 1].id > seat->id; place--)
+        self->seat[place] = self->seat[place - 1];
+    self->seat[place] = *seat;
+    if (seat->id > self->last_id)
+        self->last_id = seat->id;
 }
 
 void membership_on_hello(struct coordinator *self, const message *envelope, uint64_t now_ns,
@@ -209,26 +287,27 @@ void membership_on_hello(struct coordinator *self, const message *envelope, uint
         return;
     }
     if (find_ghost(self, envelope->from_incarnation) != NULL) {
-        membership_on_stranger(self, envelope, out);
+        membership_on_stranger(self, envelope, now_ns, out);
         return;
     }
     struct failure failure = {0};
     struct seat seat;
-    if (check_hello(self, envelope, &failure) == 0) {
-        replace_namesake(self, hello, now_ns, out);
-        if (!seat_fill(self, &seat, hello))
-            fail(&failure, ERR_NO_MEMORY, "the coordinator has no memory for another member");
-    }
+    if (check_hello(self, envelope, &failure) == 0 &&
+        replace_namesake(self, hello, now_ns, out, &failure) == 0 &&
+        !seat_fill(self, &seat, hello))
+        fail(&failure, ERR_NO_MEMORY, "the coordinator has no memory for another member");
     if (failure.code < 0) {
         effects_trace(out, TRACE_ERROR, "refused %s: %s", hello->name, failure.text);
         send_refused(self, self->last_id + 1, envelope->from_incarnation, hello->control_address,
                      failure.text, out);
         return;
     }
-    seat.id = ++self->last_id;
+    seat.id = self->last_id + 1;
     seat.incarnation = envelope->from_incarnation;
     seat.heard_ns = now_ns;
-    self->seat[self->seats++] = seat; /* ids ascend */
+    if (hello->id != 0)
+        take_past(self, &seat, hello, now_ns, out);
+    insert_seat(self, &seat);
     self->changed = true;
     effects_trace(out, TRACE_INFO, "%s joined as actor %u", seat.name, seat.id);
     connect_to(seat.id, seat.role, seat.incarnation, seat.control_address, seat.data_address,
@@ -358,10 +437,11 @@ static bool has_ready(const struct coordinator *self, enum role role) {
 }
 
 void membership_publish(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    end_learning(self, now_ns, out);
     for (uint32_t i = 0; i < self->seats; i++)
         if (!self->seat[i].ready && may_be_ready(self, &self->seat[i]))
             self->seat[i].ready = self->changed = true;
-    if (!self->changed)
+    if (!self->changed || self->learn_until_ns != NEVER)
         return;
     self->changed = false;
     self->epoch++;
@@ -384,7 +464,8 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
                              const Troupe__Heartbeat *heartbeat, uint64_t now_ns,
                              struct effects *out) {
     seat->heard_ns = now_ns;
-    if (heartbeat->epoch <= self->epoch && heartbeat->epoch > seat->acknowledged_epoch)
+    if (heartbeat->epoch <= self->epoch && heartbeat->epoch > seat->acknowledged_epoch &&
+        heartbeat->epoch > seat->foreign_epoch)
         seat->acknowledged_epoch = heartbeat->epoch;
     statistics_take_loads(self, seat, heartbeat);
     seat->has_heartbeat = true;
@@ -392,8 +473,9 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
     seat->heartbeat.n_load_layer = seat->heartbeat.n_load_expert = seat->heartbeat.n_load_rows = 0;
     seat->heartbeat.load_layer = seat->heartbeat.load_expert = NULL;
     seat->heartbeat.load_rows = NULL;
+    seat->heartbeat.control_address = (char *)protobuf_c_empty_string;
     seat->heartbeat.base.n_unknown_fields = 0;
     seat->heartbeat.base.unknown_fields = NULL;
-    if (heartbeat->epoch < self->epoch && now_ns - seat->commit_sent_ns >= self->retry_ns)
+    if (self->learn_until_ns == NEVER && heartbeat->epoch < self->epoch && now_ns - seat->commit_sent_ns >= self->retry_ns)
         send_commit(self, seat, membership_commit(self, out), now_ns, out);
 }

@@ -28,6 +28,7 @@ static const char *const NAMES[] = {
     [TROUPE__ENVELOPE__BODY_READY] = "READY",
     [TROUPE__ENVELOPE__BODY_COMMIT] = "COMMIT",
     [TROUPE__ENVELOPE__BODY_RELEASE] = "RELEASE",
+    [TROUPE__ENVELOPE__BODY_REJOIN] = "REJOIN",
     [TROUPE__ENVELOPE__BODY_SUBMIT] = "SUBMIT",
     [TROUPE__ENVELOPE__BODY_TOKENS] = "TOKENS",
     [TROUPE__ENVELOPE__BODY_POLL] = "POLL",
@@ -87,7 +88,13 @@ struct check {
 #define PRESENT(m, f)                                                                              \
     { CHECK_PRESENT, #f, NULL, offsetof(m, f), 0, 0, 0, 0 }
 
-static const struct check HELLO[] = {NOT_ZERO(Troupe__Hello, role)};
+static const struct check HELLO[] = {
+    NOT_ZERO(Troupe__Hello, role),
+    SAME(Troupe__Hello, expert, layer),
+    COUNT(Troupe__Hello, layer, LAYERS_MAX *EXPERTS_MAX),
+    EACH_BELOW(Troupe__Hello, layer, LAYERS_MAX),
+    EACH_BELOW(Troupe__Hello, expert, EXPERTS_MAX),
+};
 static const struct check WELCOME[] = {
     NOT_ZERO(Troupe__Welcome, id),
 };

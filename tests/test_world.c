@@ -219,6 +219,50 @@ static void test_crashes(void **state) {
     }
 }
 
+/* The coordinator is killed and started again; then, with only the new one there, an expert. */
+static bool run_without_coordinator(struct world *world, uint64_t kill_ns, uint64_t restart_ns,
+                                    bool kill_expert) {
+    if (kill_ns > 0) {
+        while (world_now_ns(world) < kill_ns && world_step(world))
+            ;
+        world_kill(world, ROLE_COORDINATOR, 0);
+        while (world_now_ns(world) < restart_ns && world_step(world))
+            ;
+        world_restart(world, ROLE_COORDINATOR, 0);
+    }
+    uint64_t until = world_now_ns(world) + 40 * MS;
+    while (kill_expert && world_now_ns(world) < until && world_step(world))
+        ;
+    struct fault fault = {.role = ROLE_EXPERT, .index = 1};
+    fault.kill_ns = kill_expert ? until : 0;
+    return run(world, fault);
+}
+
+static void test_coordinator_restart(void **state) {
+    (void)state;
+    for (uint64_t seed = 1; seed <= 24; seed++) {
+        struct random random = {seed};
+        struct world_options options = calm(seed);
+        options.attention = 1 + seed % 2;
+        options.samplers = 2;
+        options.settings.heartbeat_ms = 10;
+        options.settings.heartbeat_misses = 8;
+        options.settings.hello_retry_ms = 10;
+        if (seed > 12)
+            options.loss = 0.1;
+        struct world *world;
+        struct failure failure;
+        assert_int_equal(world_open(&world, &options, &failure), 0);
+        uint64_t kill_ns = random_between(&random, 1 * MS, QUIET_RUN_NS / 2);
+        uint64_t restart_ns = kill_ns + random_between(&random, 1 * MS, 60 * MS);
+        bool finished = run_without_coordinator(world, kill_ns, restart_ns, seed % 4 != 0);
+        bool same = finished && same_tokens(world);
+        world_close(&world);
+        if (!same)
+            fail_msg("coordinator restart: seed %llu", (unsigned long long)seed);
+    }
+}
+
 static int open_model(void **state) {
     (void)state;
     struct failure failure = {0};
@@ -248,6 +292,7 @@ int main(void) {
         cmocka_unit_test(test_shapes_of_the_cluster),
         cmocka_unit_test(test_frame_loss),
         cmocka_unit_test(test_crashes),
+        cmocka_unit_test(test_coordinator_restart),
     };
     return cmocka_run_group_tests(tests, open_model, close_model);
 }
