@@ -220,6 +220,7 @@ static struct player join(struct stage *stage, enum role role, const char *name,
 static void heartbeat(struct stage *stage, const struct player *player, uint64_t epoch) {
     Troupe__Heartbeat heartbeat = TROUPE__HEARTBEAT__INIT;
     heartbeat.epoch = epoch;
+    heartbeat.coordinator_incarnation = stage->identity.incarnation;
     message envelope = envelope_of(player);
     envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
     envelope.heartbeat = &heartbeat;
@@ -663,6 +664,7 @@ static void test_statistics_are_summed(void **state) {
             uint32_t layer[] = {1, 200}, expert[] = {3, 0};
             uint64_t totals[] = {rows, 5};
             body.epoch = epoch_of(&stage);
+            body.coordinator_incarnation = stage.identity.incarnation;
             body.sequences_running = 3;
             body.n_load_layer = body.n_load_expert = body.n_load_rows = 2;
             body.load_layer = layer;
