@@ -109,6 +109,23 @@ static void test_order(void **state) {
     assert_int_not_equal(access(path, F_OK), 0);
 }
 
+/* A refusal is sent to a peer that is connected for this one message and disconnected at once. */
+static void test_disconnect_still_sends(void **state) {
+    struct box a, b;
+    box_open(&a, "tcp://127.0.0.1:*", 10000);
+    box_open(&b, "tcp://127.0.0.1:*", 10000);
+    for (int i = 0; i < 20; i++) {
+        mailbox_connect(a.mailbox, 7, mailbox_address(b.mailbox));
+        post(&a, 7, "ok refused");
+        mailbox_disconnect(a.mailbox, 7);
+        char *got = take(&b, 2000);
+        assert_non_null(got);
+        free(got);
+    }
+    box_close(&a);
+    box_close(&b);
+}
+
 /* What is malformed, too large or in several parts is counted and dropped; the rest still arrives. */
 static void test_rubbish_is_refused(void **state) {
     struct box box;
@@ -264,8 +281,10 @@ static int teardown(void **state) {
 }
 
 int main(void) {
+    alarm(120); /* a failed test leaves sockets open, and ZeroMQ would wait for them */
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_order),
+        cmocka_unit_test(test_disconnect_still_sends),
         cmocka_unit_test(test_rubbish_is_refused),
         cmocka_unit_test(test_absent_peer_is_bounded),
         cmocka_unit_test(test_address_in_use),

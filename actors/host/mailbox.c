@@ -170,7 +170,6 @@ static void send_command(struct mailbox *self, struct command *command) {
 }
 
 static void carry_out_commands(struct mailbox *self) {
-    int farewell_ms = 500;
     for (struct command *command; (command = queue_pop(&self->commands)) != NULL;) {
         size_t index;
         switch (command->kind) {
@@ -181,12 +180,8 @@ static void carry_out_commands(struct mailbox *self) {
             outbox_open(self, command->id, command->address);
             break;
         case COMMAND_DISCONNECT:
-            /* what was sent just before, such as why somebody is refused, still goes out */
-            if (find(self, command->id, &index) != NULL) {
-                zmq_setsockopt(self->outbox[index]->socket, ZMQ_LINGER, &farewell_ms,
-                               sizeof farewell_ms);
+            if (find(self, command->id, &index) != NULL)
                 outbox_close(self, index);
-            }
             break;
         case COMMAND_STOP:
             self->stop = true;
