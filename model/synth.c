@@ -136,6 +136,7 @@ static int make_config(const char *shape_json, size_t bytes, enum dtype *ret_dty
         add_missing(root,
                     type != NULL && strcmp(type, "deepseek_v2") == 0 ? DEFAULTS_V2 : DEFAULTS_V3);
         json_object_set(root, "num_key_value_heads", json_object_get(root, "num_attention_heads"));
+        json_object_set_new(root, SYNTH_MARK, json_true());
         json_object_set_new(root, "bos_token_id", json_integer(SYNTH_BOS));
         json_object_set_new(root, "eos_token_id", json_integer(SYNTH_EOS));
         json_object_set_new(root, "pad_token_id", json_integer(SYNTH_PAD));

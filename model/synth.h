@@ -7,6 +7,9 @@
 
 #include "actors/errors.h"
 
+/* Member of config.json that marks a model of random weights. */
+#define SYNTH_MARK "troupe_synth"
+
 /* Writes config.json, generation_config.json, tokenizer.json, tokenizer_config.json and model.safetensors (above about 4 GB: several
  * shards and model.safetensors.index.json) of the model that `shape_json` describes: the fields of a Hugging Face config.json, and
  * "dtype": "bf16" (default) | "fp8" (blocks of 128 x 128) | "f32".
