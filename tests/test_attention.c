@@ -742,6 +742,35 @@ static void test_nobody_starves(void **state) {
     }
 }
 
+/* Neither may a full house of generating sequences keep a prompt waiting, nor long prompts keep
+ * generating sequences waiting. */
+static void test_prefill_and_decode_share_a_batch(void **state) {
+    for (uint32_t budget = 1; budget <= 6; budget++) {
+        struct stage stage;
+        stage_init(&stage, ROLE_ATTENTION);
+        stage.settings.batch_tokens = budget;
+        create(&stage);
+        for (uint64_t i = 1; i <= 6; i++)
+            submit(&stage, GATEWAY, make_request(i, 1, 60));
+        submit(&stage, GATEWAY, make_request(7, 20, 1));
+        submit(&stage, GATEWAY, make_request(8, 200, 1));
+        stage_answer_all(&stage, 9);
+        uint32_t told = 0, told_before_7 = 0, told_before_8 = 0;
+        const message *envelope;
+        while ((envelope = stage_sent(&stage, TROUPE__ENVELOPE__BODY_TOKENS)) != NULL)
+            for (size_t i = 0; i < envelope->tokens->n_tokens; i++) {
+                told++;
+                if (envelope->tokens->tokens[i]->sequence == 7)
+                    told_before_7 = told;
+                if (envelope->tokens->tokens[i]->sequence == 8)
+                    told_before_8 = told;
+            }
+        assert_true(told_before_7 < 6 * 60 * 3 / 4); /* of 360 tokens of the others */
+        assert_true(told_before_8 > 6 * 60 / 8);
+        stage_free(&stage);
+    }
+}
+
 /* Every token told must be of a sequence in turn: no sequence gets far ahead of another. */
 static void test_decode_takes_turns(void **state) {
     struct stage stage;
@@ -1317,6 +1346,7 @@ int main(void) {
         cmocka_unit_test(test_messages_of_other_actors_are_no_requests),
         cmocka_unit_test(test_prompts_are_cut_into_chunks),
         cmocka_unit_test(test_nobody_starves),
+        cmocka_unit_test(test_prefill_and_decode_share_a_batch),
         cmocka_unit_test(test_decode_takes_turns),
         cmocka_unit_test(test_pages_bound_what_runs),
         cmocka_unit_test(test_a_resumed_sequence_replays_in_the_right_forms),
