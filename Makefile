@@ -19,13 +19,13 @@ CFLAGS_BASE += -fsanitize=$(SANITIZER) -fno-sanitize-recover=all -Wno-maybe-unin
 LDFLAGS += -fsanitize=$(SANITIZER)
 endif
 
-FOLDERS := actors actors/gateway actors/host config coordinator engine kernels kernels/reference model proto router simulator
+FOLDERS := actors actors/gateway actors/host bench config coordinator engine kernels kernels/reference model proto router simulator
 ifeq ($(ARCH),x86_64)
 FOLDERS += kernels/x86
 endif
 SOURCES := $(foreach folder,$(FOLDERS),$(wildcard $(folder)/*.c))
 ifneq ($(ARCH),x86_64)
-SOURCES := $(filter-out %_sse42.c,$(SOURCES))
+SOURCES := $(filter-out %_sse42.c %_avx512.c %_amx.c,$(SOURCES))
 endif
 MAIN := actors/host/main.c
 LIBRARY_SOURCES := $(filter-out $(MAIN),$(SOURCES))
@@ -49,6 +49,11 @@ serve: deps ## install what is missing, build, serve the demo model on CPU until
 test: deps ## build and run every test
 	@$(MAKE) --no-print-directory $(BUILD)/troupe tests-built
 	@sh tests/run.sh $(BUILD)
+
+.PHONY: bench
+bench: deps ## measure decode, prefill and mixed load on the demo model (MODEL=DIR for another, ARGS=... for options)
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	$(BUILD)/troupe bench --model $(or $(MODEL),models/demo) --json $(BUILD)/bench.json $(ARGS)
 
 .PHONY: tests-built
 tests-built: $(TESTS)

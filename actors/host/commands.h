@@ -10,6 +10,7 @@ int command_check(const struct options *options);
 int command_golden(const struct options *options); /* check --golden */
 int command_inspect(const struct options *options);
 int command_synth(const struct options *options);
+int command_bench(const struct options *options);
 int command_ctl(const struct options *options);
 
 #endif

@@ -52,6 +52,7 @@ static const struct command {
     {"inspect", FOR_INSPECT, command_inspect, "DIR", "what a model directory holds"},
     {"synth", FOR_SYNTH, command_synth, "--shape FILE [--seed N] OUT",
      "write a model directory of any shape with random weights"},
+    {"bench", FOR_BENCH, command_bench, "[OPTIONS]", "how fast is it here: decode, prefill and mixed load, beside the machine's limits"},
     {"ctl", FOR_CONTROL, command_ctl, "status [OPTIONS]", "ask a running troupe how it is"},
     {"version", FOR_VERSION, show_version, "", "print the version"},
 };

@@ -29,13 +29,13 @@ struct option_row {
 
 static const struct option_row table[] = {
     TEXT("model", model, "DIR", FOR_MODELS, "model directory in Hugging Face layout (default models/demo)"),
-    NUMBER("experts", experts, 1, 512, FOR_SERVE | FOR_GENERATE | FOR_CHECK, "expert processes (default 4)"),
-    NUMBER("attention", attention, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK, "attention processes (default 1)"),
-    NUMBER("samplers", samplers, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK, "sampler processes (default 1)"),
+    NUMBER("experts", experts, 1, 512, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "expert processes (default 4)"),
+    NUMBER("attention", attention, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "attention processes (default 1)"),
+    NUMBER("samplers", samplers, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "sampler processes (default 1)"),
     TEXT("host", host, "ADDRESS", FOR_SERVE | FOR_GATEWAY | FOR_CHECK, "address to listen on for HTTP (default 127.0.0.1)"),
     NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK, "port to listen on for HTTP, 0 for any free one (default 8000)"),
     TEXT("served-model-name", served_model, "NAME", FOR_SERVE | FOR_GATEWAY, "name in /v1/models (default: name of the model directory)"),
-    TEXT("api-key", api_key, "KEY", FOR_SERVE | FOR_GATEWAY, "clients must send it as a bearer token"),
+    TEXT("api-key", api_key, "KEY", FOR_SERVE | FOR_GATEWAY | FOR_BENCH, "clients must send it as a bearer token"),
     TEXT("api-key-file", api_key_file, "FILE", FOR_SERVE | FOR_GATEWAY, "the same, read from a file: the command line is no place for secrets"),
     TEXT("run-dir", run_dir, "DIR", FOR_SERVE | FOR_ACTORS | FOR_CONTROL, "directory of sockets, pid files and logs (serve: default a new one under XDG_RUNTIME_DIR)"),
     TEXT("coordinator", coordinator, "ADDRESS", FOR_GATEWAY | FOR_WORKER | FOR_CONTROL, "address of the coordinator, tcp://host:port (default: the one in --run-dir)"),
@@ -44,12 +44,12 @@ static const struct option_row table[] = {
     TEXT("name", name, "NAME", FOR_ACTORS, "name for people and logs (default: the role)"),
     TEXT("numerics", numerics, "f32|bf16", FOR_MODELS, "numerics profile (default bf16)"),
     TEXT("isa", isa, "best|scalar|avx512|amx", FOR_MODELS, "instruction set; all give the same bits (default best)"),
-    TEXT("transport", transport, "auto|shm|zmq", FOR_SERVE | FOR_WORKER, "data plane: shared memory on one host and ZeroMQ between hosts, or one of them always (default auto)"),
+    TEXT("transport", transport, "auto|shm|zmq", FOR_SERVE | FOR_WORKER | FOR_BENCH, "data plane: shared memory on one host and ZeroMQ between hosts, or one of them always (default auto)"),
     TEXT("cpus", cpus, "LIST", FOR_ACTORS, "run on these processors only, for instance 0-3,8"),
     NUMBER("memory-mib", memory_mib, 0, 1u << 30, FOR_SERVE | FOR_EXPERT, "weights that an expert process may hold, 0: no limit (default 0)"),
     TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
     TEXT("config", config, "FILE", FOR_MODELS, "YAML file with knobs"),
-    FLAG("verbose", verbose, FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK, "log everything"),
+    FLAG("verbose", verbose, FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "log everything"),
     NUMBER("listen-fd", listen_fd, 0, 1u << 20, FOR_GATEWAY, "descriptor of a listening socket handed down by a supervisor"),
     TEXT("prompt", prompt, "TEXT", FOR_GENERATE, "what to continue"),
     NUMBER("max-tokens", max_tokens, 1, 1u << 20, FOR_GENERATE, "longest answer (default 64)"),
@@ -57,6 +57,11 @@ static const struct option_row table[] = {
     NUMBER("seed", seed, 0, UINT64_MAX >> 1, FOR_GENERATE | FOR_SYNTH, "seed of the draws (default 0)"),
     TEXT("golden", golden, "DIR", FOR_CHECK, "compare with DIR/golden.safetensors, running the model in DIR"),
     TEXT("shape", shape, "FILE", FOR_SYNTH, "config.json of the model to make"),
+    TEXT("url", url, "URL", FOR_BENCH, "measure the troupe at http://HOST:PORT, which serves --model, instead of starting one"),
+    TEXT("figures", figures, "LIST", FOR_BENCH, "what to measure: decode-STREAMS, prefill-TOKENS, load, with commas between"),
+    NUMBER("runs", runs, 1, 100, FOR_BENCH, "runs of each figure, in turns (default 5)"),
+    {"rate", "X", OPTION_FRACTION, offsetof(struct options, rate), 0, 100000, FOR_BENCH, "load: requests a second, 0: half of what 8 streams sustain (default 0)"},
+    TEXT("json", json, "FILE", FOR_BENCH, "write everything that was measured there, -: to the terminal instead of the table"),
     FLAG("help", help, ~0u, "this text"),
 };
 #define ROWS (sizeof table / sizeof table[0])
@@ -226,6 +231,7 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         .port = 8000,
         .listen_fd = UINT64_MAX,
         .max_tokens = 64,
+        .runs = 5,
     };
     settings_default(&self.settings);
     int error = parse_config(&self, argc, argv, failure);

@@ -20,8 +20,9 @@ enum command_bit {
     FOR_SYNTH = 256,
     FOR_CONTROL = 512,
     FOR_VERSION = 1024,
+    FOR_BENCH = 2048,
     FOR_ACTORS = FOR_COORDINATOR | FOR_GATEWAY | FOR_WORKER,
-    FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK,
+    FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
 };
 
 #define POSITIONAL_MAX 4
@@ -29,9 +30,10 @@ enum command_bit {
 
 struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
-        *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden, *shape;
-    uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib;
-    double temperature;
+        *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden, *shape,
+        *url, *json, *figures;
+    uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib, runs;
+    double temperature, rate;
     bool verbose, help, port_set;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
