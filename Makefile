@@ -63,7 +63,7 @@ $(BUILD)/troupe: $(BUILD)/actors/host/main.o $(BUILD)/libtroupe.a
 
 $(BUILD)/libtroupe.a: $(OBJECTS)
 	@rm -f $@
-	@ar rcs $@ $^
+	@ar qcs $@ $^
 
 $(BUILD)/proto/troupe.pb-c.c $(BUILD)/proto/troupe.pb-c.h &: proto/troupe.proto
 	@mkdir -p $(BUILD)/proto
