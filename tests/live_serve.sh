@@ -125,6 +125,8 @@ pid=""
 [ "$(segments)" -eq 0 ] || fail "shared memory is left: $(ls /dev/shm | grep "$run_id")"
 [ ! -e "$run" ] || fail "the run directory is left: $(ls -l "$run")"
 
+grep -q 'Sanitizer\|runtime error' "$scratch/log" && fail "a sanitizer has found something"
+
 # Nor does SIGKILL of the supervisor leave processes or shared memory: the kernel tells its children.
 "$troupe" serve --model models/demo --port 0 --run-dir "$run" --experts 2 >"$scratch/log" 2>&1 &
 pid=$!

@@ -612,6 +612,8 @@ static int open_gateway(struct process *self, struct failure *failure) {
         error = http_listen(&socket, options->host, (uint16_t)options->port, failure);
     if (error == 0)
         error = http_open(&self->http, socket, &self->bell, failure);
+    if (error == 0)
+        log_line(TRACE_INFO, "HTTP on port %u", http_socket_port(socket));
     return error;
 }
 
