@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 #include <zmq.h>
 
@@ -730,6 +731,9 @@ int process_run(enum role role, const struct options *options) {
         .file_level = options->verbose ? TRACE_DEBUG : TRACE_INFO,
         .stderr_level = options->verbose ? TRACE_DEBUG : quiet ? TRACE_WARNING : TRACE_INFO,
     });
+    char title[16]; /* what ps and top show */
+    snprintf(title, sizeof title, "troupe:%.8s", self->name);
+    prctl(PR_SET_NAME, title);
     numerics_enter();
     effects_init(&self->effects);
     int error = process_open(self, &failure);

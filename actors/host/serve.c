@@ -33,7 +33,7 @@
 #include "proto/wire.h"
 
 #define ARGUMENTS_MAX     160
-#define RESTARTS_KEPT     64
+#define RESTARTS_KEPT     1024 /* more than restart_limit can be */
 #define READY_POLL_MS     50
 #define READY_TIMEOUT_MS  500 /* of one question */
 #define GATEWAY_GRACE_MS  5000
