@@ -1,9 +1,12 @@
-/* The ring and the shared-memory transport: order, wrapping, full rings, growth, restarts, and memory that a peer has
- * scribbled over. Both ends live in this process; that they can live in two is what the live tests show. */
+/* The ring and the shared-memory transport: order, wrapping, full rings, growth, restarts, and
+ * memory that a peer has scribbled over. Both ends live in this process; that they can live in two
+ * is what the live tests show. */
 #include <dirent.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "actors/host/ring.h"
@@ -106,7 +109,8 @@ static void test_ring_full_is_announced(void **state) {
     ring_close(&consumer);
 }
 
-/* Whatever a peer writes over the shared part, the other side only ever sees records inside the ring, or ERR_CORRUPT. */
+/* Whatever a peer writes over the shared part, the other side only ever sees records inside the
+ * ring, or ERR_CORRUPT. */
 static void test_ring_is_untrusted(void **state) {
     printf("seed %llu\n", (unsigned long long)random_state);
     for (int round = 0; round < 3000; round++) {
@@ -243,14 +247,16 @@ static uint64_t take(struct end *end) {
     if (!end->transport->class->receive(end->transport, &frame))
         return 0;
     uint64_t batch = frame.frame.header->batch;
-    assert_int_equal(((uintptr_t)frame.frame.payload - sizeof(struct frame_header)) % FRAME_ALIGN, 0);
+    assert_int_equal(((uintptr_t)frame.frame.payload - sizeof(struct frame_header)) % FRAME_ALIGN,
+                     0);
     if (frame.frame.header->items == 1)
         assert_int_equal(*(const uint8_t *)frame_rows(&frame.frame), (uint8_t)batch);
     end->transport->class->release(end->transport, &frame);
     return batch;
 }
 
-/* Whichever end connects first, frames arrive in order in both directions, and nothing is left in /dev/shm at the end. */
+/* Whichever end connects first, frames arrive in order in both directions, and nothing is left in
+ * /dev/shm at the end. */
 static void test_edge(void **state) {
     for (int sender_first = 0; sender_first < 2; sender_first++) {
         struct end a, b;
@@ -276,7 +282,8 @@ static void test_edge(void **state) {
     }
 }
 
-/* A full ring defers frames in order, the bound drops them, the consumer's release moves them on. */
+/* A full ring defers frames in order, the bound drops them, the consumer's release moves them on.
+ */
 static void test_full_edge_defers(void **state) {
     struct end a, b;
     end_open(&a, 1, 0xaaaa);
@@ -304,8 +311,8 @@ static void test_full_edge_defers(void **state) {
     end_close(&b);
 }
 
-/* A frame larger than the ring makes a larger ring; what lay in the old one is read first, and nothing is lost even if the
- * peer had not opened the first ring yet. */
+/* A frame larger than the ring makes a larger ring; what lay in the old one is read first, and
+ * nothing is lost even if the peer had not opened the first ring yet. */
 static void test_edge_grows(void **state) {
     for (int opened = 0; opened < 2; opened++) {
         struct end a, b;
@@ -372,7 +379,8 @@ static void test_disconnect_with_a_frame_out(void **state) {
     assert_int_equal(segments(), 0);
 }
 
-/* Somebody writes rubbish into a ring: the consumer drops the ring, and the edge works again with the next one. */
+/* Somebody writes rubbish into a ring: the consumer drops the ring, and the edge works again with
+ * the next one. */
 static void test_malformed_ring_heals(void **state) {
     struct end a, b;
     end_open(&a, 1, 0xaaaa);
@@ -417,10 +425,16 @@ static void test_damaged_frame_is_refused(void **state) {
         assert_int_equal(ring_reserve(&ring, bytes, &room), 0);
         memset(room, 0, bytes);
         header = room;
-        *header = (struct frame_header){.magic = FRAME_MAGIC, .version = FRAME_VERSION,
-            .kind = FRAME_COMBINE, .from_incarnation = a.incarnation,
-            .to_incarnation = b.incarnation, .batch = batch, .rows = 2, .items = 2,
-            .row_bytes = 64, .payload_bytes = (uint32_t)(bytes - sizeof *header)};
+        *header = (struct frame_header){.magic = FRAME_MAGIC,
+                                        .version = FRAME_VERSION,
+                                        .kind = FRAME_COMBINE,
+                                        .from_incarnation = a.incarnation,
+                                        .to_incarnation = b.incarnation,
+                                        .batch = batch,
+                                        .rows = 2,
+                                        .items = 2,
+                                        .row_bytes = 64,
+                                        .payload_bytes = (uint32_t)(bytes - sizeof *header)};
         frame_seal(header);
         if (batch % 2 == 0)
             ((uint8_t *)room)[draw() % bytes] ^= (uint8_t)(1u << draw() % 8);
@@ -431,6 +445,38 @@ static void test_damaged_frame_is_refused(void **state) {
     ring_close(&ring);
     end_close(&a);
     end_close(&b);
+}
+
+/* Where /dev/shm is too small for the rings that are wanted, smaller ones do. */
+static void test_no_room_for_large_rings(void **state) {
+    struct end a, b;
+    struct rlimit before, small;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    getrlimit(RLIMIT_FSIZE, &before);
+    small = before;
+    small.rlim_cur = 5000; /* the rings of these ends want 8192 */
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &small);
+    assert_int_equal(end_connect(&a, 20, &b), ERR_NO_MEMORY);
+    assert_false(a.transport->class->connected(a.transport, 20));
+    small.rlim_cur = 200000;
+    setrlimit(RLIMIT_FSIZE, &small);
+    end_connect(&b, 10, &a);
+    assert_int_equal(end_connect(&a, 20, &b), 0);
+    assert_int_equal(post(&a, 20, &b, 1, 1), 0);
+    assert_int_equal(take(&b), 1);
+    assert_int_equal(post(&a, 20, &b, 1000, 2), 0); /* grows to 128 KiB rather than 256 */
+    a.transport->class->progress(a.transport);
+    assert_int_equal(take(&b), 2);
+    assert_int_equal(post(&a, 20, &b, 4000, 3),
+                     ERR_TOO_LARGE); /* no room for that, but others still go */
+    assert_int_equal(post(&a, 20, &b, 1, 4), 0);
+    assert_int_equal(take(&b), 4);
+    setrlimit(RLIMIT_FSIZE, &before);
+    end_close(&a);
+    end_close(&b);
+    assert_int_equal(segments(), 0);
 }
 
 static void test_sweep(void **state) {
@@ -458,6 +504,7 @@ int main(void) {
         cmocka_unit_test(test_disconnect_with_a_frame_out),
         cmocka_unit_test(test_malformed_ring_heals),
         cmocka_unit_test(test_damaged_frame_is_refused),
+        cmocka_unit_test(test_no_room_for_large_rings),
         cmocka_unit_test(test_sweep),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,12 +1,14 @@
-/* The data plane between processes of one host: a ring in shared memory for each direction of each edge (ring.h), and the
- * receiver's doorbell.
+/* The data plane between processes of one host: a ring in shared memory for each direction of each
+ * edge (ring.h), and the receiver's doorbell.
  *
- * Names follow from the two ends: the ring from A to B is "<stem of A>.<incarnation of B>", made by A when its actor CONNECTs to B. B
- * opens it when its own actor CONNECTs to A, or, if it was not there yet, when A counts `rings_made` up on B's doorbell. Once open, the
- * name is removed, so that a crash leaves at most unopened rings, which the supervisor sweeps.
+ * Names follow from the two ends: the ring from A to B is "<stem of A>.<incarnation of B>", made by
+ * A when its actor CONNECTs to B. B opens it when its own actor CONNECTs to A, or, if it was not
+ * there yet, when A counts `rings_made` up on B's doorbell. Once open, the name is removed, so that
+ * a crash leaves at most unopened rings, which the supervisor sweeps.
  *
- * States of the incoming ring: absent -> open -> (producer closed it and it is empty, or it is broken) -> absent.
- * States of the outgoing ring: open -> (consumer closed it, or a frame needs a larger one) -> made anew, REMAKES_MAX times at most. */
+ * States of the incoming ring: absent -> open -> (producer closed it and it is empty, or it is
+ * broken) -> absent. States of the outgoing ring: open -> (consumer closed it, or a frame needs a
+ * larger one) -> made anew, REMAKES_MAX times at most. */
 #include "actors/host/transport.h"
 
 #include <dirent.h>
@@ -18,9 +20,10 @@
 #include "actors/host/log.h"
 #include "actors/host/ring.h"
 
-#define REMAKES_MAX   16 /* a peer that breaks rings again and again gets no more of them */
-#define STEM_BYTES    100
-#define FRAME_NEED    4  /* a ring made for a large frame holds this many of them */
+#define REMAKES_MAX    16 /* a peer that breaks rings again and again gets no more of them */
+#define RING_BYTES_MIN (64u << 10) /* a smaller one is not worth having */
+#define STEM_BYTES     100
+#define FRAME_NEED     4 /* a ring made for a large frame holds this many of them */
 
 struct waiting_frame {
     struct waiting_frame *next;
@@ -36,8 +39,8 @@ struct shm_edge {
     struct ring out, in;
     uint32_t rings_seen; /* own bell's rings_made when `in` was last looked for */
     bool looked;
-    bool dirty;          /* has frames that the peer was not yet woken for */
-    bool detached;       /* disconnected while one of its frames was out */
+    bool dirty;    /* has frames that the peer was not yet woken for */
+    bool detached; /* disconnected while one of its frames was out */
     unsigned remakes;
     struct waiting_frame *first, **last;
     size_t waiting_bytes;
@@ -49,7 +52,7 @@ struct shm {
     char stem[STEM_BYTES];
     struct shm_edge **edge;
     size_t edges, capacity;
-    size_t cursor; /* whose turn it is to be received from */
+    size_t cursor;         /* whose turn it is to be received from */
     struct shm_edge *held; /* edge of the frame that is out */
     struct log_limit limit;
 };
@@ -81,6 +84,10 @@ static int make_out(struct shm *self, struct shm_edge *edge, uint64_t capacity,
     char name[RING_NAME_BYTES];
     snprintf(name, sizeof name, "%s.%016llx", self->stem, (unsigned long long)edge->incarnation);
     int error = ring_create(&edge->out, name, capacity, failure);
+    while (error == ERR_NO_MEMORY && capacity / 2 >= RING_BYTES_MIN) { /* a small /dev/shm */
+        capacity = capacity / 2 & ~(uint64_t)63;
+        error = ring_create(&edge->out, name, capacity, failure);
+    }
     if (error < 0)
         return error;
     atomic_fetch_add(&edge->bell.page->rings_made, 1);
@@ -309,7 +316,8 @@ static bool shm_progress(struct transport *base) {
 /* A record from the ring; false: none, or the ring is gone. */
 static bool next_record(struct shm *self, struct shm_edge *edge, const void **bytes, size_t *size) {
     while (edge->in.page != NULL) {
-        bool closed = ring_peer_closed(&edge->in); /* before the look: what was published before closing is read */
+        bool closed = ring_peer_closed(
+            &edge->in); /* before the look: what was published before closing is read */
         int found = ring_peek(&edge->in, bytes, size);
         if (found == 1)
             return true;
@@ -347,8 +355,7 @@ static bool shm_receive(struct transport *base, struct incoming *ret) {
                 self->held = edge;
                 base->counters.frames_received++;
                 base->counters.bytes_received += size;
-                *ret = (struct incoming){
-                    {header, (const uint8_t *)bytes + sizeof *header}, edge};
+                *ret = (struct incoming){{header, (const uint8_t *)bytes + sizeof *header}, edge};
                 return true;
             }
             log_limited(&self->limit, TRACE_WARNING, "frame from actor %u refused: %s", edge->id,
