@@ -1,4 +1,5 @@
-/* The gateway's HTTP over real sockets: whole requests in, streamed and whole responses out, hang-ups, slow clients, limits. */
+/* The gateway's HTTP over real sockets: whole requests in, streamed and whole responses out,
+ * hang-ups, slow clients, limits. */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
@@ -100,8 +101,9 @@ static void stream(uint64_t client, unsigned status, const char *text, bool last
 
 static void test_whole_request_and_answer(void **state) {
     int file = dial();
-    say(file, "POST /v1/x?a=b%20c HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer k\r\nX-Request-Id: r1\r\n"
-              "Content-Length: 7\r\n\r\n{\"a\":");
+    say(file,
+        "POST /v1/x?a=b%20c HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer k\r\nX-Request-Id: r1\r\n"
+        "Content-Length: 7\r\n\r\n{\"a\":");
     usleep(20000);
     say(file, "1}");
     struct http_event *event = next_event();
@@ -122,7 +124,8 @@ static void test_whole_request_and_answer(void **state) {
     close(file);
 }
 
-/* Each STREAM effect reaches the client before the next one is made, on a connection that is used again and again. */
+/* Each STREAM effect reaches the client before the next one is made, on a connection that is used
+ * again and again. */
 static void test_chunks_are_flushed(void **state) {
     int file = dial();
     for (int round = 0; round < 3; round++) {
@@ -242,7 +245,8 @@ static void test_body_over_the_limit(void **state) {
     assert_null(http_receive(http));
 }
 
-/* Rubbish closes its own connection only; a client that goes away in the middle of a request is nobody's event. */
+/* Rubbish closes its own connection only; a client that goes away in the middle of a request is
+ * nobody's event. */
 static void test_rubbish(void **state) {
     int file = dial(), half = dial();
     say(file, "\x16\x03\x01 not http at all\r\n\r\n");

@@ -1,4 +1,5 @@
-/* Rubbish on every socket of a running troupe: nobody dies, everybody goes on answering. And many troupes do not meet. */
+/* Rubbish on every socket of a running troupe: nobody dies, everybody goes on answering. And many
+ * troupes do not meet. */
 #include <dirent.h>
 #include <signal.h>
 #include <stdio.h>
@@ -62,7 +63,8 @@ static size_t make_message(uint8_t *ret, uint64_t *random, bool data) {
     Troupe__Envelope envelope = TROUPE__ENVELOPE__INIT;
     Troupe__Commit commit = TROUPE__COMMIT__INIT;
     Troupe__Cancel cancel = TROUPE__CANCEL__INIT;
-    struct frame_header header = {.magic = FRAME_MAGIC, .version = FRAME_VERSION, .kind = FRAME_COMBINE};
+    struct frame_header header = {
+        .magic = FRAME_MAGIC, .version = FRAME_VERSION, .kind = FRAME_COMBINE};
     switch (random_below(random, data ? 3 : 4)) {
     case 0: /* noise */
         for (size_t i = 0; i < 200; i++)

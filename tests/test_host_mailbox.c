@@ -1,4 +1,5 @@
-/* Mailboxes over ZeroMQ: order, rubbish, messages too large, peers that are not there or do not listen; and the data plane on top. */
+/* Mailboxes over ZeroMQ: order, rubbish, messages too large, peers that are not there or do not
+ * listen; and the data plane on top. */
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <stdio.h>
@@ -75,7 +76,8 @@ static void post(struct box *box, actor_id to, const char *text) {
     assert_int_equal(mailbox_send(box->mailbox, to, strdup(text), strlen(text)), 0);
 }
 
-/* Messages arrive in order, also those that were sent before the peer existed; those to unknown peers are dropped. */
+/* Messages arrive in order, also those that were sent before the peer existed; those to unknown
+ * peers are dropped. */
 static void test_order(void **state) {
     struct box a, b;
     char path[64], bind[80];
@@ -126,7 +128,8 @@ static void test_disconnect_still_sends(void **state) {
     box_close(&b);
 }
 
-/* What is malformed, too large or in several parts is counted and dropped; the rest still arrives. */
+/* What is malformed, too large or in several parts is counted and dropped; the rest still arrives.
+ */
 static void test_rubbish_is_refused(void **state) {
     struct box box;
     box_open(&box, "tcp://127.0.0.1:*", 1 << 20);
@@ -196,9 +199,13 @@ static void test_address_in_use(void **state) {
     struct mailbox *second;
     struct failure failure;
     box_open(&box, "tcp://127.0.0.1:*", 10000);
-    struct mailbox_options options = {.name = "test", .context = context, .bell = &box.bell,
-                                      .bind = mailbox_address(box.mailbox), .message_max = 10,
-                                      .accept = accept_text, .discard = free};
+    struct mailbox_options options = {.name = "test",
+                                      .context = context,
+                                      .bell = &box.bell,
+                                      .bind = mailbox_address(box.mailbox),
+                                      .message_max = 10,
+                                      .accept = accept_text,
+                                      .discard = free};
     assert_int_equal(mailbox_open(&second, &options, &failure), ERR_EXISTS);
     assert_non_null(strstr(failure.text, mailbox_address(box.mailbox)));
     options.bind = "nonsense";
@@ -211,25 +218,38 @@ static void test_address_in_use(void **state) {
 static void end_open(struct transport **ret, struct bell *bell, uint64_t incarnation) {
     struct failure failure;
     assert_int_equal(bell_create(bell, NULL, incarnation, &failure), 0);
-    struct transport_options options = {.name = "test", .incarnation = incarnation, .bell = bell,
-                                        .bind = "tcp://127.0.0.1:*", .zmq_context = context,
-                                        .check_crc = true, .waiting_bytes_max = 1 << 24};
+    struct transport_options options = {.name = "test",
+                                        .incarnation = incarnation,
+                                        .bell = bell,
+                                        .bind = "tcp://127.0.0.1:*",
+                                        .zmq_context = context,
+                                        .check_crc = true,
+                                        .waiting_bytes_max = 1 << 24};
     assert_int_equal(transport_zmq_open(ret, &options, &failure), 0);
 }
 
 static struct outgoing make_frame(uint64_t to_incarnation, uint64_t batch, bool seal) {
     static float row[300];
     struct outgoing frame = {.seal = seal, .prefix = row, .prefix_bytes = 0};
-    frame.header = (struct frame_header){.magic = FRAME_MAGIC, .version = FRAME_VERSION,
-        .kind = FRAME_COMBINE, .from = 2, .to = 3, .from_incarnation = 0xaa,
-        .to_incarnation = to_incarnation, .batch = batch, .rows = 5, .items = 5, .row_bytes = 240};
+    frame.header = (struct frame_header){.magic = FRAME_MAGIC,
+                                         .version = FRAME_VERSION,
+                                         .kind = FRAME_COMBINE,
+                                         .from = 2,
+                                         .to = 3,
+                                         .from_incarnation = 0xaa,
+                                         .to_incarnation = to_incarnation,
+                                         .batch = batch,
+                                         .rows = 5,
+                                         .items = 5,
+                                         .row_bytes = 240};
     frame.bytes = frame_bytes(FRAME_COMBINE, 5, 5, 0, 240);
     frame.rows_offset = frame_rows_offset(FRAME_COMBINE, 5, 5, 0);
     frame.header.payload_bytes = (uint32_t)(frame.bytes - sizeof frame.header);
     return frame;
 }
 
-/* Frames arrive in order and aligned; those for another incarnation and damaged ones do not arrive. */
+/* Frames arrive in order and aligned; those for another incarnation and damaged ones do not arrive.
+ */
 static void test_frames(void **state) {
     struct transport *a, *b;
     struct bell bell_a, bell_b;

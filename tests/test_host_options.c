@@ -1,4 +1,5 @@
-/* The command line: what is accepted, what is refused and with which words, and that knobs reach the children as they were given. */
+/* The command line: what is accepted, what is refused and with which words, and that knobs reach
+ * the children as they were given. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,8 +29,10 @@ static int parse(unsigned command, const char *line) {
 }
 
 static void test_accepted(void **state) {
-    assert_int_equal(parse(FOR_SERVE, "serve --model m --experts 8 --port=0 --numerics f32 --verbose "
-                                      "--prefill-chunk 7 --gate_top_p 0.5"), 0);
+    assert_int_equal(parse(FOR_SERVE,
+                           "serve --model m --experts 8 --port=0 --numerics f32 --verbose "
+                           "--prefill-chunk 7 --gate_top_p 0.5"),
+                     0);
     assert_string_equal(parsed.model, "m");
     assert_int_equal(parsed.experts, 8);
     assert_int_equal(parsed.port, 0);
@@ -70,9 +73,10 @@ static void test_refused(void **state) {
         {FOR_INSPECT, "inspect a b c d e", "unexpected argument 'e'"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
-        if (parse(cases[i].command, cases[i].line) >= 0 || strstr(failure.text, cases[i].names) == NULL)
-            fail_msg("'%s': expected an error with \"%s\", found \"%s\"", cases[i].line, cases[i].names,
-                     failure.text);
+        if (parse(cases[i].command, cases[i].line) >= 0 ||
+            strstr(failure.text, cases[i].names) == NULL)
+            fail_msg("'%s': expected an error with \"%s\", found \"%s\"", cases[i].line,
+                     cases[i].names, failure.text);
     }
 }
 
@@ -105,7 +109,8 @@ static void test_config_and_key_files(void **state) {
 /* What serve hands to its children gives them the same settings. */
 static void test_knobs_travel(void **state) {
     char *list[64];
-    assert_int_equal(parse(FOR_SERVE, "serve --gate-top-p 0.1 --kv-cache-tokens 16777216 --spin-us 3"), 0);
+    assert_int_equal(
+        parse(FOR_SERVE, "serve --gate-top-p 0.1 --kv-cache-tokens 16777216 --spin-us 3"), 0);
     struct options given = parsed;
     int count = options_changed_knobs(&given, list + 1, 62);
     assert_int_equal(count, 6);

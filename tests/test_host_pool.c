@@ -28,7 +28,8 @@ static void mark(void *argument, int part, int parts) {
     atomic_fetch_add(&job->done[part], 1);
 }
 
-/* Every part of every job runs exactly once, whatever the number of threads, jobs following each other at once. */
+/* Every part of every job runs exactly once, whatever the number of threads, jobs following each
+ * other at once. */
 static void test_every_part_once(void **state) {
     for (int width = 1; width <= 5; width += 2) {
         struct pool *pool;
@@ -54,7 +55,8 @@ static void *ring_later(void *argument) {
     return NULL;
 }
 
-/* A ring that came before the wait is not lost; one that comes during it ends it; without one the timeout does. */
+/* A ring that came before the wait is not lost; one that comes during it ends it; without one the
+ * timeout does. */
 static void test_bell(void **state) {
     struct bell bell;
     assert_int_equal(bell_create(&bell, NULL, 7, NULL), 0);

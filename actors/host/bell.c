@@ -1,7 +1,8 @@
 /* Doorbells in shared memory.
  *
- * No wake-up is lost: the ringer writes `rung`, then reads `sleeping`; the sleeper writes `sleeping`, then the kernel compares `rung`
- * with what the sleeper had seen. All four are sequentially consistent, so at least one of them sees the other. */
+ * No wake-up is lost: the ringer writes `rung`, then reads `sleeping`; the sleeper writes
+ * `sleeping`, then the kernel compares `rung` with what the sleeper had seen. All four are
+ * sequentially consistent, so at least one of them sees the other. */
 #include "actors/host/bell.h"
 
 #include <errno.h>
@@ -74,7 +75,8 @@ int bell_open(struct bell *ret, const char *name, uint64_t incarnation, struct f
     bell.page = memory;
     if (bell.page->magic != BELL_MAGIC || bell.page->incarnation != incarnation) {
         munmap(memory, BELL_BYTES);
-        return fail(failure, ERR_NOT_FOUND, "doorbell %s belongs to another incarnation", bell.name);
+        return fail(failure, ERR_NOT_FOUND, "doorbell %s belongs to another incarnation",
+                    bell.name);
     }
     *ret = bell;
     return 0;

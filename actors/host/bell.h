@@ -1,5 +1,6 @@
-/* A doorbell: the one word that an actor thread sleeps on. Whoever has something for the actor (its I/O threads, peers on the same host
- * through shared memory) publishes it first and rings then; the sleeper is woken only if it really sleeps. */
+/* A doorbell: the one word that an actor thread sleeps on. Whoever has something for the actor (its
+ * I/O threads, peers on the same host through shared memory) publishes it first and rings then; the
+ * sleeper is woken only if it really sleeps. */
 #ifndef TROUPE_HOST_BELL_H
 #define TROUPE_HOST_BELL_H
 
@@ -11,15 +12,16 @@
 
 #define BELL_NAME_BYTES 128
 
-/* Lies in shared memory. Peers may scribble over it: the worst that follows is a wake-up too many or one sleep to its
- * timeout, never more. */
+/* Lies in shared memory. Peers may scribble over it: the worst that follows is a wake-up too many
+ * or one sleep to its timeout, never more. */
 struct bell_page {
     uint32_t magic;
     uint64_t incarnation;               /* of the owner */
     _Alignas(64) _Atomic uint32_t rung; /* the futex: how often it was rung */
     _Atomic uint32_t sleeping;
-    _Atomic uint32_t gone;       /* the owner has closed it */
-    _Atomic uint32_t rings_made; /* how often a peer made a new ring for the owner (transport_shm.c) */
+    _Atomic uint32_t gone; /* the owner has closed it */
+    _Atomic uint32_t
+        rings_made; /* how often a peer made a new ring for the owner (transport_shm.c) */
 };
 
 struct bell {

@@ -1,4 +1,5 @@
-/* troupe check: would this model be served on this machine? One line per question, with advice where the answer is no. */
+/* troupe check: would this model be served on this machine? One line per question, with advice
+ * where the answer is no. */
 #include <dirent.h>
 #include <dlfcn.h>
 #include <stdarg.h>
@@ -23,10 +24,11 @@ struct report {
 
 enum verdict { FINE, WARNING, PROBLEM };
 
-static void say(struct report *report, enum verdict verdict, const char *subject, const char *format, ...)
-    __attribute__((format(printf, 4, 5)));
+static void say(struct report *report, enum verdict verdict, const char *subject,
+                const char *format, ...) __attribute__((format(printf, 4, 5)));
 
-static void say(struct report *report, enum verdict verdict, const char *subject, const char *format, ...) {
+static void say(struct report *report, enum verdict verdict, const char *subject,
+                const char *format, ...) {
     static const char *const marks[] = {"ok     ", "warning", "PROBLEM"};
     char text[1024];
     va_list arguments;
@@ -67,8 +69,10 @@ static double read_meminfo(const char *field) {
     return kib * 1024;
 }
 
-/* Packed weights (about their size in the files), the latent cache, and the rings of every edge, for `serve` with these options. */
-static void check_memory(struct report *report, const struct options *options, const struct model *model) {
+/* Packed weights (about their size in the files), the latent cache, and the rings of every edge,
+ * for `serve` with these options. */
+static void check_memory(struct report *report, const struct options *options,
+                         const struct model *model) {
     const struct model_config *config = model_config(model);
     const struct settings *settings = &options->settings;
     double all = 0, experts = 0;
@@ -84,25 +88,31 @@ static void check_memory(struct report *report, const struct options *options, c
                    (double)cache_stride(config->kv_lora, config->rope) * (double)activation;
     double rings = 2.0 * (double)options->attention *
                    (double)(options->experts + options->samplers) * settings->ring_kib * 1024;
-    double need = grown * (experts + (all - experts) * (double)(options->attention + options->samplers)) +
-                  cache * (double)options->attention + rings;
+    double need =
+        grown * (experts + (all - experts) * (double)(options->attention + options->samplers)) +
+        cache * (double)options->attention + rings;
     double available = read_meminfo("MemAvailable");
     if (available >= 0 && need > available)
         say(report, PROBLEM, "memory",
-            "about %.1f GB needed, %.1f GB available: fewer --attention, a smaller kv_cache_tokens, or more machines",
+            "about %.1f GB needed, %.1f GB available: fewer --attention, a smaller "
+            "kv_cache_tokens, or more machines",
             need / 1e9, available / 1e9);
     else
-        say(report, FINE, "memory", "about %.2f GB needed (weights %.2f, latent cache %.2f, rings %.2f), %.1f GB available",
+        say(report, FINE, "memory",
+            "about %.2f GB needed (weights %.2f, latent cache %.2f, rings %.2f), %.1f GB available",
             need / 1e9, (need - rings - cache * (double)options->attention) / 1e9,
             cache * (double)options->attention / 1e9, rings / 1e9, available / 1e9);
     struct statvfs shared;
     if (statvfs("/dev/shm", &shared) != 0)
-        say(report, PROBLEM, "/dev/shm", "there is none: mount a tmpfs there, or use --transport zmq");
+        say(report, PROBLEM, "/dev/shm",
+            "there is none: mount a tmpfs there, or use --transport zmq");
     else if ((double)shared.f_bavail * (double)shared.f_frsize < rings)
-        say(report, PROBLEM, "/dev/shm", "%.0f MB free, rings need %.0f MB: enlarge it, or lower ring_kib",
+        say(report, PROBLEM, "/dev/shm",
+            "%.0f MB free, rings need %.0f MB: enlarge it, or lower ring_kib",
             (double)shared.f_bavail * (double)shared.f_frsize / 1e6, rings / 1e6);
     else
-        say(report, FINE, "/dev/shm", "%.0f MB free", (double)shared.f_bavail * (double)shared.f_frsize / 1e6);
+        say(report, FINE, "/dev/shm", "%.0f MB free",
+            (double)shared.f_bavail * (double)shared.f_frsize / 1e6);
 }
 
 static void check_model(struct report *report, const struct options *options) {
@@ -113,7 +123,8 @@ static void check_model(struct report *report, const struct options *options) {
         return;
     }
     const struct model_config *config = model_config(directory.model);
-    say(report, FINE, "model", "%s: %s, %u layers, %u experts, hidden %u, %u tensors, all shapes as config.json says",
+    say(report, FINE, "model",
+        "%s: %s, %u layers, %u experts, hidden %u, %u tensors, all shapes as config.json says",
         options->model, config->model_type, config->layers, config->experts, config->hidden,
         model_tensor_count(directory.model));
     check_memory(report, options, directory.model);
@@ -132,14 +143,16 @@ static void check_processor(struct report *report, const struct options *options
     if (kernels == NULL)
         say(report, PROBLEM, "processor", "%s", failure.text);
     else if (!isa_available(ISA_AVX512))
-        say(report, WARNING, "processor", "only %s: right but slow; a processor with AVX-512 or AMX is many times faster", list);
+        say(report, WARNING, "processor",
+            "only %s: right but slow; a processor with AVX-512 or AMX is many times faster", list);
     else
         say(report, FINE, "processor", "%s; chosen: %s", list, kernels->name);
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
-    uint64_t wanted = options->settings.threads * (options->attention + options->experts + options->samplers);
+    uint64_t wanted =
+        options->settings.threads * (options->attention + options->experts + options->samplers);
     if (processors > 0 && (uint64_t)processors < wanted)
-        say(report, WARNING, "processors", "%ld, for %llu compute threads: they will take turns", processors,
-            (unsigned long long)wanted);
+        say(report, WARNING, "processors", "%ld, for %llu compute threads: they will take turns",
+            processors, (unsigned long long)wanted);
     else
         say(report, FINE, "processors", "%ld", processors);
 }
@@ -152,7 +165,8 @@ static void check_port(struct report *report, const struct options *options) {
         return;
     }
     close(socket);
-    say(report, FINE, "port", "%llu of %s is free", (unsigned long long)options->port, options->host);
+    say(report, FINE, "port", "%llu of %s is free", (unsigned long long)options->port,
+        options->host);
 }
 
 static void check_limits(struct report *report) {
@@ -160,12 +174,14 @@ static void check_limits(struct report *report) {
     getrlimit(RLIMIT_NOFILE, &files);
     getrlimit(RLIMIT_AS, &address);
     if (files.rlim_cur < FILES_WANTED)
-        say(report, WARNING, "ulimit -n", "%llu open files: expect at most about that many clients; raise it to %d or more",
+        say(report, WARNING, "ulimit -n",
+            "%llu open files: expect at most about that many clients; raise it to %d or more",
             (unsigned long long)files.rlim_cur, FILES_WANTED);
     else
         say(report, FINE, "ulimit -n", "%llu open files", (unsigned long long)files.rlim_cur);
     if (address.rlim_cur != RLIM_INFINITY)
-        say(report, WARNING, "ulimit -v", "address space is limited to %llu bytes: models are mapped; set it to unlimited",
+        say(report, WARNING, "ulimit -v",
+            "address space is limited to %llu bytes: models are mapped; set it to unlimited",
             (unsigned long long)address.rlim_cur);
 }
 

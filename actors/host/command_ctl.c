@@ -139,7 +139,8 @@ static int ask(struct ctl *self) {
             }
         }
     }
-    fprintf(stderr, "troupe ctl: no answer from the coordinator at %s in %d s: is the troupe running?\n",
+    fprintf(stderr,
+            "troupe ctl: no answer from the coordinator at %s in %d s: is the troupe running?\n",
             self->coordinator, (int)(ANSWER_TIMEOUT_NS / 1000000000u));
     return 1;
 }
@@ -152,7 +153,8 @@ static int ctl_open(struct ctl *self, const struct options *options, struct fail
         if (error < 0)
             return error;
         snprintf(directory, sizeof directory, "%.*s",
-                 (int)(strlen(self->coordinator) - strlen("/coordinator.control")), self->coordinator);
+                 (int)(strlen(self->coordinator) - strlen("/coordinator.control")),
+                 self->coordinator);
     }
     if (options->coordinator != NULL)
         snprintf(self->coordinator, sizeof self->coordinator, "%s", options->coordinator);

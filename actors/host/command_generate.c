@@ -6,7 +6,8 @@
 #include "actors/host/commands.h"
 #include "actors/host/local_world.h"
 
-static bool is_end(const struct model_config *config, const struct tokenizer *tokenizer, uint32_t token) {
+static bool is_end(const struct model_config *config, const struct tokenizer *tokenizer,
+                   uint32_t token) {
     for (uint32_t i = 0; i < config->eos_count; i++) {
         if ((uint32_t)config->eos[i] == token)
             return true;
@@ -14,7 +15,8 @@ static bool is_end(const struct model_config *config, const struct tokenizer *to
     return (int64_t)token == tokenizer_eos(tokenizer);
 }
 
-static void show(struct detokenizer *detokenizer, const struct tokenizer *tokenizer, uint32_t token) {
+static void show(struct detokenizer *detokenizer, const struct tokenizer *tokenizer,
+                 uint32_t token) {
     size_t room = token == UINT32_MAX ? 64 : detokenizer_room(tokenizer, token);
     char *text = malloc(room + 1);
     ASSERT(text != NULL);
@@ -61,8 +63,8 @@ static int generate(const struct options *options, struct failure *failure) {
     int code = 1;
     int error = tokenizer_directory_open(&tokenizer, options->model, failure);
     if (error == 0)
-        error = tokenizer_encode(tokenizer, options->prompt, strlen(options->prompt), true, true, &prompt,
-                                 failure);
+        error = tokenizer_encode(tokenizer, options->prompt, strlen(options->prompt), true, true,
+                                 &prompt, failure);
     if (error == 0 && prompt.count == 0)
         error = fail(failure, ERR_INVALID, "the prompt is empty");
     if (error == 0)

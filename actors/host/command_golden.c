@@ -1,4 +1,5 @@
-/* troupe check --golden: the logits of every position and the greedy tokens, through the same actors as serving, against an oracle's. */
+/* troupe check --golden: the logits of every position and the greedy tokens, through the same
+ * actors as serving, against an oracle's. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,7 +19,8 @@ struct golden {
     const int32_t *input; /* [sequences, positions] */
     const float *logits;  /* [sequences, positions, vocabulary] */
     uint32_t sequences, positions, vocabulary;
-    const int32_t *greedy_prompt, *greedy_output; /* output: the prompt and what follows; NULL if absent */
+    const int32_t *greedy_prompt,
+        *greedy_output; /* output: the prompt and what follows; NULL if absent */
     uint32_t greedy_prompt_tokens, greedy_tokens;
 };
 
@@ -35,12 +37,13 @@ static const struct tensor *need(const struct golden *self, const char *name, en
                                  uint32_t dims, struct failure *failure) {
     const struct tensor *tensor = safetensors_find(self->tensors, name);
     if (tensor == NULL) {
-        fail(failure, ERR_NOT_FOUND, "golden.safetensors: expected a tensor '%s', found none", name);
+        fail(failure, ERR_NOT_FOUND, "golden.safetensors: expected a tensor '%s', found none",
+             name);
         return NULL;
     }
     if (tensor->dtype != dtype || tensor->dims != dims) {
-        fail(failure, ERR_INVALID, "golden.safetensors: %s: expected %u dimensions of %s", name, dims,
-             dtype == DTYPE_F32 ? "F32" : "I32");
+        fail(failure, ERR_INVALID, "golden.safetensors: %s: expected %u dimensions of %s", name,
+             dims, dtype == DTYPE_F32 ? "F32" : "I32");
         return NULL;
     }
     return tensor;
@@ -50,8 +53,9 @@ static int check_tokens(const int32_t *token, uint64_t count, uint32_t vocabular
                         struct failure *failure) {
     for (uint64_t i = 0; i < count; i++) {
         if (token[i] < 0 || (uint32_t)token[i] >= vocabulary)
-            return fail(failure, ERR_INVALID, "golden.safetensors: %s[%llu]: expected a token below %u, found %d",
-                        name, (unsigned long long)i, vocabulary, token[i]);
+            return fail(failure, ERR_INVALID,
+                        "golden.safetensors: %s[%llu]: expected a token below %u, found %d", name,
+                        (unsigned long long)i, vocabulary, token[i]);
     }
     return 0;
 }
@@ -62,31 +66,38 @@ static int read_greedy(struct golden *self, struct failure *failure) {
     if (prompt == NULL || output == NULL)
         return 0;
     uint64_t prompts = prompt->bytes / 4, outputs = output->bytes / 4;
-    if (prompt->dtype != DTYPE_I32 || output->dtype != DTYPE_I32 || prompts == 0 || outputs <= prompts ||
-        outputs > CONTEXT_MAX)
-        return fail(failure, ERR_INVALID, "golden.safetensors: expected greedy_output to be greedy_prompt "
+    if (prompt->dtype != DTYPE_I32 || output->dtype != DTYPE_I32 || prompts == 0 ||
+        outputs <= prompts || outputs > CONTEXT_MAX)
+        return fail(failure, ERR_INVALID,
+                    "golden.safetensors: expected greedy_output to be greedy_prompt "
                     "with tokens added (I32), found %llu and %llu tokens",
                     (unsigned long long)prompts, (unsigned long long)outputs);
     self->greedy_prompt = prompt->data;
     self->greedy_output = output->data;
     self->greedy_prompt_tokens = (uint32_t)prompts;
     self->greedy_tokens = (uint32_t)(outputs - prompts);
-    int error = check_tokens(self->greedy_prompt, prompts, self->vocabulary, "greedy_prompt", failure);
-    return error == 0 ? check_tokens(self->greedy_output, outputs, self->vocabulary, "greedy_output", failure)
+    int error =
+        check_tokens(self->greedy_prompt, prompts, self->vocabulary, "greedy_prompt", failure);
+    return error == 0 ? check_tokens(self->greedy_output, outputs, self->vocabulary,
+                                     "greedy_output", failure)
                       : error;
 }
 
-static int golden_read(struct golden *self, const struct model_config *config, struct failure *failure) {
+static int golden_read(struct golden *self, const struct model_config *config,
+                       struct failure *failure) {
     const struct tensor *input = need(self, "input_ids", DTYPE_I32, 2, failure);
-    const struct tensor *logits = input != NULL ? need(self, "logits", DTYPE_F32, 3, failure) : NULL;
+    const struct tensor *logits =
+        input != NULL ? need(self, "logits", DTYPE_F32, 3, failure) : NULL;
     if (logits == NULL)
         return failure->code;
     if (logits->shape[0] != input->shape[0] || logits->shape[1] != input->shape[1] ||
         logits->shape[2] != config->vocabulary || input->shape[0] == 0 || input->shape[0] > 4096 ||
         input->shape[1] == 0 || input->shape[1] > config->context)
         return fail(failure, ERR_INVALID,
-                    "golden.safetensors: expected logits [B, T, %u] for input_ids [B, T], found [%llu, %llu, %llu] "
-                    "for [%llu, %llu]", config->vocabulary, (unsigned long long)logits->shape[0],
+                    "golden.safetensors: expected logits [B, T, %u] for input_ids [B, T], found "
+                    "[%llu, %llu, %llu] "
+                    "for [%llu, %llu]",
+                    config->vocabulary, (unsigned long long)logits->shape[0],
                     (unsigned long long)logits->shape[1], (unsigned long long)logits->shape[2],
                     (unsigned long long)input->shape[0], (unsigned long long)input->shape[1]);
     self->sequences = (uint32_t)input->shape[0];
@@ -94,8 +105,8 @@ static int golden_read(struct golden *self, const struct model_config *config, s
     self->vocabulary = config->vocabulary;
     self->input = input->data;
     self->logits = logits->data;
-    int error = check_tokens(self->input, (uint64_t)self->sequences * self->positions, self->vocabulary,
-                             "input_ids", failure);
+    int error = check_tokens(self->input, (uint64_t)self->sequences * self->positions,
+                             self->vocabulary, "input_ids", failure);
     return error == 0 ? read_greedy(self, failure) : error;
 }
 
@@ -105,7 +116,8 @@ static int golden_open(struct golden *ret, const char *directory, const struct m
     int error = mapped_open(&self.file, directory, "golden.safetensors", (size_t)1 << 40, failure);
     if (error < 0)
         return error;
-    error = safetensors_open(&self.tensors, self.file.bytes, self.file.size, "golden.safetensors", failure);
+    error = safetensors_open(&self.tensors, self.file.bytes, self.file.size, "golden.safetensors",
+                             failure);
     if (error == 0)
         error = golden_read(&self, config, failure);
     if (error < 0) {
@@ -137,7 +149,8 @@ static double log_sum_exp(const float *x, uint32_t n, float max) {
 }
 
 /* One position: sum of KL(oracle || ours), largest difference, agreement of the best token. */
-static void compare_position(struct comparison *self, const float *oracle, const float *ours, uint32_t n) {
+static void compare_position(struct comparison *self, const float *oracle, const float *ours,
+                             uint32_t n) {
     uint32_t best = largest(oracle, n), own = largest(ours, n);
     double oracle_norm = log_sum_exp(oracle, n, oracle[best]);
     double own_norm = log_sum_exp(ours, n, ours[own]), kl = 0;
@@ -169,12 +182,13 @@ static int compare(struct comparison *self, const struct golden *golden, const s
         const struct probe_answer *answer = probe_answer(probe, b);
         if (answer->error < 0 || answer->logits == NULL || answer->logits_rows != golden->positions)
             return fail(failure, answer->error < 0 ? answer->error : ERR_STATE,
-                        "sequence %u: expected logits of %u positions, found %u (%s)", b, golden->positions,
-                        answer->logits_rows, answer->error < 0 ? error_name(answer->error) : "no error");
+                        "sequence %u: expected logits of %u positions, found %u (%s)", b,
+                        golden->positions, answer->logits_rows,
+                        answer->error < 0 ? error_name(answer->error) : "no error");
         for (uint32_t t = 0; t < golden->positions; t++)
-            compare_position(self,
-                             golden->logits + ((size_t)b * golden->positions + t) * golden->vocabulary,
-                             answer->logits + (size_t)t * golden->vocabulary, golden->vocabulary);
+            compare_position(
+                self, golden->logits + ((size_t)b * golden->positions + t) * golden->vocabulary,
+                answer->logits + (size_t)t * golden->vocabulary, golden->vocabulary);
     }
     if (golden->greedy_tokens == 0)
         return 0;
@@ -189,7 +203,9 @@ static int compare(struct comparison *self, const struct golden *golden, const s
 
 static void print_row(const char *what, const char *value, const char *criterion, bool holds) {
     printf("golden: %-28s %-18s %s%s\n", what, value, criterion,
-           criterion[0] == 0 ? "" : holds ? "  holds" : "  FAILS");
+           criterion[0] == 0 ? ""
+           : holds           ? "  holds"
+                             : "  FAILS");
 }
 
 /* Prints the figures. True if those that count for this profile and kind of model hold. */
@@ -209,7 +225,8 @@ static bool judge(const struct comparison *self, bool f32, bool trained) {
              (unsigned long long)self->positions);
     print_row("best token equal", value, "", true);
     bool top1_holds = f32 || !trained || self->margin_equal[0] == self->margin_positions[0];
-    static const char *const names[2] = {"  where the margin is > 0.25", "  where the margin is > 0.5"};
+    static const char *const names[2] = {"  where the margin is > 0.25",
+                                         "  where the margin is > 0.5"};
     for (int m = 0; m < 2; m++) {
         snprintf(value, sizeof value, "%llu of %llu", (unsigned long long)self->margin_equal[m],
                  (unsigned long long)self->margin_positions[m]);
@@ -223,8 +240,8 @@ static bool judge(const struct comparison *self, bool f32, bool trained) {
 
 /* ---- the run ---- */
 
-static int run_world(struct local_world *local, const struct options *options, const struct golden *golden,
-                     struct comparison *ret, struct failure *failure) {
+static int run_world(struct local_world *local, const struct options *options,
+                     const struct golden *golden, struct comparison *ret, struct failure *failure) {
     uint32_t count = golden->sequences + (golden->greedy_tokens > 0);
     struct probe_request *requests = calloc(count, sizeof *requests);
     if (requests == NULL)
@@ -254,8 +271,8 @@ static int run_world(struct local_world *local, const struct options *options, c
     return error == 0 ? compare(ret, golden, probe, failure) : error;
 }
 
-/* Trained weights are held to more than random ones. Random ones come without a tokenizer, or from `troupe synth`, which says so in
- * config.json. */
+/* Trained weights are held to more than random ones. Random ones come without a tokenizer, or from
+ * `troupe synth`, which says so in config.json. */
 static bool is_trained(const char *directory) {
     struct mapped tokenizer, config;
     if (mapped_open(&tokenizer, directory, "tokenizer.json", JSON_FILE_MAX, NULL) < 0)

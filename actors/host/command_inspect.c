@@ -21,7 +21,8 @@ static void describe_tokenizer(const char *path) {
 
 int command_inspect(const struct options *options) {
     if (options->positionals != 1) {
-        fprintf(stderr, "troupe inspect: expected one model directory; see troupe inspect --help\n");
+        fprintf(stderr,
+                "troupe inspect: expected one model directory; see troupe inspect --help\n");
         return 2;
     }
     struct model_directory directory;

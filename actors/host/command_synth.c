@@ -42,7 +42,8 @@ int command_synth(const struct options *options) {
     struct mapped shape;
     struct failure failure = {0};
     if (options->shape == NULL || options->positionals != 1) {
-        fprintf(stderr, "troupe synth: expected --shape FILE and the directory to write; see troupe synth --help\n");
+        fprintf(stderr, "troupe synth: expected --shape FILE and the directory to write; see "
+                        "troupe synth --help\n");
         return 2;
     }
     int error = mapped_open_path(&shape, options->shape, JSON_FILE_MAX, &failure);

@@ -47,8 +47,8 @@ int mapped_open_path(struct mapped *ret, const char *path, size_t limit, struct 
     char directory[4096];
     snprintf(directory, sizeof directory, "%.*s", slash != NULL ? (int)(slash - path) : 1,
              slash != NULL ? path : ".");
-    return mapped_open(ret, slash == path ? "/" : directory, slash != NULL ? slash + 1 : path, limit,
-                       failure);
+    return mapped_open(ret, slash == path ? "/" : directory, slash != NULL ? slash + 1 : path,
+                       limit, failure);
 }
 
 void mapped_close(struct mapped *self) {
@@ -170,8 +170,7 @@ int tokenizer_directory_open(struct tokenizer **ret, const char *path, struct fa
     int error = mapped_open(&tokenizer, path, "tokenizer.json", JSON_FILE_MAX, failure);
     if (error < 0)
         return error;
-    bool has_config =
-        mapped_open(&config, path, "tokenizer_config.json", JSON_FILE_MAX, NULL) == 0;
+    bool has_config = mapped_open(&config, path, "tokenizer_config.json", JSON_FILE_MAX, NULL) == 0;
     error = tokenizer_open(ret, tokenizer.bytes, tokenizer.size, has_config ? config.bytes : NULL,
                            config.size, failure);
     mapped_close(&tokenizer);

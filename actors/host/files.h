@@ -1,4 +1,5 @@
-/* Files as pure code wants them: bytes. A model directory is mapped read-only; nothing is copied. */
+/* Files as pure code wants them: bytes. A model directory is mapped read-only; nothing is copied.
+ */
 #ifndef TROUPE_HOST_FILES_H
 #define TROUPE_HOST_FILES_H
 
@@ -25,10 +26,12 @@ struct model_directory {
     uint32_t files;
     struct model *model;
 };
-/* Maps config.json, generation_config.json, the index and all shards, and opens the model over them. */
+/* Maps config.json, generation_config.json, the index and all shards, and opens the model over
+ * them. */
 int model_directory_open(struct model_directory *ret, const char *path, struct failure *failure);
 void model_directory_close(struct model_directory *self);
-/* Lets the kernel take back the pages of all mapped weights: packed copies exist, the file can be read again. */
+/* Lets the kernel take back the pages of all mapped weights: packed copies exist, the file can be
+ * read again. */
 void model_directory_forget(const struct model_directory *self);
 /* The same for the tensors of one expert. */
 void model_directory_forget_expert(const struct model_directory *self, uint32_t layer,

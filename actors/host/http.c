@@ -1,11 +1,12 @@
 /* Requests and their responses.
  *
  * States of a request, all changes in the HTTP thread:
- *   READING   headers and body arrive; over HTTP_BODY_MAX the rest is read and thrown away, answered by 413
- *   POSTED    the actor has it; the connection is suspended
- *   ANSWERING the first STREAM has come; pieces are sent as they come, suspended whenever there are none
- *   GONE      the client hung up, or took too little too slowly; whatever the actor still streams is thrown away
- * A request leaves memory when libmicrohttpd says that it has completed. CLIENT_GONE is sent at most once, only from POSTED or ANSWERING. */
+ *   READING   headers and body arrive; over HTTP_BODY_MAX the rest is read and thrown away,
+ * answered by 413 POSTED    the actor has it; the connection is suspended ANSWERING the first
+ * STREAM has come; pieces are sent as they come, suspended whenever there are none GONE      the
+ * client hung up, or took too little too slowly; whatever the actor still streams is thrown away A
+ * request leaves memory when libmicrohttpd says that it has completed. CLIENT_GONE is sent at most
+ * once, only from POSTED or ANSWERING. */
 #include "actors/host/http.h"
 
 #include <errno.h>
@@ -28,13 +29,13 @@
 #include "actors/host/log.h"
 #include "actors/host/thread.h"
 
-#define BUCKETS            4096
-#define UNSENT_MAX         (4u << 20)           /* of a streamed response; the client is dropped beyond */
-#define SWALLOW_MAX        (8u * HTTP_BODY_MAX) /* of a body that is too large anyway */
-#define IDLE_TIMEOUT_S     120                  /* keep-alive connections without a request */
-#define CONNECTION_BYTES   (64u << 10)
-#define URI_BYTES_MAX      (32u << 10)
-#define RESERVED_FILES     64 /* descriptors kept for everything but connections */
+#define BUCKETS          4096
+#define UNSENT_MAX       (4u << 20) /* of a streamed response; the client is dropped beyond */
+#define SWALLOW_MAX      (8u * HTTP_BODY_MAX) /* of a body that is too large anyway */
+#define IDLE_TIMEOUT_S   120                  /* keep-alive connections without a request */
+#define CONNECTION_BYTES (64u << 10)
+#define URI_BYTES_MAX    (32u << 10)
+#define RESERVED_FILES   64 /* descriptors kept for everything but connections */
 
 /* A piece of a response: a STREAM effect on its way to the client. */
 struct piece {
@@ -57,7 +58,8 @@ struct request {
     char *body;
     size_t body_bytes, body_capacity, swallowed;
     bool headers_seen, posted, suspended, gone, complete;
-    struct piece *first, **last; /* pieces not yet sent; the first piece of all carries the status */
+    struct piece *first,
+        **last; /* pieces not yet sent; the first piece of all carries the status */
     size_t unsent;
 };
 
@@ -127,9 +129,10 @@ static size_t text_bytes(const char *text) {
 }
 
 static void post_request(struct request *request, const char *method) {
-    const char *authorization = MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND,
-                                                            "Authorization");
-    const char *id = MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "X-Request-Id");
+    const char *authorization =
+        MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "Authorization");
+    const char *id =
+        MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "X-Request-Id");
     struct http_event *event = calloc(1, sizeof *event);
     char *at = malloc(text_bytes(method) + text_bytes(request->uri) + 1 +
                       text_bytes(authorization) + text_bytes(id));
@@ -174,9 +177,11 @@ void http_stream(struct http *self, const struct effect *effect) {
                             .last = effect->stream.last,
                             .size = size};
     if (effect->stream.content_type != NULL)
-        snprintf(piece->content_type, sizeof piece->content_type, "%s", effect->stream.content_type);
+        snprintf(piece->content_type, sizeof piece->content_type, "%s",
+                 effect->stream.content_type);
     if (effect->stream.extra_header != NULL)
-        snprintf(piece->extra_header, sizeof piece->extra_header, "%s", effect->stream.extra_header);
+        snprintf(piece->extra_header, sizeof piece->extra_header, "%s",
+                 effect->stream.extra_header);
     if (size > 0)
         memcpy(piece->bytes, effect->stream.bytes, size);
     pthread_mutex_lock(&self->mutex);
@@ -327,7 +332,8 @@ static ssize_t read_pieces(void *context, uint64_t position, char *buffer, size_
         return MHD_CONTENT_READER_END_WITH_ERROR;
     while (request->first != NULL && written < room) {
         struct piece *piece = request->first;
-        size_t left = piece->size - piece->sent, take = left < room - written ? left : room - written;
+        size_t left = piece->size - piece->sent,
+               take = left < room - written ? left : room - written;
         memcpy(buffer + written, piece->bytes + piece->sent, take);
         piece->sent += take;
         written += take;
@@ -354,7 +360,8 @@ static void add_headers(struct MHD_Response *response, const struct piece *first
     const char *colon = strchr(first->extra_header, ':');
     if (colon != NULL) {
         char name[sizeof first->extra_header];
-        snprintf(name, sizeof name, "%.*s", (int)(colon - first->extra_header), first->extra_header);
+        snprintf(name, sizeof name, "%.*s", (int)(colon - first->extra_header),
+                 first->extra_header);
         const char *value = colon + 1;
         while (*value == ' ')
             value++;
@@ -368,23 +375,26 @@ static enum MHD_Result queue_response(struct request *request) {
     struct MHD_Response *response;
     unsigned status = first->status != 0 ? first->status : 500;
     if (first->last)
-        response = MHD_create_response_from_buffer(first->size, first->bytes, MHD_RESPMEM_MUST_COPY);
+        response =
+            MHD_create_response_from_buffer(first->size, first->bytes, MHD_RESPMEM_MUST_COPY);
     else
-        response = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 32768, read_pieces, request,
-                                                     NULL);
+        response =
+            MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 32768, read_pieces, request, NULL);
     if (response == NULL)
         return MHD_NO;
     add_headers(response, first);
     if (first->last)
         drop_pieces(request);
     else
-        MHD_add_response_header(response, "X-Accel-Buffering", "no"); /* proxies must pass chunks on */
+        MHD_add_response_header(response, "X-Accel-Buffering",
+                                "no"); /* proxies must pass chunks on */
     enum MHD_Result result = MHD_queue_response(request->connection, status, response);
     MHD_destroy_response(response);
     return result;
 }
 
-/* Called at the end of the headers, for each part of the body, at its end, and again after each resume until a response is queued. */
+/* Called at the end of the headers, for each part of the body, at its end, and again after each
+ * resume until a response is queued. */
 static enum MHD_Result handle(void *context, struct MHD_Connection *connection, const char *url,
                               const char *method, const char *version, const char *upload,
                               size_t *upload_bytes, void **con_cls) {
@@ -431,7 +441,8 @@ static void take_piece(struct http *self, struct piece *piece) {
     request->unsent += piece->size;
     request->complete = piece->last;
     if (request->unsent > UNSENT_MAX && request->unsent > piece->size) {
-        log_limited(&self->limit, TRACE_WARNING, "client %llu takes its answer too slowly and was dropped",
+        log_limited(&self->limit, TRACE_WARNING,
+                    "client %llu takes its answer too slowly and was dropped",
                     (unsigned long long)request->client);
         give_up(request);
         return;
@@ -479,7 +490,8 @@ static bool stopping(struct http *self) {
 
 static void turn(struct http *self, int timeout_ms) {
     MHD_UNSIGNED_LONG_LONG due;
-    if (MHD_get_timeout(self->daemon, &due) == MHD_YES && (timeout_ms < 0 || due < (unsigned)timeout_ms))
+    if (MHD_get_timeout(self->daemon, &due) == MHD_YES &&
+        (timeout_ms < 0 || due < (unsigned)timeout_ms))
         timeout_ms = (int)due;
     struct pollfd files[] = {{.fd = self->poll_file, .events = POLLIN},
                              {.fd = self->wake_file, .events = POLLIN},
@@ -493,7 +505,8 @@ static void turn(struct http *self, int timeout_ms) {
     MHD_run(self->daemon);
 }
 
-/* Complete answers are still sent; then whoever waits is cut off, because the daemon may not be stopped with suspended connections. */
+/* Complete answers are still sent; then whoever waits is cut off, because the daemon may not be
+ * stopped with suspended connections. */
 static void drain(struct http *self) {
     uint64_t until = clock_now_ns() + (uint64_t)self->drain_ms * 1000000u;
     MHD_socket listening = MHD_quiesce_daemon(self->daemon);
@@ -501,7 +514,8 @@ static void drain(struct http *self) {
     while (self->requests > 0 && clock_now_ns() < until) {
         bool waits = false;
         for (size_t i = 0; i < BUCKETS; i++) {
-            for (struct request *request = self->bucket[i]; request != NULL; request = request->next)
+            for (struct request *request = self->bucket[i]; request != NULL;
+                 request = request->next)
                 waits |= request->complete;
         }
         if (!waits)
@@ -527,8 +541,8 @@ static void *run(void *argument) {
     return NULL;
 }
 
-static void connection_changed(void *context, struct MHD_Connection *connection, void **socket_context,
-                               enum MHD_ConnectionNotificationCode code) {
+static void connection_changed(void *context, struct MHD_Connection *connection,
+                               void **socket_context, enum MHD_ConnectionNotificationCode code) {
     (void)context, (void)socket_context;
     if (code != MHD_CONNECTION_NOTIFY_STARTED)
         return;
@@ -561,15 +575,11 @@ static unsigned connections_max(void) {
 static struct MHD_Daemon *start_daemon(struct http *self, int socket) {
     return MHD_start_daemon(
         MHD_USE_EPOLL | MHD_ALLOW_SUSPEND_RESUME | MHD_USE_ERROR_LOG, 0, NULL, NULL, handle, self,
-        MHD_OPTION_EXTERNAL_LOGGER, log_daemon, self,
-        MHD_OPTION_LISTEN_SOCKET, (MHD_socket)socket,
-        MHD_OPTION_CONNECTION_LIMIT, connections_max(),
-        MHD_OPTION_CONNECTION_TIMEOUT, (unsigned)IDLE_TIMEOUT_S,
-        MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)CONNECTION_BYTES,
-        MHD_OPTION_URI_LOG_CALLBACK, begin_request, self,
-        MHD_OPTION_NOTIFY_COMPLETED, end_request, self,
-        MHD_OPTION_NOTIFY_CONNECTION, connection_changed, self,
-        MHD_OPTION_END);
+        MHD_OPTION_EXTERNAL_LOGGER, log_daemon, self, MHD_OPTION_LISTEN_SOCKET, (MHD_socket)socket,
+        MHD_OPTION_CONNECTION_LIMIT, connections_max(), MHD_OPTION_CONNECTION_TIMEOUT,
+        (unsigned)IDLE_TIMEOUT_S, MHD_OPTION_CONNECTION_MEMORY_LIMIT, (size_t)CONNECTION_BYTES,
+        MHD_OPTION_URI_LOG_CALLBACK, begin_request, self, MHD_OPTION_NOTIFY_COMPLETED, end_request,
+        self, MHD_OPTION_NOTIFY_CONNECTION, connection_changed, self, MHD_OPTION_END);
 }
 
 static void http_free(struct http *self) {
@@ -677,8 +687,9 @@ int http_listen(int *ret_socket, const char *host, uint16_t port, struct failure
         return 0;
     }
     if (code == EADDRINUSE)
-        return fail(failure, ERR_EXISTS,
-                    "port %u of %s is in use: stop what listens there or choose another with --port", port,
-                    host);
+        return fail(
+            failure, ERR_EXISTS,
+            "port %u of %s is in use: stop what listens there or choose another with --port", port,
+            host);
     return fail(failure, ERR_IO, "cannot listen on port %u of %s: %s", port, host, strerror(code));
 }

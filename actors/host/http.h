@@ -1,5 +1,6 @@
-/* HTTP for the gateway: libmicrohttpd in a thread of its own. Whole requests become events, STREAM effects become responses, and a
- * client that hangs up is noticed at once, whether or not anything is being sent to it. */
+/* HTTP for the gateway: libmicrohttpd in a thread of its own. Whole requests become events, STREAM
+ * effects become responses, and a client that hangs up is noticed at once, whether or not anything
+ * is being sent to it. */
 #ifndef TROUPE_HOST_HTTP_H
 #define TROUPE_HOST_HTTP_H
 
@@ -13,7 +14,8 @@ struct http_event {
 };
 void http_event_free(struct http_event **self);
 
-/* A listening TCP socket. host: name or address; port 0: any free one. ERR_EXISTS: the port is in use. */
+/* A listening TCP socket. host: name or address; port 0: any free one. ERR_EXISTS: the port is in
+ * use. */
 int http_listen(int *ret_socket, const char *host, uint16_t port, struct failure *failure);
 uint16_t http_socket_port(int socket);
 
@@ -23,6 +25,7 @@ int http_open(struct http **ret, int socket, struct bell *bell, struct failure *
 /* Sends what is complete (for at most `drain_ms`) and closes all connections. */
 void http_close(struct http **self, uint32_t drain_ms);
 struct http_event *http_receive(struct http *self); /* NULL: nothing has arrived */
-void http_stream(struct http *self, const struct effect *effect); /* copies; unknown clients: ignored */
+void http_stream(struct http *self,
+                 const struct effect *effect); /* copies; unknown clients: ignored */
 
 #endif

@@ -1,4 +1,5 @@
-/* The in-process troupe behind `generate` and `check --golden`: the same actors as in serving, with delays of zero. */
+/* The in-process troupe behind `generate` and `check --golden`: the same actors as in serving, with
+ * delays of zero. */
 #ifndef TROUPE_HOST_LOCAL_WORLD_H
 #define TROUPE_HOST_LOCAL_WORLD_H
 

@@ -1,4 +1,5 @@
-/* Writes whole lines with one write() each, so that lines of several threads and processes never mix. */
+/* Writes whole lines with one write() each, so that lines of several threads and processes never
+ * mix. */
 #include "actors/host/log.h"
 
 #include <errno.h>

@@ -1,8 +1,9 @@
 /* One thread, one PULL socket, one PUSH socket per peer.
  *
- * Back-pressure: while the queue to the actor is full the inbox is not read, so that ZeroMQ's high-water marks hold the senders. A
- * peer that does not take its messages gets them later, in order, up to a bound; beyond it they are dropped and counted: every
- * control message is repeated by its sender's actor until answered, and rows are sent again after their deadline. */
+ * Back-pressure: while the queue to the actor is full the inbox is not read, so that ZeroMQ's
+ * high-water marks hold the senders. A peer that does not take its messages gets them later, in
+ * order, up to a bound; beyond it they are dropped and counted: every control message is repeated
+ * by its sender's actor until answered, and rows are sent again after their deadline. */
 #include "actors/host/mailbox.h"
 
 #include <errno.h>
@@ -19,12 +20,13 @@
 #include "actors/host/queue.h"
 #include "actors/host/thread.h"
 
-#define INBOX_MESSAGES   4096  /* accepted, not yet taken by the actor */
-#define OUTBOX_COMMANDS  16384 /* given by the actor, not yet taken by the thread */
-#define HIGH_WATER       1000  /* messages in each ZeroMQ socket */
-#define READ_BATCH       256
-#define SHORT_POLL_MS    2
-#define LINGER_MS        1000  /* a message sent just before DISCONNECT (REFUSED) still goes out in the background */
+#define INBOX_MESSAGES  4096  /* accepted, not yet taken by the actor */
+#define OUTBOX_COMMANDS 16384 /* given by the actor, not yet taken by the thread */
+#define HIGH_WATER      1000  /* messages in each ZeroMQ socket */
+#define READ_BATCH      256
+#define SHORT_POLL_MS   2
+#define LINGER_MS                                                                                  \
+    1000 /* a message sent just before DISCONNECT (REFUSED) still goes out in the background */
 
 struct command {
     enum { COMMAND_SEND, COMMAND_CONNECT, COMMAND_DISCONNECT, COMMAND_STOP } kind;
@@ -46,7 +48,7 @@ struct mailbox {
     struct mailbox_options options;
     char address[ADDRESS_BYTES_MAX];
     void *inbox;
-    int wake; /* eventfd: there are commands */
+    int wake;               /* eventfd: there are commands */
     _Atomic uint32_t awake; /* the thread will look at the commands anyway */
     struct queue arrived, commands;
     struct mailbox_counters counters;
@@ -113,8 +115,8 @@ static void outbox_open(struct mailbox *self, actor_id id, const char *address) 
                        sizeof longest_retry_ms);
     }
     if (outbox->socket == NULL || zmq_connect(outbox->socket, address) != 0) {
-        log_limited(&self->limit, TRACE_WARNING, "cannot connect to actor %u at %s: %s", id, address,
-                    zmq_strerror(errno));
+        log_limited(&self->limit, TRACE_WARNING, "cannot connect to actor %u at %s: %s", id,
+                    address, zmq_strerror(errno));
         if (outbox->socket != NULL)
             zmq_close(outbox->socket);
         free(outbox);
@@ -153,13 +155,13 @@ static void send_command(struct mailbox *self, struct command *command) {
         command_free(command);
         return;
     }
-    if (outbox == NULL ||
-        command->size > self->options.waiting_bytes_max - outbox->waiting_bytes) {
+    if (outbox == NULL || command->size > self->options.waiting_bytes_max - outbox->waiting_bytes) {
         atomic_fetch_add(&self->counters.dropped, 1);
         if (outbox != NULL)
-            log_limited(&self->limit, TRACE_WARNING,
-                        "actor %u does not take its messages: %zu bytes are waiting, more are dropped",
-                        command->id, outbox->waiting_bytes);
+            log_limited(
+                &self->limit, TRACE_WARNING,
+                "actor %u does not take its messages: %zu bytes are waiting, more are dropped",
+                command->id, outbox->waiting_bytes);
         command_free(command);
         return;
     }
@@ -270,7 +272,8 @@ void remove_ipc_socket(const char *address) {
         unlink(address + 6);
 }
 
-/* ZeroMQ's own thread sends in the background what it was handed; closing at once would throw that away. */
+/* ZeroMQ's own thread sends in the background what it was handed; closing at once would throw that
+ * away. */
 static void close_sockets(struct mailbox *self) {
     uint64_t until = clock_now_ns() + (uint64_t)self->drain_ms * 1000000u;
     while (anything_waits(self) && clock_now_ns() < until) {
@@ -309,14 +312,16 @@ static void advertise(struct mailbox *self) {
     const char *wildcard = "tcp://0.0.0.0:";
     if (strncmp(bound, wildcard, strlen(wildcard)) == 0 && gethostname(name, sizeof name) == 0) {
         name[sizeof name - 1] = 0;
-        snprintf(self->address, sizeof self->address, "tcp://%s:%.6s", name, bound + strlen(wildcard));
+        snprintf(self->address, sizeof self->address, "tcp://%s:%.6s", name,
+                 bound + strlen(wildcard));
     } else {
         snprintf(self->address, sizeof self->address, "%s", bound);
     }
 }
 
 static int bind_inbox(struct mailbox *self, struct failure *failure) {
-    int64_t message_max = (int64_t)self->options.message_max + 65536; /* a little more is refused with a reason */
+    int64_t message_max =
+        (int64_t)self->options.message_max + 65536; /* a little more is refused with a reason */
     int high_water = HIGH_WATER, zero = 0;
     self->inbox = zmq_socket(self->options.context, ZMQ_PULL);
     if (self->inbox == NULL)

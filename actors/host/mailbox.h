@@ -1,5 +1,6 @@
-/* A ZeroMQ inbox and the outboxes to all peers, in a thread of their own. Used twice: for control messages, and as the data plane
- * between hosts. The actor thread gives and takes through bounded queues and never waits. */
+/* A ZeroMQ inbox and the outboxes to all peers, in a thread of their own. Used twice: for control
+ * messages, and as the data plane between hosts. The actor thread gives and takes through bounded
+ * queues and never waits. */
 #ifndef TROUPE_HOST_MAILBOX_H
 #define TROUPE_HOST_MAILBOX_H
 
@@ -10,14 +11,15 @@
 #include "actors/host/bell.h"
 
 struct mailbox_options {
-    const char *name;       /* of the thread, at most 15 characters */
-    void *context;          /* ZeroMQ */
-    const char *bind;       /* ipc://path or tcp://host:port, port * for any */
-    struct bell *bell;      /* rung when something has arrived */
-    size_t message_max;     /* larger ones are refused */
+    const char *name;         /* of the thread, at most 15 characters */
+    void *context;            /* ZeroMQ */
+    const char *bind;         /* ipc://path or tcp://host:port, port * for any */
+    struct bell *bell;        /* rung when something has arrived */
+    size_t message_max;       /* larger ones are refused */
     size_t waiting_bytes_max; /* per peer, when the peer does not take them; more are dropped */
-    /* In the mailbox's thread: checks the bytes of one message and makes of them what mailbox_receive gives out; NULL: refused,
-     * with the reason in `failure`. `discard` frees such a thing. */
+    /* In the mailbox's thread: checks the bytes of one message and makes of them what
+     * mailbox_receive gives out; NULL: refused, with the reason in `failure`. `discard` frees such
+     * a thing. */
     void *(*accept)(const void *bytes, size_t size, struct failure *failure);
     void (*discard)(void *item);
 };
@@ -38,12 +40,14 @@ const struct mailbox_counters *mailbox_counters(const struct mailbox *self);
 
 void mailbox_connect(struct mailbox *self, actor_id id, const char *address); /* replaces */
 void mailbox_disconnect(struct mailbox *self, actor_id id);
-/* Takes `bytes` (malloc). ERR_BUSY: the queue to the thread is full, the message is dropped. To unknown peers: dropped. */
+/* Takes `bytes` (malloc). ERR_BUSY: the queue to the thread is full, the message is dropped. To
+ * unknown peers: dropped. */
 int mailbox_send(struct mailbox *self, actor_id to, void *bytes, size_t size);
 /* The next thing that arrived, NULL: none. The caller's from now on. */
 void *mailbox_receive(struct mailbox *self);
 
-/* Removes the file of an address "ipc://path" that this process has bound; other addresses: nothing. */
+/* Removes the file of an address "ipc://path" that this process has bound; other addresses:
+ * nothing. */
 void remove_ipc_socket(const char *address);
 
 #endif

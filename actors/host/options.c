@@ -1,4 +1,5 @@
-/* Options by a table: what is accepted, how it is read and what --help says come from the same rows. */
+/* Options by a table: what is accepted, how it is read and what --help says come from the same
+ * rows. */
 #include "actors/host/options.h"
 
 #include <errno.h>
@@ -20,48 +21,75 @@ struct option_row {
     const char *help;
 };
 
-#define TEXT(name, field, argument, commands, help) \
-    {name, argument, OPTION_TEXT, offsetof(struct options, field), 0, 0, commands, help}
-#define NUMBER(name, field, min, max, commands, help) \
-    {name, "N", OPTION_NUMBER, offsetof(struct options, field), min, max, commands, help}
-#define FLAG(name, field, commands, help) \
-    {name, NULL, OPTION_FLAG, offsetof(struct options, field), 0, 0, commands, help}
+#define TEXT(name, field, argument, commands, help)                                                \
+    { name, argument, OPTION_TEXT, offsetof(struct options, field), 0, 0, commands, help }
+#define NUMBER(name, field, min, max, commands, help)                                              \
+    { name, "N", OPTION_NUMBER, offsetof(struct options, field), min, max, commands, help }
+#define FLAG(name, field, commands, help)                                                          \
+    { name, NULL, OPTION_FLAG, offsetof(struct options, field), 0, 0, commands, help }
 
 static const struct option_row table[] = {
-    TEXT("model", model, "DIR", FOR_MODELS, "model directory in Hugging Face layout (default models/demo)"),
-    NUMBER("experts", experts, 1, 512, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "expert processes (default 4)"),
-    NUMBER("attention", attention, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "attention processes (default 1)"),
-    NUMBER("samplers", samplers, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "sampler processes (default 1)"),
-    TEXT("host", host, "ADDRESS", FOR_SERVE | FOR_GATEWAY | FOR_CHECK, "address to listen on for HTTP (default 127.0.0.1)"),
-    NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK, "port to listen on for HTTP, 0 for any free one (default 8000)"),
-    TEXT("served-model-name", served_model, "NAME", FOR_SERVE | FOR_GATEWAY, "name in /v1/models (default: name of the model directory)"),
-    TEXT("api-key", api_key, "KEY", FOR_SERVE | FOR_GATEWAY | FOR_BENCH, "clients must send it as a bearer token"),
-    TEXT("api-key-file", api_key_file, "FILE", FOR_SERVE | FOR_GATEWAY, "the same, read from a file: the command line is no place for secrets"),
-    TEXT("run-dir", run_dir, "DIR", FOR_SERVE | FOR_ACTORS | FOR_CONTROL, "directory of sockets, pid files and logs (serve: default a new one under XDG_RUNTIME_DIR)"),
-    TEXT("coordinator", coordinator, "ADDRESS", FOR_GATEWAY | FOR_WORKER | FOR_CONTROL, "address of the coordinator, tcp://host:port (default: the one in --run-dir)"),
-    TEXT("bind", bind, "ADDRESS", FOR_ACTORS, "where this actor's control inbox listens (default: in --run-dir, else tcp://*:*)"),
-    TEXT("bind-data", bind_data, "ADDRESS", FOR_WORKER, "where its data plane listens for other hosts (default: as --bind)"),
+    TEXT("model", model, "DIR", FOR_MODELS,
+         "model directory in Hugging Face layout (default models/demo)"),
+    NUMBER("experts", experts, 1, 512, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
+           "expert processes (default 4)"),
+    NUMBER("attention", attention, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
+           "attention processes (default 1)"),
+    NUMBER("samplers", samplers, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
+           "sampler processes (default 1)"),
+    TEXT("host", host, "ADDRESS", FOR_SERVE | FOR_GATEWAY | FOR_CHECK,
+         "address to listen on for HTTP (default 127.0.0.1)"),
+    NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK,
+           "port to listen on for HTTP, 0 for any free one (default 8000)"),
+    TEXT("served-model-name", served_model, "NAME", FOR_SERVE | FOR_GATEWAY,
+         "name in /v1/models (default: name of the model directory)"),
+    TEXT("api-key", api_key, "KEY", FOR_SERVE | FOR_GATEWAY | FOR_BENCH,
+         "clients must send it as a bearer token"),
+    TEXT("api-key-file", api_key_file, "FILE", FOR_SERVE | FOR_GATEWAY,
+         "the same, read from a file: the command line is no place for secrets"),
+    TEXT("run-dir", run_dir, "DIR", FOR_SERVE | FOR_ACTORS | FOR_CONTROL,
+         "directory of sockets, pid files and logs (serve: default a new one under "
+         "XDG_RUNTIME_DIR)"),
+    TEXT("coordinator", coordinator, "ADDRESS", FOR_GATEWAY | FOR_WORKER | FOR_CONTROL,
+         "address of the coordinator, tcp://host:port (default: the one in --run-dir)"),
+    TEXT("bind", bind, "ADDRESS", FOR_ACTORS,
+         "where this actor's control inbox listens (default: in --run-dir, else tcp://*:*)"),
+    TEXT("bind-data", bind_data, "ADDRESS", FOR_WORKER,
+         "where its data plane listens for other hosts (default: as --bind)"),
     TEXT("name", name, "NAME", FOR_ACTORS, "name for people and logs (default: the role)"),
     TEXT("numerics", numerics, "f32|bf16", FOR_MODELS, "numerics profile (default bf16)"),
-    TEXT("isa", isa, "best|scalar|avx512|amx", FOR_MODELS, "instruction set; all give the same bits (default best)"),
-    TEXT("transport", transport, "auto|shm|zmq", FOR_SERVE | FOR_WORKER | FOR_BENCH, "data plane: shared memory on one host and ZeroMQ between hosts, or one of them always (default auto)"),
+    TEXT("isa", isa, "best|scalar|avx512|amx", FOR_MODELS,
+         "instruction set; all give the same bits (default best)"),
+    TEXT("transport", transport, "auto|shm|zmq", FOR_SERVE | FOR_WORKER | FOR_BENCH,
+         "data plane: shared memory on one host and ZeroMQ between hosts, or one of them always "
+         "(default auto)"),
     TEXT("cpus", cpus, "LIST", FOR_ACTORS, "run on these processors only, for instance 0-3,8"),
-    NUMBER("memory-mib", memory_mib, 0, 1u << 30, FOR_SERVE | FOR_EXPERT, "weights that an expert process may hold, 0: no limit (default 0)"),
+    NUMBER("memory-mib", memory_mib, 0, 1u << 30, FOR_SERVE | FOR_EXPERT,
+           "weights that an expert process may hold, 0: no limit (default 0)"),
     TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
     TEXT("config", config, "FILE", FOR_MODELS, "YAML file with knobs"),
-    FLAG("verbose", verbose, FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH, "log everything"),
-    NUMBER("listen-fd", listen_fd, 0, 1u << 20, FOR_GATEWAY, "descriptor of a listening socket handed down by a supervisor"),
+    FLAG("verbose", verbose, FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
+         "log everything"),
+    NUMBER("listen-fd", listen_fd, 0, 1u << 20, FOR_GATEWAY,
+           "descriptor of a listening socket handed down by a supervisor"),
     TEXT("prompt", prompt, "TEXT", FOR_GENERATE, "what to continue"),
     NUMBER("max-tokens", max_tokens, 1, 1u << 20, FOR_GENERATE, "longest answer (default 64)"),
-    {"temperature", "X", OPTION_FRACTION, offsetof(struct options, temperature), 0, 2, FOR_GENERATE, "0 for the likeliest token each time (default 0)"},
-    NUMBER("seed", seed, 0, UINT64_MAX >> 1, FOR_GENERATE | FOR_SYNTH, "seed of the draws (default 0)"),
-    TEXT("golden", golden, "DIR", FOR_CHECK, "compare with DIR/golden.safetensors, running the model in DIR"),
+    {"temperature", "X", OPTION_FRACTION, offsetof(struct options, temperature), 0, 2, FOR_GENERATE,
+     "0 for the likeliest token each time (default 0)"},
+    NUMBER("seed", seed, 0, UINT64_MAX >> 1, FOR_GENERATE | FOR_SYNTH,
+           "seed of the draws (default 0)"),
+    TEXT("golden", golden, "DIR", FOR_CHECK,
+         "compare with DIR/golden.safetensors, running the model in DIR"),
     TEXT("shape", shape, "FILE", FOR_SYNTH, "config.json of the model to make"),
-    TEXT("url", url, "URL", FOR_BENCH, "measure the troupe at http://HOST:PORT, which serves --model, instead of starting one"),
-    TEXT("figures", figures, "LIST", FOR_BENCH, "what to measure: decode-STREAMS, prefill-TOKENS, load, with commas between"),
+    TEXT("url", url, "URL", FOR_BENCH,
+         "measure the troupe at http://HOST:PORT, which serves --model, instead of starting one"),
+    TEXT("figures", figures, "LIST", FOR_BENCH,
+         "what to measure: decode-STREAMS, prefill-TOKENS, load, with commas between"),
     NUMBER("runs", runs, 1, 100, FOR_BENCH, "runs of each figure, in turns (default 5)"),
-    {"rate", "X", OPTION_FRACTION, offsetof(struct options, rate), 0, 100000, FOR_BENCH, "load: requests a second, 0: half of what 8 streams sustain (default 0)"},
-    TEXT("json", json, "FILE", FOR_BENCH, "write everything that was measured there, -: to the terminal instead of the table"),
+    {"rate", "X", OPTION_FRACTION, offsetof(struct options, rate), 0, 100000, FOR_BENCH,
+     "load: requests a second, 0: half of what 8 streams sustain (default 0)"},
+    TEXT("json", json, "FILE", FOR_BENCH,
+         "write everything that was measured there, -: to the terminal instead of the table"),
     FLAG("help", help, ~0u, "this text"),
 };
 #define ROWS (sizeof table / sizeof table[0])
@@ -121,17 +149,20 @@ static int store(struct options *self, const struct option_row *row, const char 
         unsigned long long number = strtoull(value, &end, 10);
         if (end == value || *end != 0 || errno != 0 || value[0] == '-' || number < row->min ||
             number > row->max)
-            return fail(failure, ERR_INVALID, "--%s: expected a whole number from %llu to %llu, found '%s'",
-                        row->name, (unsigned long long)row->min, (unsigned long long)row->max, value);
+            return fail(failure, ERR_INVALID,
+                        "--%s: expected a whole number from %llu to %llu, found '%s'", row->name,
+                        (unsigned long long)row->min, (unsigned long long)row->max, value);
         *(uint64_t *)field = number;
         self->port_set |= row->offset == offsetof(struct options, port);
         return 0;
     }
     case OPTION_FRACTION: {
         double number = strtod(value, &end);
-        if (end == value || *end != 0 || !(number >= (double)row->min && number <= (double)row->max))
-            return fail(failure, ERR_INVALID, "--%s: expected a number from %llu to %llu, found '%s'",
-                        row->name, (unsigned long long)row->min, (unsigned long long)row->max, value);
+        if (end == value || *end != 0 ||
+            !(number >= (double)row->min && number <= (double)row->max))
+            return fail(failure, ERR_INVALID,
+                        "--%s: expected a number from %llu to %llu, found '%s'", row->name,
+                        (unsigned long long)row->min, (unsigned long long)row->max, value);
         *(double *)field = number;
         return 0;
     }
@@ -145,8 +176,9 @@ static int parse_one(struct options *self, int argc, char **argv, int *index, un
     size_t length = equals != NULL ? (size_t)(equals - name) : strlen(name);
     struct option_row row;
     if (!find(name, length, command, &row))
-        return fail(failure, ERR_NOT_FOUND, "'%s' is not an option of 'troupe %s'; see troupe %s --help",
-                    argv[*index], argv[0], argv[0]);
+        return fail(failure, ERR_NOT_FOUND,
+                    "'%s' is not an option of 'troupe %s'; see troupe %s --help", argv[*index],
+                    argv[0], argv[0]);
     const char *value = equals != NULL ? equals + 1 : NULL;
     if (row.argument == NULL && value != NULL)
         return fail(failure, ERR_INVALID, "--%s takes no value", row.name);
@@ -188,7 +220,8 @@ static int read_api_key(struct options *self, struct failure *failure) {
     const char *end = memchr(file.bytes, '\n', file.size);
     size_t size = end != NULL ? (size_t)(end - (const char *)file.bytes) : file.size;
     if (size == 0 || size >= sizeof self->api_key_read)
-        error = fail(failure, ERR_INVALID, "%s: expected a key of 1 to %zu bytes in the first line, found %zu",
+        error = fail(failure, ERR_INVALID,
+                     "%s: expected a key of 1 to %zu bytes in the first line, found %zu",
                      self->api_key_file, sizeof self->api_key_read - 1, size);
     else
         memcpy(self->api_key_read, file.bytes, size);
@@ -238,7 +271,8 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
     for (int i = 1; error == 0 && i < argc; i++) {
         if (strncmp(argv[i], "--", 2) == 0)
             error = parse_one(&self, argc, argv, &i, command, failure);
-        else if (self.positionals == POSITIONAL_MAX || (command & (FOR_INSPECT | FOR_SYNTH | FOR_CONTROL)) == 0)
+        else if (self.positionals == POSITIONAL_MAX ||
+                 (command & (FOR_INSPECT | FOR_SYNTH | FOR_CONTROL)) == 0)
             error = fail(failure, ERR_INVALID, "unexpected argument '%s'; see troupe %s --help",
                          argv[i], argv[0]);
         else
@@ -279,12 +313,12 @@ int options_changed_knobs(const struct options *self, char **list, int room) {
 #define u32 "%.0f"
 #define u64 "%.0f"
 #define f64 "%.17g"
-#define K(knob, type, def, min, max, sim_min, sim_max, why)                      \
-    if (self->settings.knob != initial.knob && count + 2 <= room) {              \
-        char value[64];                                                          \
-        snprintf(value, sizeof value, type, (double)self->settings.knob);        \
-        list[count++] = strdup("--" #knob);                                      \
-        list[count++] = strdup(value);                                           \
+#define K(knob, type, def, min, max, sim_min, sim_max, why)                                        \
+    if (self->settings.knob != initial.knob && count + 2 <= room) {                                \
+        char value[64];                                                                            \
+        snprintf(value, sizeof value, type, (double)self->settings.knob);                          \
+        list[count++] = strdup("--" #knob);                                                        \
+        list[count++] = strdup(value);                                                             \
     }
 #include "config/knobs.def"
 #undef K

@@ -30,8 +30,8 @@ enum command_bit {
 
 struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
-        *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden, *shape,
-        *url, *json, *figures;
+        *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden,
+        *shape, *url, *json, *figures;
     uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib, runs;
     double temperature, rate;
     bool verbose, help, port_set;
@@ -41,15 +41,16 @@ struct options {
     char api_key_read[API_KEY_BYTES]; /* behind api_key if it came from --api-key-file */
 };
 
-/* Fills `ret` with defaults, then with --config's file, then with the command line. argv[0] is the command's name. Strings are
- * borrowed from argv. */
+/* Fills `ret` with defaults, then with --config's file, then with the command line. argv[0] is the
+ * command's name. Strings are borrowed from argv. */
 int options_parse(struct options *ret, int argc, char **argv, unsigned command,
                   struct failure *failure);
 /* Prints the options of a command to stdout. */
 void options_help(unsigned command);
 
-/* Appends to `list` (of char *, malloc'd) "--knob", "value" for every knob that differs from its default; at most `room` entries.
- * Returns how many. Whole numbers and fractions come out exactly as settings_set reads them. */
+/* Appends to `list` (of char *, malloc'd) "--knob", "value" for every knob that differs from its
+ * default; at most `room` entries. Returns how many. Whole numbers and fractions come out exactly
+ * as settings_set reads them. */
 int options_changed_knobs(const struct options *self, char **list, int room);
 
 #endif

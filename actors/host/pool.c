@@ -1,8 +1,9 @@
 /* Fork and join for kernels.
  *
- * A job's parts are handed out by one 64-bit ticket: upper half the number of parts, lower half the next part. Whoever takes a part
- * below the number of parts owns it, and the job cannot end before that part has, so `task` and `argument` can be read after the ticket.
- * A thread that comes late finds the ticket used up, or the ticket of the next job, which it may join as well. */
+ * A job's parts are handed out by one 64-bit ticket: upper half the number of parts, lower half the
+ * next part. Whoever takes a part below the number of parts owns it, and the job cannot end before
+ * that part has, so `task` and `argument` can be read after the ticket. A thread that comes late
+ * finds the ticket used up, or the ticket of the next job, which it may join as well. */
 #include "actors/host/pool.h"
 
 #include <pthread.h>

@@ -1,4 +1,5 @@
-/* One GET over loopback. The server's backlog accepts the connection at once, whether or not the gateway runs yet. */
+/* One GET over loopback. The server's backlog accepts the connection at once, whether or not the
+ * gateway runs yet. */
 #include "actors/host/probe_http.h"
 
 #include <errno.h>
@@ -46,8 +47,8 @@ void probe_http_ask(struct probe_http *self, int listening_socket, const char *p
 }
 
 int probe_http_read(struct probe_http *self) {
-    ssize_t got = recv(self->file, self->answer + self->bytes, sizeof self->answer - 1 - self->bytes,
-                       MSG_DONTWAIT);
+    ssize_t got = recv(self->file, self->answer + self->bytes,
+                       sizeof self->answer - 1 - self->bytes, MSG_DONTWAIT);
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (got > 0)

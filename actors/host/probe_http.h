@@ -1,4 +1,5 @@
-/* Asks an HTTP server of this machine for a path and reads the status, without ever waiting: for the supervisor's /ready. */
+/* Asks an HTTP server of this machine for a path and reads the status, without ever waiting: for
+ * the supervisor's /ready. */
 #ifndef TROUPE_HOST_PROBE_HTTP_H
 #define TROUPE_HOST_PROBE_HTTP_H
 

@@ -1,4 +1,5 @@
-/* A bounded queue of pointers between two threads of one process: one pushes, the other pops, neither ever waits. */
+/* A bounded queue of pointers between two threads of one process: one pushes, the other pops,
+ * neither ever waits. */
 #ifndef TROUPE_HOST_QUEUE_H
 #define TROUPE_HOST_QUEUE_H
 
@@ -9,7 +10,7 @@
 
 struct queue {
     void **item;
-    uint32_t capacity; /* a power of two */
+    uint32_t capacity;                  /* a power of two */
     _Alignas(64) _Atomic uint32_t head; /* pushed */
     _Alignas(64) _Atomic uint32_t tail; /* popped */
 };

@@ -1,4 +1,5 @@
-/* See ring.h. Invariants: tail <= head <= tail + capacity; head and tail are multiples of 64; between them lie whole records. */
+/* See ring.h. Invariants: tail <= head <= tail + capacity; head and tail are multiples of 64;
+ * between them lie whole records. */
 #include "actors/host/ring.h"
 
 #include <errno.h>
@@ -25,7 +26,8 @@ uint64_t ring_record_bytes(size_t bytes) {
 static int map_ring(struct ring *self, int file, uint64_t bytes, struct failure *failure) {
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     if (memory == MAP_FAILED)
-        return fail(failure, ERR_NO_MEMORY, "cannot map the ring %s: %s", self->name, strerror(errno));
+        return fail(failure, ERR_NO_MEMORY, "cannot map the ring %s: %s", self->name,
+                    strerror(errno));
     self->page = memory;
     return 0;
 }
@@ -97,8 +99,9 @@ int ring_open(struct ring *ret, const char *name, struct failure *failure) {
         ring.capacity < 1024 || ring.capacity > RING_CAPACITY_MAX ||
         ring.capacity != bytes - sizeof *ring.page) {
         munmap(ring.page, bytes);
-        return made ? fail(failure, ERR_CORRUPT, "the ring %s has a header that does not fit its %llu bytes",
-                           ring.name, (unsigned long long)bytes)
+        return made ? fail(failure, ERR_CORRUPT,
+                           "the ring %s has a header that does not fit its %llu bytes", ring.name,
+                           (unsigned long long)bytes)
                     : fail(failure, ERR_NOT_FOUND, "the ring %s is not complete yet", ring.name);
     }
     shm_unlink(ring.name);

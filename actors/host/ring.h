@@ -1,7 +1,8 @@
-/* One direction of one shared-memory edge: a ring of variable-size records, one producer, one consumer, each in its own process. Records
- * lie in one piece and at multiples of 64 bytes; a record that does not fit before the end starts again at the beginning, behind a
- * wrap marker. The memory is shared, so each side trusts only its own counters: what the other writes is checked before use and
- * whatever does not add up breaks the ring (ERR_CORRUPT), never the process. */
+/* One direction of one shared-memory edge: a ring of variable-size records, one producer, one
+ * consumer, each in its own process. Records lie in one piece and at multiples of 64 bytes; a
+ * record that does not fit before the end starts again at the beginning, behind a wrap marker. The
+ * memory is shared, so each side trusts only its own counters: what the other writes is checked
+ * before use and whatever does not add up breaks the ring (ERR_CORRUPT), never the process. */
 #ifndef TROUPE_HOST_RING_H
 #define TROUPE_HOST_RING_H
 
@@ -32,16 +33,18 @@ struct ring {
     struct ring_page *page; /* NULL: not open */
     uint64_t capacity;      /* as checked when it was opened */
     uint64_t position;      /* own counter: the producer's head, the consumer's tail */
-    uint64_t reserved;      /* producer: where head will be after commit; consumer: where tail will be after release */
+    uint64_t reserved; /* producer: where head will be after commit; consumer: where tail will be
+                          after release */
     bool producer;
     char name[RING_NAME_BYTES];
 };
 
-/* Bytes that a record of `bytes` takes in the ring; a ring holds any record of at most ring_record_bytes <= capacity / 2. */
+/* Bytes that a record of `bytes` takes in the ring; a ring holds any record of at most
+ * ring_record_bytes <= capacity / 2. */
 uint64_t ring_record_bytes(size_t bytes);
 
-/* The producer makes the ring (an older one of that name is removed). capacity: multiple of 64, all of it reserved in /dev/shm.
- * ERR_NO_MEMORY if there is no room. */
+/* The producer makes the ring (an older one of that name is removed). capacity: multiple of 64, all
+ * of it reserved in /dev/shm. ERR_NO_MEMORY if there is no room. */
 int ring_create(struct ring *ret, const char *name, uint64_t capacity, struct failure *failure);
 /* The consumer opens it and removes the name. ERR_NOT_FOUND if it does not exist (yet). */
 int ring_open(struct ring *ret, const char *name, struct failure *failure);
@@ -49,10 +52,12 @@ int ring_open(struct ring *ret, const char *name, struct failure *failure);
 void ring_close(struct ring *self);
 /* The other side has closed. For the consumer: look at it only when ring_peek finds nothing. */
 bool ring_peer_closed(const struct ring *self);
-/* For the producer: the consumer has mapped it, so what is published will be found whatever happens to the name. */
+/* For the producer: the consumer has mapped it, so what is published will be found whatever happens
+ * to the name. */
 bool ring_peer_opened(const struct ring *self);
 
-/* Producer. ret_bytes: room for `bytes`, 64-byte aligned. ERR_BUSY: full now (the consumer will ring), ERR_TOO_LARGE: never fits. */
+/* Producer. ret_bytes: room for `bytes`, 64-byte aligned. ERR_BUSY: full now (the consumer will
+ * ring), ERR_TOO_LARGE: never fits. */
 int ring_reserve(struct ring *self, size_t bytes, void **ret_bytes);
 void ring_commit(struct ring *self);
 

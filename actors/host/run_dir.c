@@ -97,14 +97,17 @@ void run_dir_close(struct run_dir *self) {
     self->lock = -1;
 }
 
-int run_dir_write(const struct run_dir *self, const char *name, const char *text, struct failure *failure) {
+int run_dir_write(const struct run_dir *self, const char *name, const char *text,
+                  struct failure *failure) {
     int file = file_in(self, name, O_WRONLY | O_CREAT | O_TRUNC);
     size_t size = strlen(text);
     bool written = file >= 0 && write(file, text, size) == (ssize_t)size;
     int code = errno;
     if (file >= 0)
         close(file);
-    return written ? 0 : fail(failure, ERR_IO, "cannot write %s in %s: %s", name, self->path, strerror(code));
+    return written ? 0
+                   : fail(failure, ERR_IO, "cannot write %s in %s: %s", name, self->path,
+                          strerror(code));
 }
 
 void run_dir_sweep(const struct run_dir *self, pid_t pid) {

@@ -1,12 +1,14 @@
-/* troupe serve: the local supervisor. Starts one process per actor, restarts what dies within limits, tells the coordinator of every
- * exit at once, and takes everything down again.
+/* troupe serve: the local supervisor. Starts one process per actor, restarts what dies within
+ * limits, tells the coordinator of every exit at once, and takes everything down again.
  *
  *   STARTING  until /ready answers 200, then the URL is printed
- *   SERVING   children that die are restarted; one that dies more than restart_limit times in restart_window_s ends everything
- *   STOPPING  SIGTERM to the gateway, which finishes what it has; then to all others; SIGKILL to what is left after a while
+ *   SERVING   children that die are restarted; one that dies more than restart_limit times in
+ * restart_window_s ends everything STOPPING  SIGTERM to the gateway, which finishes what it has;
+ * then to all others; SIGKILL to what is left after a while
  *
- * Invariant: whatever ends the supervisor short of SIGKILL, no process, socket, file or shared memory of the troupe is left. On SIGKILL
- * the kernel sends SIGTERM to the children, which clean up after themselves. */
+ * Invariant: whatever ends the supervisor short of SIGKILL, no process, socket, file or shared
+ * memory of the troupe is left. On SIGKILL the kernel sends SIGTERM to the children, which clean up
+ * after themselves. */
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -32,20 +34,20 @@
 #include "model/chat.h"
 #include "proto/wire.h"
 
-#define ARGUMENTS_MAX     160
-#define RESTARTS_KEPT     1024 /* more than restart_limit can be */
-#define READY_POLL_MS     50
-#define READY_TIMEOUT_MS  500 /* of one question */
-#define GATEWAY_GRACE_MS  5000
-#define STOP_GRACE_MS     3000
-#define RESTART_DELAY_MS  100 /* doubled with each further restart in the window */
+#define ARGUMENTS_MAX    160
+#define RESTARTS_KEPT    1024 /* more than restart_limit can be */
+#define READY_POLL_MS    50
+#define READY_TIMEOUT_MS 500 /* of one question */
+#define GATEWAY_GRACE_MS 5000
+#define STOP_GRACE_MS    3000
+#define RESTART_DELAY_MS 100 /* doubled with each further restart in the window */
 
 struct child {
     enum role role;
     char name[48];
     pid_t pid; /* 0: not running */
     uint64_t died_ns[RESTARTS_KEPT];
-    unsigned deaths; /* in all; died_ns is a ring */
+    unsigned deaths;      /* in all; died_ns is a ring */
     uint64_t start_at_ns; /* NEVER: running, or not to be started */
 };
 
@@ -109,7 +111,8 @@ static void child_arguments(const struct serve *self, const struct child *child,
 }
 
 /* Between fork and exec: only calls that are safe there. */
-static void become_child(const struct serve *self, const struct child *child, pid_t parent, char **list) {
+static void become_child(const struct serve *self, const struct child *child, pid_t parent,
+                         char **list) {
     sigset_t none;
     sigemptyset(&none);
     prctl(PR_SET_PDEATHSIG, SIGTERM);
@@ -225,8 +228,7 @@ static void stop(struct serve *self, int exit_code) {
 static unsigned count_running(const struct serve *self, bool gateway_only) {
     unsigned count = 0;
     for (unsigned i = 0; i < self->children; i++)
-        count += self->child[i].pid > 0 &&
-                 (!gateway_only || self->child[i].role == ROLE_GATEWAY);
+        count += self->child[i].pid > 0 && (!gateway_only || self->child[i].role == ROLE_GATEWAY);
     return count;
 }
 
@@ -242,7 +244,8 @@ static void advance_phase(struct serve *self) {
 
 static void describe_status(int status, char *ret, size_t room) {
     if (WIFSIGNALED(status))
-        snprintf(ret, room, "was ended by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
+        snprintf(ret, room, "was ended by signal %d (%s)", WTERMSIG(status),
+                 strsignal(WTERMSIG(status)));
     else
         snprintf(ret, room, "exited with code %d", WEXITSTATUS(status));
 }
@@ -275,15 +278,18 @@ static void on_death(struct serve *self, struct child *child, int status) {
         log_line(TRACE_ERROR, "%s (process %d) %s%s: giving up", child->name, (int)pid, how,
                  hopeless ? "" : ", too often");
         if (!hopeless) {
-            log_line(TRACE_ERROR, "more than %u restarts of %s within %u s (knobs restart_limit, restart_window_s)",
-                     self->options->settings.restart_limit, child->name,
-                     self->options->settings.restart_window_s);
+            log_line(
+                TRACE_ERROR,
+                "more than %u restarts of %s within %u s (knobs restart_limit, restart_window_s)",
+                self->options->settings.restart_limit, child->name,
+                self->options->settings.restart_window_s);
             show_log(self, child);
         }
         stop(self, EXIT_FAILED);
         return;
     }
-    uint64_t delay_ms = recent == 1 ? 0 : (uint64_t)RESTART_DELAY_MS << (recent < 6 ? recent - 2 : 4);
+    uint64_t delay_ms =
+        recent == 1 ? 0 : (uint64_t)RESTART_DELAY_MS << (recent < 6 ? recent - 2 : 4);
     log_line(TRACE_WARNING, "%s (process %d) %s; starting it again", child->name, (int)pid, how);
     child->start_at_ns = now + delay_ms * 1000000u;
 }
@@ -324,11 +330,15 @@ static void announce(const struct serve *self) {
            (unsigned long long)options->experts, (unsigned long long)options->samplers);
     printf("run directory %s\ntry:\n", self->run_dir.path);
     if (self->chat)
-        printf("  curl -s %s/v1/chat/completions -H 'Content-Type: application/json'%s -d '{\"messages\": "
-               "[{\"role\": \"user\", \"content\": \"What is a river?\"}], \"max_tokens\": 64}'\n", url, key);
+        printf("  curl -s %s/v1/chat/completions -H 'Content-Type: application/json'%s -d "
+               "'{\"messages\": "
+               "[{\"role\": \"user\", \"content\": \"What is a river?\"}], \"max_tokens\": 64}'\n",
+               url, key);
     else
-        printf("  curl -s %s/v1/completions -H 'Content-Type: application/json'%s -d '{\"prompt\": \"Once\", "
-               "\"max_tokens\": 64}'\n", url, key);
+        printf("  curl -s %s/v1/completions -H 'Content-Type: application/json'%s -d '{\"prompt\": "
+               "\"Once\", "
+               "\"max_tokens\": 64}'\n",
+               url, key);
     printf("Ctrl-C ends it\n");
     fflush(stdout);
 }
@@ -398,7 +408,8 @@ static void add_children(struct serve *self, enum role role, uint64_t count, boo
         struct child *child = &self->child[self->children++];
         child->role = role;
         if (numbered)
-            snprintf(child->name, sizeof child->name, "%s-%llu", role_name(role), (unsigned long long)i);
+            snprintf(child->name, sizeof child->name, "%s-%llu", role_name(role),
+                     (unsigned long long)i);
         else
             snprintf(child->name, sizeof child->name, "%s", role_name(role));
         child->start_at_ns = 0;
@@ -449,7 +460,8 @@ static int open_coordinator_socket(struct serve *self, struct failure *failure) 
     int zero = 0;
     zmq_setsockopt(self->to_coordinator, ZMQ_LINGER, &zero, sizeof zero);
     if (zmq_connect(self->to_coordinator, self->coordinator) != 0)
-        return fail(failure, ERR_IO, "cannot connect to %s: %s", self->coordinator, zmq_strerror(errno));
+        return fail(failure, ERR_IO, "cannot connect to %s: %s", self->coordinator,
+                    zmq_strerror(errno));
     return 0;
 }
 
@@ -470,8 +482,8 @@ static int serve_open(struct serve *self, struct failure *failure) {
         error = run_dir_write(&self->run_dir, "api-key", options->api_key, failure);
     if (error < 0)
         return error;
-    self->child = calloc(2 + options->attention + options->experts + options->samplers,
-                         sizeof *self->child);
+    self->child =
+        calloc(2 + options->attention + options->experts + options->samplers, sizeof *self->child);
     ASSERT(self->child != NULL);
     add_children(self, ROLE_COORDINATOR, 1, false);
     add_children(self, ROLE_GATEWAY, 1, false);
@@ -507,7 +519,10 @@ int command_serve(const struct options *given) {
         options.api_key = options.api_key_read;
     if (options.settings.expected_experts == 0)
         options.settings.expected_experts = (uint32_t)options.experts;
-    struct serve self = {.options = &options, .listening = -1, .signals = -1, .probe = {.file = -1},
+    struct serve self = {.options = &options,
+                         .listening = -1,
+                         .signals = -1,
+                         .probe = {.file = -1},
                          .run_dir = {.lock = -1}};
     struct failure failure;
     log_open(&(struct log_options){

@@ -1,8 +1,10 @@
-/* The data plane's interface, shaped like NCCL's network plugins: post, test, close; nothing ever blocks. Two transports have it: shared
- * memory between processes of one host (transport_shm.c) and ZeroMQ to any host (transport_zmq.c). The actor thread alone calls it.
+/* The data plane's interface, shaped like NCCL's network plugins: post, test, close; nothing ever
+ * blocks. Two transports have it: shared memory between processes of one host (transport_shm.c) and
+ * ZeroMQ to any host (transport_zmq.c). The actor thread alone calls it.
  *
- * An edge is made by both ends when their actors CONNECT to each other, and belongs to a pair of incarnations: a restarted process
- * gets new edges, whatever still lies in the old ones is never read. */
+ * An edge is made by both ends when their actors CONNECT to each other, and belongs to a pair of
+ * incarnations: a restarted process gets new edges, whatever still lies in the old ones is never
+ * read. */
 #ifndef TROUPE_HOST_TRANSPORT_H
 #define TROUPE_HOST_TRANSPORT_H
 
@@ -18,8 +20,8 @@ struct outgoing {
     struct frame_header header; /* complete but for crc */
     const void *prefix;
     size_t prefix_bytes;
-    size_t rows_offset; /* from the start of the header */
-    size_t bytes;       /* of the whole frame */
+    size_t rows_offset;                            /* from the start of the header */
+    size_t bytes;                                  /* of the whole frame */
     void (*gather)(void *context, void *ret_rows); /* writes the rows at rows_offset; NULL: none */
     void *context;
     bool seal; /* fill in the CRC */
@@ -41,12 +43,13 @@ struct transport_counters {
 };
 
 struct transport_options {
-    const char *name;      /* unique stem of this process: troupe-<run>-<pid>-<incarnation> */
+    const char *name; /* unique stem of this process: troupe-<run>-<pid>-<incarnation> */
     uint64_t incarnation;
-    struct bell *bell;     /* the actor's; the transport rings it from other threads, peers from other processes */
-    uint64_t ring_bytes;   /* shm: first size of a ring */
-    const char *bind;      /* zmq: where to listen, "ipc://..." or "tcp://host:*" */
-    void *zmq_context;     /* zmq */
+    struct bell *bell;   /* the actor's; the transport rings it from other threads, peers from other
+                            processes */
+    uint64_t ring_bytes; /* shm: first size of a ring */
+    const char *bind;    /* zmq: where to listen, "ipc://..." or "tcp://host:*" */
+    void *zmq_context;   /* zmq */
     bool check_crc;
     uint64_t waiting_bytes_max; /* per edge, frames that wait for room; more are dropped */
 };
@@ -59,22 +62,26 @@ struct transport {
 
 struct transport_class {
     const char *name;
-    /* Makes the edge to a peer, in both directions; an edge with the same id and another incarnation or address is closed first, the
-     * same one is left alone. Errors: the peer is gone or there is no memory; then there is no edge. */
+    /* Makes the edge to a peer, in both directions; an edge with the same id and another
+     * incarnation or address is closed first, the same one is left alone. Errors: the peer is gone
+     * or there is no memory; then there is no edge. */
     int (*connect)(struct transport *self, actor_id id, uint64_t incarnation, const char *address,
                    struct failure *failure);
     /* Closes the edge; none: nothing. Frames not yet sent are dropped. */
     void (*disconnect)(struct transport *self, actor_id id);
     bool (*connected)(const struct transport *self, actor_id id);
-    /* Takes the frame: it is written before this returns (into the edge, or into memory of its own if there is no room now), in the
-     * order of the calls of this edge. 0, or ERR_NOT_FOUND (no edge), ERR_BUSY (too much is waiting), ERR_TOO_LARGE: not sent. */
+    /* Takes the frame: it is written before this returns (into the edge, or into memory of its own
+     * if there is no room now), in the order of the calls of this edge. 0, or ERR_NOT_FOUND (no
+     * edge), ERR_BUSY (too much is waiting), ERR_TOO_LARGE: not sent. */
     int (*post_send)(struct transport *self, actor_id to, const struct outgoing *frame);
-    /* Wakes the peers that frames were posted to since the last flush. Called once per batch of effects, and before each computation. */
+    /* Wakes the peers that frames were posted to since the last flush. Called once per batch of
+     * effects, and before each computation. */
     void (*flush)(struct transport *self);
     /* The next received frame, edges in turn; false: none. At most one frame is out at a time. */
     bool (*receive)(struct transport *self, struct incoming *ret);
     void (*release)(struct transport *self, struct incoming *frame);
-    /* Moves what waits: deferred frames, edges half made. Called on every turn of the actor's loop. Returns whether anything moved. */
+    /* Moves what waits: deferred frames, edges half made. Called on every turn of the actor's loop.
+     * Returns whether anything moved. */
     bool (*progress)(struct transport *self);
     void (*close)(struct transport **self);
 };
@@ -84,7 +91,8 @@ int transport_shm_open(struct transport **ret, const struct transport_options *o
 int transport_zmq_open(struct transport **ret, const struct transport_options *options,
                        struct failure *failure);
 
-/* Removes the shared memory that processes with this stem ("troupe-<run>-" or "troupe-<run>-<pid>-") have left behind. */
+/* Removes the shared memory that processes with this stem ("troupe-<run>-" or
+ * "troupe-<run>-<pid>-") have left behind. */
 void transport_shm_sweep(const char *stem);
 
 #endif

@@ -1,4 +1,5 @@
-/* The data plane between hosts (and, when asked for, on one host): whole frames as ZeroMQ messages through a mailbox of their own. */
+/* The data plane between hosts (and, when asked for, on one host): whole frames as ZeroMQ messages
+ * through a mailbox of their own. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -102,7 +103,8 @@ static bool zmq_progress(struct transport *base) {
     return false;
 }
 
-/* In the mailbox's thread. Everything is checked, the CRC included: these bytes may come from anywhere. */
+/* In the mailbox's thread. Everything is checked, the CRC included: these bytes may come from
+ * anywhere. */
 static void *accept_frame(const void *bytes, size_t size, struct failure *failure) {
     uint8_t *copy = aligned_alloc(64, (size + 63) & ~(size_t)63);
     if (copy == NULL) {

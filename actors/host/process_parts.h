@@ -1,0 +1,56 @@
+/* One actor's process from the inside: shared by process_open.c, which makes it, and process.c,
+ * which runs it. */
+#ifndef TROUPE_HOST_PROCESS_PARTS_H
+#define TROUPE_HOST_PROCESS_PARTS_H
+
+#include "actors/actors.h"
+#include "actors/host/bell.h"
+#include "actors/host/files.h"
+#include "actors/host/http.h"
+#include "actors/host/loader.h"
+#include "actors/host/log.h"
+#include "actors/host/mailbox.h"
+#include "actors/host/pool.h"
+#include "actors/host/process.h"
+#include "actors/host/transport.h"
+
+#define COMPUTED_MAX 256 /* programs of one step that have not been delivered */
+#define STEM_BYTES   100
+
+struct process {
+    enum role role;
+    const struct options *options;
+    struct actor_identity identity;
+    char name[64], host[ADDRESS_BYTES_MAX], stem[STEM_BYTES], coordinator[ADDRESS_BYTES_MAX],
+        data_address[ADDRESS_BYTES_MAX], control_bind[ADDRESS_BYTES_MAX],
+        data_bind[ADDRESS_BYTES_MAX];
+    void *zmq;
+    struct bell bell;
+    struct model_directory directory;
+    struct tokenizer *tokenizer;
+    const struct kernels *kernels;
+    struct pool *pool;
+    struct engine *engine;
+    struct loader *loader;
+    struct mailbox *control;
+    struct transport *shm, *data_zmq; /* NULL: not used */
+    struct http *http;
+    struct actor *actor;
+    struct effects effects;
+    actor_id id; /* from WELCOME */
+    struct program_result computed[COMPUTED_MAX];
+    uint32_t computed_first, computed_count;
+    bool exiting;
+    int exit_code;
+    struct log_limit limit;
+};
+
+/* Everything up to the created actor. On failure: what was opened is in `self`, process_close
+ * closes it. */
+int process_open(struct process *self, struct failure *failure);
+void process_close(struct process *self);
+
+/* SIGTERM and SIGINT are counted and ring the bell from now on. NULL: no more rings. */
+void process_catch_signals(struct bell *bell);
+
+#endif
