@@ -8,6 +8,7 @@
 #include "actors/actor.h"
 #include "actors/host/clock.h"
 #include "actors/host/commands.h"
+#include "actors/host/endpoint.h"
 #include "actors/host/mailbox.h"
 #include "actors/host/process.h"
 #include "proto/wire.h"
@@ -169,23 +170,18 @@ static int ctl_open(struct ctl *self, const struct options *options, struct fail
         snprintf(bind, sizeof bind, "tcp://*:*");
     int64_t limit = CONTROL_MESSAGE_MAX;
     int linger_ms = 200;
-    size_t size = sizeof self->inbox;
+    char bound[ADDRESS_BYTES_MAX];
+    size_t size = sizeof bound;
     self->zmq = zmq_ctx_new();
     self->in = zmq_socket(self->zmq, ZMQ_PULL);
     self->out = zmq_socket(self->zmq, ZMQ_PUSH);
     zmq_setsockopt(self->in, ZMQ_MAXMSGSIZE, &limit, sizeof limit);
     zmq_setsockopt(self->out, ZMQ_LINGER, &linger_ms, sizeof linger_ms);
     if (zmq_bind(self->in, bind) != 0 || zmq_connect(self->out, self->coordinator) != 0 ||
-        zmq_getsockopt(self->in, ZMQ_LAST_ENDPOINT, self->inbox, &size) != 0)
+        zmq_getsockopt(self->in, ZMQ_LAST_ENDPOINT, bound, &size) != 0)
         return fail(failure, ERR_IO, "cannot reach %s from %s: %s", self->coordinator, bind,
                     zmq_strerror(zmq_errno()));
-    const char *wildcard = "tcp://0.0.0.0:";
-    if (strncmp(self->inbox, wildcard, strlen(wildcard)) == 0) {
-        char name[65] = "", port[8];
-        gethostname(name, sizeof name - 1);
-        snprintf(port, sizeof port, "%s", self->inbox + strlen(wildcard));
-        snprintf(self->inbox, sizeof self->inbox, "tcp://%s:%s", name, port);
-    }
+    endpoint_advertised(bound, self->coordinator, self->inbox);
     return 0;
 }
 

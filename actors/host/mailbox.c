@@ -16,6 +16,7 @@
 #include <zmq.h>
 
 #include "actors/host/clock.h"
+#include "actors/host/endpoint.h"
 #include "actors/host/log.h"
 #include "actors/host/queue.h"
 #include "actors/host/thread.h"
@@ -303,20 +304,12 @@ static void *run(void *argument) {
     return NULL;
 }
 
-/* "tcp://0.0.0.0:1234" means nothing to peers: they are told this machine's name. */
 static void advertise(struct mailbox *self) {
-    char bound[ADDRESS_BYTES_MAX], name[65];
+    char bound[ADDRESS_BYTES_MAX];
     size_t size = sizeof bound;
     if (zmq_getsockopt(self->inbox, ZMQ_LAST_ENDPOINT, bound, &size) != 0)
         snprintf(bound, sizeof bound, "%s", self->options.bind);
-    const char *wildcard = "tcp://0.0.0.0:";
-    if (strncmp(bound, wildcard, strlen(wildcard)) == 0 && gethostname(name, sizeof name) == 0) {
-        name[sizeof name - 1] = 0;
-        snprintf(self->address, sizeof self->address, "tcp://%s:%.6s", name,
-                 bound + strlen(wildcard));
-    } else {
-        snprintf(self->address, sizeof self->address, "%s", bound);
-    }
+    endpoint_advertised(bound, self->options.towards, self->address);
 }
 
 static int bind_inbox(struct mailbox *self, struct failure *failure) {

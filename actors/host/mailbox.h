@@ -14,6 +14,7 @@ struct mailbox_options {
     const char *name;         /* of the thread, at most 15 characters */
     void *context;            /* ZeroMQ */
     const char *bind;         /* ipc://path or tcp://host:port, port * for any */
+    const char *towards;      /* says which of this machine's addresses peers are told; or NULL */
     struct bell *bell;        /* rung when something has arrived */
     size_t message_max;       /* larger ones are refused */
     size_t waiting_bytes_max; /* per peer, when the peer does not take them; more are dropped */

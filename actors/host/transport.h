@@ -49,6 +49,7 @@ struct transport_options {
                             processes */
     uint64_t ring_bytes; /* shm: first size of a ring */
     const char *bind;    /* zmq: where to listen, "ipc://..." or "tcp://host:*" */
+    const char *towards; /* zmq: see mailbox_options */
     void *zmq_context;   /* zmq */
     bool check_crc;
     uint64_t waiting_bytes_max; /* per edge, frames that wait for room; more are dropped */

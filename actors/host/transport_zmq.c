@@ -180,6 +180,7 @@ int transport_zmq_open(struct transport **ret, const struct transport_options *o
         .name = "data",
         .context = options->zmq_context,
         .bind = options->bind,
+        .towards = options->towards,
         .bell = options->bell,
         .message_max = sizeof(struct frame_header) + FRAME_PAYLOAD_MAX,
         .waiting_bytes_max = options->waiting_bytes_max,
