@@ -11,7 +11,7 @@ PACKAGES := libzmq libprotobuf-c libmicrohttpd jansson yaml-0.1 libpcre2-8 hwloc
 ARCH := $(shell uname -m)
 CFLAGS_BASE := -std=gnu17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Wshadow \
   -Wstrict-prototypes -Wmissing-prototypes -Wno-unused-parameter -Werror
-CPPFLAGS := -I. -I$(BUILD)/proto -D_GNU_SOURCE $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
+CPPFLAGS := -I. -I$(BUILD) -I$(BUILD)/proto -D_GNU_SOURCE $(shell pkg-config --cflags $(PACKAGES) 2>/dev/null)
 LDLIBS := $(shell pkg-config --libs $(PACKAGES) 2>/dev/null) -lpthread -lm
 ifneq ($(SANITIZER),)
 # GCC warns of uninitialised reads that are none when it instruments code.
@@ -68,6 +68,14 @@ $(BUILD)/libtroupe.a: $(OBJECTS)
 $(BUILD)/proto/troupe.pb-c.c $(BUILD)/proto/troupe.pb-c.h &: proto/troupe.proto
 	@mkdir -p $(BUILD)/proto
 	protoc-c --c_out=$(BUILD)/proto -Iproto proto/troupe.proto
+
+# Which commit was built, for reports of failures; rewritten only when it changes.
+$(BUILD)/commit.h: always
+	@mkdir -p $(BUILD)
+	@echo '#define TROUPE_COMMIT "'$$(git describe --always --dirty 2>/dev/null || echo unknown)'"' >$@.new
+	@cmp -s $@ $@.new && rm $@.new || mv $@.new $@
+.PHONY: always
+$(BUILD)/actors/host/command_sim.o: $(BUILD)/commit.h
 
 $(BUILD)/proto/troupe.pb-c.o: $(BUILD)/proto/troupe.pb-c.c
 	@$(CC) $(CPPFLAGS) -std=gnu17 -O2 -g $(if $(SANITIZER),-fsanitize=$(SANITIZER)) -c -o $@ $<

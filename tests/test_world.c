@@ -72,14 +72,14 @@ static struct world_options calm(uint64_t seed) {
     return options;
 }
 
-struct fault {
+struct kill {
     enum role role;
     uint32_t index;
     uint64_t kill_ns, restart_ns; /* 0: none */
 };
 
 /* Runs until all sequences are answered; false if that does not happen in 120 s of virtual time. */
-static bool run(struct world *world, struct fault fault) {
+static bool run(struct world *world, struct kill fault) {
     for (uint32_t step = 0; step < STEPS_MAX; step++) {
         if (fault.kill_ns != 0 && world_now_ns(world) >= fault.kill_ns) {
             world_kill(world, fault.role, fault.index);
@@ -118,7 +118,7 @@ static bool same_tokens(struct world *world) {
 }
 
 static void expect_quiet_tokens(const char *what, const struct world_options *options,
-                                struct fault fault) {
+                                struct kill fault) {
     struct world *world;
     struct failure failure;
     assert_int_equal(world_open(&world, options, &failure), 0);
@@ -137,7 +137,7 @@ static void test_quiet(void **state) {
     struct world *world;
     struct failure failure;
     assert_int_equal(world_open(&world, &options, &failure), 0);
-    assert_true(run(world, (struct fault){0}));
+    assert_true(run(world, (struct kill){0}));
     assert_true(world_now_ns(world) > QUIET_RUN_NS); /* so that faults come while it runs */
     for (uint32_t s = 0; s < SEQUENCES; s++) {
         const struct probe_answer *answer = probe_answer(world_actor(world, ROLE_GATEWAY, 0), s);
@@ -158,7 +158,7 @@ static void test_seed_replays(void **state) {
         struct world *world;
         struct failure failure;
         assert_int_equal(world_open(&world, &options, &failure), 0);
-        assert_true(run(world, (struct fault){0}));
+        assert_true(run(world, (struct kill){0}));
         hash[i] = world_trace_hash(world);
         world_close(&world);
     }
@@ -177,7 +177,7 @@ static void test_lossy_network(void **state) {
         options.frame_delay_max_ns = 2 * MS;
         options.settings.heartbeat_misses = 40;
         expect_quiet_tokens("loss, delay and reordering of control messages", &options,
-                            (struct fault){0});
+                            (struct kill){0});
     }
 }
 
@@ -190,7 +190,7 @@ static void test_shapes_of_the_cluster(void **state) {
         options.samplers = 1 + experts / 2 % 2;
         options.settings.prefill_chunk = 1 + 6 * (experts - 1);
         options.settings.frame_rows = experts;
-        expect_quiet_tokens("processes and chunks", &options, (struct fault){0});
+        expect_quiet_tokens("processes and chunks", &options, (struct kill){0});
     }
 }
 
@@ -200,7 +200,7 @@ static void test_frame_loss(void **state) {
         struct world_options options = calm(seed);
         options.frame_loss = 0.02;
         options.settings.row_deadline_ms = 20;
-        expect_quiet_tokens("loss of frames", &options, (struct fault){0});
+        expect_quiet_tokens("loss of frames", &options, (struct kill){0});
     }
 }
 
@@ -212,7 +212,7 @@ static void test_crashes(void **state) {
         struct world_options options = calm(seed);
         options.attention = 2;
         options.samplers = 2;
-        struct fault fault = {.role = roles[seed % 3], .index = (uint32_t)(seed / 3 % 2)};
+        struct kill fault = {.role = roles[seed % 3], .index = (uint32_t)(seed / 3 % 2)};
         fault.kill_ns = random_between(&random, 10 * MS, QUIET_RUN_NS / 2);
         fault.restart_ns = fault.kill_ns + random_between(&random, 1 * MS, 200 * MS);
         expect_quiet_tokens(role_name(fault.role), &options, fault);
@@ -233,7 +233,7 @@ static bool run_without_coordinator(struct world *world, uint64_t kill_ns, uint6
     uint64_t until = world_now_ns(world) + 40 * MS;
     while (kill_expert && world_now_ns(world) < until && world_step(world))
         ;
-    struct fault fault = {.role = ROLE_EXPERT, .index = 1};
+    struct kill fault = {.role = ROLE_EXPERT, .index = 1};
     fault.kill_ns = kill_expert ? until : 0;
     return run(world, fault);
 }

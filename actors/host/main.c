@@ -55,6 +55,8 @@ static const struct command {
      "write a model directory of any shape with random weights"},
     {"bench", FOR_BENCH, command_bench, "[OPTIONS]",
      "how fast is it here: decode, prefill and mixed load, beside the machine's limits"},
+    {"sim", FOR_SIM, command_sim, "[--seed N | --seeds A..B | --scenario FILE] [OPTIONS]",
+     "whole clusters on virtual time, with faults drawn from a seed: is every token the same?"},
     {"ctl", FOR_CONTROL, command_ctl, "status [OPTIONS]", "ask a running troupe how it is"},
     {"version", FOR_VERSION, show_version, "", "print the version"},
 };

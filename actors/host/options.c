@@ -76,8 +76,18 @@ static const struct option_row table[] = {
     NUMBER("max-tokens", max_tokens, 1, 1u << 20, FOR_GENERATE, "longest answer (default 64)"),
     {"temperature", "X", OPTION_FRACTION, offsetof(struct options, temperature), 0, 2, FOR_GENERATE,
      "0 for the likeliest token each time (default 0)"},
-    NUMBER("seed", seed, 0, UINT64_MAX >> 1, FOR_GENERATE | FOR_SYNTH,
+    NUMBER("seed", seed, 0, UINT64_MAX >> 1, FOR_GENERATE | FOR_SYNTH | FOR_SIM,
            "seed of the draws (default 0)"),
+    TEXT("seeds", seeds, "A..B", FOR_SIM, "run every seed from A to B"),
+    NUMBER("jobs", jobs, 1, 256, FOR_SIM, "processes that share the seeds (default 1)"),
+    TEXT("scenario", scenario, "FILE", FOR_SIM,
+         "run what the file says instead of a seed's own faults (see docs/faults.md)"),
+    TEXT("trace", trace, "FILE", FOR_SIM, "write every step there"),
+    FLAG("shrink", shrink, FOR_SIM,
+         "on failure take faults out while it still fails, then print what is left"),
+    FLAG("first", first, FOR_SIM, "stop at the first seed that fails"),
+    FLAG("twice", twice, FOR_SIM,
+         "run every seed twice and compare the traces (default: every 16th)"),
     TEXT("golden", golden, "DIR", FOR_CHECK,
          "compare with DIR/golden.safetensors, running the model in DIR"),
     TEXT("shape", shape, "FILE", FOR_SYNTH, "config.json of the model to make"),
@@ -154,6 +164,7 @@ static int store(struct options *self, const struct option_row *row, const char 
                         (unsigned long long)row->min, (unsigned long long)row->max, value);
         *(uint64_t *)field = number;
         self->port_set |= row->offset == offsetof(struct options, port);
+        self->seed_set |= row->offset == offsetof(struct options, seed);
         return 0;
     }
     case OPTION_FRACTION: {
@@ -259,6 +270,7 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         .transport = "auto",
         .host = "127.0.0.1",
         .experts = 4,
+        .jobs = 1,
         .attention = 1,
         .samplers = 1,
         .port = 8000,

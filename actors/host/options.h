@@ -21,6 +21,7 @@ enum command_bit {
     FOR_CONTROL = 512,
     FOR_VERSION = 1024,
     FOR_BENCH = 2048,
+    FOR_SIM = 4096,
     FOR_ACTORS = FOR_COORDINATOR | FOR_GATEWAY | FOR_WORKER,
     FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
 };
@@ -32,9 +33,9 @@ struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
         *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden,
         *shape, *url, *json, *figures;
-    uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib, runs;
+    uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib, jobs, runs;
     double temperature, rate;
-    bool verbose, help, port_set;
+    bool verbose, help, port_set, shrink, first, twice, seed_set;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
     int positionals;
