@@ -40,6 +40,9 @@ struct seat {
 
     /* expert */
     uint32_t capacity; /* pairs it may hold */
+    uint32_t room;     /* as its HELLO said; capacity is less for a while after a load has failed */
+    uint32_t failures; /* loads, since one succeeded */
+    uint64_t trusted_at_ns; /* when it is given more again; NEVER: it is */
     uint8_t *assigned; /* [pairs] enum assigned */
     enum order_kind order;
     uint64_t operation, shrunk_epoch;

@@ -16,6 +16,7 @@
 #include <string.h>
 
 #define ORDER_WAIT_MAX_NS 2000000000u
+#define TRUST_WAIT_MAX_NS 10000000000u
 
 bool seat_serves(const struct coordinator *self, actor_id id) {
     const struct seat *seat = id != 0 ? seat_find(self, id) : NULL;
@@ -191,7 +192,8 @@ static void activate(struct coordinator *self, struct seat *seat) {
     }
 }
 
-/* The process keeps what it serves and is given no more; what it was to load goes to others. */
+/* The process keeps what it serves and is given no more for a while, each time for longer; what it was
+ * to load goes to others. Disks and memory recover, so nobody is written off. */
 static void give_up(struct coordinator *self, struct seat *seat, const char *error, uint64_t now_ns,
                     struct effects *out) {
     effects_trace(out, TRACE_ERROR, "%s (actor %u) could not load its experts: %s", seat->name,
@@ -203,6 +205,9 @@ static void give_up(struct coordinator *self, struct seat *seat, const char *err
             self->target[pair] = 0;
     }
     seat->capacity = serves;
+    uint64_t wait_ns = self->retry_ns << (seat->failures < 8 ? seat->failures : 8);
+    seat->failures++;
+    seat->trusted_at_ns = now_ns + (wait_ns < TRUST_WAIT_MAX_NS ? wait_ns : TRUST_WAIT_MAX_NS);
     copies_plan(self, now_ns, out);
 }
 
@@ -213,6 +218,7 @@ void copies_on_ready(struct coordinator *self, struct seat *seat, const Troupe__
     enum order_kind order = seat->order;
     seat->order = ORDER_NONE;
     if (order == ORDER_ASSIGN && ready->ok) {
+        seat->failures = 0;
         activate(self, seat);
     } else if (order == ORDER_ASSIGN) {
         give_up(self, seat, ready->error, now_ns, out);
@@ -274,6 +280,11 @@ void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out
         struct seat *seat = &self->seat[i];
         if (seat->role != ROLE_EXPERT)
             continue;
+        if (now_ns >= seat->trusted_at_ns) {
+            seat->trusted_at_ns = NEVER;
+            seat->capacity = seat->room;
+            copies_plan(self, now_ns, out);
+        }
         if (seat->order != ORDER_NONE && now_ns >= seat->order_at_ns)
             send_order(self, seat, now_ns, out);
         else if (seat->order == ORDER_NONE && drained(self, seat) && has_surplus(self, seat))
@@ -288,5 +299,8 @@ uint64_t copies_deadline(const struct coordinator *self) {
     for (uint32_t i = 0; i < self->seats; i++)
         if (self->seat[i].order != ORDER_NONE && self->seat[i].order_at_ns < deadline)
             deadline = self->seat[i].order_at_ns;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].role == ROLE_EXPERT && self->seat[i].trusted_at_ns < deadline)
+            deadline = self->seat[i].trusted_at_ns;
     return deadline;
 }

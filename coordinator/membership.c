@@ -96,6 +96,8 @@ static bool seat_fill(const struct coordinator *self, struct seat *seat,
     seat->capacity = self->pairs;
     if (hello->capacity_bytes > 0 && hello->capacity_bytes / self->expert_bytes < self->pairs)
         seat->capacity = (uint32_t)(hello->capacity_bytes / self->expert_bytes);
+    seat->room = seat->capacity;
+    seat->trusted_at_ns = NEVER;
     return true;
 }
 

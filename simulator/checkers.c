@@ -185,6 +185,11 @@ static void check_first_sending(struct checkers *self, struct place who, const s
 
 static void check_unload(struct checkers *self, struct place who, uint32_t layer, uint32_t expert) {
     uint64_t now_ns = world_now_ns(self->world);
+    const actor_id *listed = self->newest == NULL
+                                 ? NULL
+                                 : self->newest->holder + (layer * self->experts + expert) * HOLDERS_MAX;
+    if (listed == NULL || listed[0] == 0) /* nobody was told that anybody serves it */
+        return;
     if (self->last_loss_ns != 0 && now_ns < self->last_loss_ns + self->unnoticed_ns)
         return;
     for (uint32_t i = 0; world_has(self->world, (struct place){ROLE_EXPERT, i}); i++)
