@@ -113,8 +113,15 @@ static void check_complete(struct expert *self, struct effects *out) {
     send_ready(self, out);
 }
 
-/* True if the operation is new; the newest one said again is answered with what came of it. */
-static bool begin_operation(struct expert *self, uint64_t operation, struct effects *out) {
+/* True if the operation is for this process and new; the newest one said again is answered with what came
+ * of it. */
+static bool begin_operation(struct expert *self, uint64_t operation, uint64_t incarnation,
+                            struct effects *out) {
+    if (incarnation != 0 && incarnation != self->member.identity.incarnation) {
+        effects_trace(out, TRACE_WARNING, "ignored operation %llu for an earlier process at this address",
+                      (unsigned long long)operation);
+        return false;
+    }
     if (operation == self->operation && self->state >= OPERATION_DONE)
         send_ready(self, out);
     if (operation <= self->operation)
@@ -139,7 +146,7 @@ static void want(struct expert *self, uint32_t place) {
 }
 
 static void on_assign(struct expert *self, const Troupe__Assign *assign, struct effects *out) {
-    if (!begin_operation(self, assign->operation, out))
+    if (!begin_operation(self, assign->operation, assign->incarnation, out))
         return;
     for (size_t i = 0; i < assign->n_layer; i++) {
         if (!in_model(self, assign->layer[i], assign->expert[i])) {
@@ -175,7 +182,7 @@ static void release_place(struct expert *self, uint32_t place, struct effects *o
 }
 
 static void on_release(struct expert *self, const Troupe__Release *release, struct effects *out) {
-    if (!begin_operation(self, release->operation, out))
+    if (!begin_operation(self, release->operation, release->incarnation, out))
         return;
     for (size_t i = 0; i < release->n_layer; i++)
         if (in_model(self, release->layer[i], release->expert[i]))

@@ -129,6 +129,9 @@ void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out
 uint64_t copies_deadline(const struct coordinator *self);
 /* What a member of an earlier coordinator holds. */
 void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello);
+/* What it holds beside that; orders that it cannot take for new any more are given new numbers. */
+void copies_learn_more(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
+                       uint64_t now_ns, struct effects *out);
 void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
 bool copies_complete(const struct coordinator *self); /* every pair has a ready holder */
 

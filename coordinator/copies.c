@@ -53,6 +53,7 @@ static void send_order(struct coordinator *self, struct seat *seat, uint64_t now
     message envelope = coordinator_envelope(self);
     if (seat->order == ORDER_ASSIGN) {
         assign.operation = seat->operation;
+        assign.incarnation = seat->incarnation;
         assign.n_layer = assign.n_expert = count;
         assign.layer = layer;
         assign.expert = expert;
@@ -60,6 +61,7 @@ static void send_order(struct coordinator *self, struct seat *seat, uint64_t now
         envelope.assign = &assign;
     } else {
         release.operation = seat->operation;
+        release.incarnation = seat->incarnation;
         release.n_layer = release.n_expert = count;
         release.layer = layer;
         release.expert = expert;
@@ -245,6 +247,19 @@ void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hel
             self->target[pair] = seat->id;
     }
     seat->shrunk_epoch = self->epoch + 1; /* what is nobody's target here is used until then */
+}
+
+void copies_learn_more(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
+                       uint64_t now_ns, struct effects *out) {
+    for (size_t i = 0; i < hello->n_layer; i++) {
+        if (hello->layer[i] >= self->config.layers || hello->expert[i] >= self->config.experts)
+            continue;
+        uint8_t *assigned = &seat->assigned[hello->layer[i] * self->config.experts + hello->expert[i]];
+        if (*assigned == ASSIGNED_NO)
+            *assigned = ASSIGNED_BEFORE;
+    }
+    if (seat->order != ORDER_NONE && seat->operation <= hello->operation)
+        begin_order(self, seat, seat->order, now_ns, out);
 }
 
 /* Epochs that others reported since may be larger; from the next one on the copies learnt of count. */

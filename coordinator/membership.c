@@ -201,6 +201,22 @@ static void take_past(struct coordinator *self, struct seat *seat, const Troupe_
         copies_learn(self, seat, hello);
 }
 
+/* A member that came as a new process, then took a late WELCOME of the earlier coordinator and followed
+ * that one for a while. */
+static void take_more_past(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
+                           uint64_t now_ns, struct effects *out) {
+    if (hello->epoch > self->epoch) {
+        self->epoch = hello->epoch;
+        self->changed = true;
+    }
+    if (hello->epoch > seat->acknowledged_epoch && hello->epoch > seat->foreign_epoch)
+        seat->foreign_epoch = hello->epoch;
+    if (hello->operation > self->last_operation)
+        self->last_operation = hello->operation;
+    if (seat->role == ROLE_EXPERT)
+        copies_learn_more(self, seat, hello, now_ns, out);
+}
+
 /* Everybody has come, or has had time to. */
 static void end_learning(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     bool complete = self->members_before > 0 && self->seats >= self->members_before;
@@ -217,7 +233,9 @@ void membership_on_stranger(struct coordinator *self, const message *envelope, u
     const struct ghost *ghost = find_ghost(self, envelope->from_incarnation);
     effects_trace(out, TRACE_WARNING, "ignored %s of actor %u, %s", wire_name(envelope),
                   envelope->from, ghost != NULL ? "which was removed" : "which is no member");
-    if (ghost != NULL && envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT)
+    bool asks = envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT ||
+                envelope->body_case == TROUPE__ENVELOPE__BODY_HELLO;
+    if (ghost != NULL && asks)
         send_refused(self, ghost->id, ghost->incarnation, ghost->control_address,
                      "removed from the troupe after missed heartbeats; start again to join", out);
     else if (envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT)
@@ -285,6 +303,8 @@ void membership_on_hello(struct coordinator *self, const message *envelope, uint
     struct seat *known = find_incarnation(self, envelope->from_incarnation);
     if (known != NULL) {
         known->heard_ns = now_ns;
+        if (hello->id != 0)
+            take_more_past(self, known, hello, now_ns, out);
         send_welcome(self, known, out);
         return;
     }

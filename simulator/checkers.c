@@ -23,6 +23,8 @@ struct life {
 struct published {
     uint64_t incarnation, epoch; /* of the coordinator; 0: free */
     actor_id *holder;            /* [pairs * HOLDERS_MAX], 0: none */
+    uint64_t member[CHECKED_PLACES_MAX]; /* incarnations */
+    uint32_t members;
 };
 #define HOLDERS_MAX 8u
 
@@ -39,6 +41,9 @@ struct checkers {
     void (*ended)(void *context, struct place who);
     void *context;
     struct failure violation;
+    /* A release that was too early, unless the same step goes on to publish an epoch without the member. */
+    struct failure suspicion;
+    uint64_t suspect; /* incarnation */
 };
 
 static struct life *life_of(struct checkers *self, struct place place) {
@@ -93,11 +98,9 @@ static void take_commit(struct checkers *self, uint64_t incarnation, const Troup
         holder[at] = commit->holder[i];
     }
     self->newest = published;
-    for (size_t i = 0; i < commit->n_member; i++) {
-        struct life *life = life_of_id(self, commit->member[i]->id);
-        if (life != NULL && life->incarnation == 0)
-            life->incarnation = commit->member[i]->incarnation;
-    }
+    published->members = 0;
+    for (size_t i = 0; i < commit->n_member && i < CHECKED_PLACES_MAX; i++)
+        published->member[published->members++] = commit->member[i]->incarnation;
 }
 
 static const struct published *find_published(const struct checkers *self, uint64_t incarnation,
@@ -115,23 +118,40 @@ static bool lists(const struct published *published, uint32_t pair, actor_id id)
     return false;
 }
 
+static bool is_member(const struct published *published, uint64_t incarnation) {
+    for (uint32_t i = 0; published != NULL && i < published->members; i++)
+        if (published->member[i] == incarnation)
+            return true;
+    return false;
+}
+
 /* Drain: whoever still uses an epoch that lists the copy may send rows to it. */
 static void check_release(struct checkers *self, uint64_t incarnation, actor_id to,
                           const Troupe__Release *release) {
     for (uint32_t i = 0; i < self->lives; i++) {
         const struct life *life = &self->life[i];
-        if (life->place.role != ROLE_ATTENTION || life->heard_epoch == 0)
+        if (life->place.role != ROLE_ATTENTION || life->heard_epoch == 0 ||
+            !is_member(self->newest, life->incarnation))
             continue;
         const struct published *used = find_published(self, incarnation, life->heard_epoch);
         for (size_t p = 0; used != NULL && p < release->n_layer; p++)
             if (in_model(self, release->layer[p], release->expert[p]) &&
-                lists(used, release->layer[p] * self->experts + release->expert[p], to))
-                violate(self,
-                        "drain: layer %u expert %u is released at actor %u while attention-%u has acknowledged "
-                        "only epoch %llu, which lists it there",
-                        release->layer[p], release->expert[p], to, life->place.index,
-                        (unsigned long long)life->heard_epoch);
+                lists(used, release->layer[p] * self->experts + release->expert[p], to)) {
+                self->suspect = life->incarnation;
+                fail(&self->suspicion, ERR_STATE,
+                     "drain: layer %u expert %u is released at actor %u while attention-%u has acknowledged "
+                     "only epoch %llu, which lists it there",
+                     release->layer[p], release->expert[p], to, life->place.index,
+                     (unsigned long long)life->heard_epoch);
+                return;
+            }
     }
+}
+
+static void decide(struct checkers *self) {
+    if (self->suspicion.code != 0 && self->violation.code == 0 && is_member(self->newest, self->suspect))
+        self->violation = self->suspicion;
+    self->suspicion.code = 0;
 }
 
 static void on_sent(struct checkers *self, struct place who, const struct effect *effect) {
@@ -160,6 +180,7 @@ static void on_sent(struct checkers *self, struct place who, const struct effect
 
 static void on_message(void *context, struct place to, const message *envelope) {
     struct checkers *self = context;
+    decide(self);
     if (to.role != ROLE_COORDINATOR || envelope->body_case != TROUPE__ENVELOPE__BODY_HEARTBEAT)
         return;
     struct life *life = life_of_id(self, envelope->from);
@@ -200,6 +221,8 @@ static void check_unload(struct checkers *self, struct place who, uint32_t layer
 
 static void on_effect(void *context, struct place who, const struct effect *effect) {
     struct checkers *self = context;
+    if (who.role != ROLE_COORDINATOR)
+        decide(self);
     if (effect->kind == EFFECT_SEND)
         on_sent(self, who, effect);
     else if (effect->kind == EFFECT_TRANSFER)
@@ -244,6 +267,8 @@ static int check_copies(const struct checkers *self, struct failure *failure) {
             if (place_matches(self->life[l].place, (struct place){ROLE_EXPERT, i}))
                 life = &self->life[l];
         for (uint32_t pair = 0; life != NULL && self->newest != NULL && pair < self->pairs; pair++) {
+            if (life->id == 0 || !is_member(self->newest, life->incarnation))
+                return fail(failure, ERR_STATE, "expert-%u is no member", i);
             bool held = world_holds(self->world, i, pair / self->experts, pair % self->experts);
             if (held != lists(self->newest, pair, life->id))
                 return fail(failure, ERR_STATE, "leaks: expert-%u (actor %u) %s layer %u expert %u, epoch %llu %s", i,

@@ -130,6 +130,9 @@ static void send_submit(struct gateway *self, const struct choice *choice, struc
 static bool wait_longer(struct gateway *self, struct choice *choice, uint64_t now_ns,
                         uint64_t until_ns, struct effects *out) {
     uint64_t last_ns = choice->waiting_since_ns + self->submit_timeout_ns;
+    bool admitted = choice->request->admitted || choice->request->begun;
+    if (admitted) /* is answered, however long it takes */
+        last_ns = NEVER;
     if (now_ns >= last_ns) {
         struct http_error error;
         http_fail(&error, 503, NULL, "no attention actor could take the request within %u ms%s",
