@@ -1,8 +1,8 @@
 /* Work on independent rows, cut over the threads. How it is cut never changes a row. */
 #include "engine/internal.h"
 
-/* Vector operations that are worth a thread: some microseconds, as long as waking it takes. */
-#define PART_WORK 4096
+/* Vector operations that are worth a thread: ten microseconds or so, as long as waking it takes. */
+#define PART_WORK 16384
 
 struct rows_job {
     void (*task)(void *argument, uint32_t first, uint32_t end, int part);

@@ -2,9 +2,9 @@
  * order, so the cut shows in no result. */
 #include "kernels/internal.h"
 
-/* Below this many multiplications per part a second thread costs more (tens of microseconds to
- * wake) than it saves. */
-#define WORK_PER_PART_MIN (256u * 1024)
+/* Below this much work per part another thread costs more (tens of microseconds to wake, more where processors are scarce) than it
+ * saves. Work: multiplications, and bringing the weights here counts as one row more. */
+#define WORK_PER_PART_MIN (1280u * 1024)
 
 struct run {
     const struct matmul_job *job;
@@ -42,8 +42,8 @@ void matmul_run(const struct matmul_job *job, matmul_part_function *function, ui
                 uint32_t row_step, const struct parallel *parallel) {
     if (job->rows == 0 || job->w->n == 0)
         return;
-    const uint64_t work = (uint64_t)job->w->n * job->w->k / 64 * job->rows;
-    const uint64_t useful = work / (WORK_PER_PART_MIN / 64) + 1;
+    const uint64_t work = (uint64_t)job->w->n * job->w->k / 64 * ((uint64_t)job->rows + 1);
+    const uint64_t worth = work / (WORK_PER_PART_MIN / 64), useful = worth > 0 ? worth : 1;
     const uint32_t parts =
         useful < (uint64_t)parallel->width ? (uint32_t)useful : (uint32_t)parallel->width;
     struct run run = {job, function, panel_step, row_step, parts, 1};

@@ -62,6 +62,7 @@ static const struct setting settings[] = {
     {"prefill chunk 7, among 16", "--experts 2 --prefill-chunk 7", ISA_SCALAR, true},
     {"prefill chunk 64", "--experts 2 --prefill-chunk 64", ISA_SCALAR, false},
     {"prefill whole", "--experts 2 --prefill-chunk 2048 --batch-tokens 2048", ISA_SCALAR, false},
+    {"1 thread, among 16", "--experts 2 --threads 1", ISA_SCALAR, true},
     {"2 threads, among 16", "--experts 2 --threads 2", ISA_SCALAR, true},
     {"scalar", "--experts 2 --isa scalar", ISA_SCALAR, true},
     {"avx512", "--experts 2 --isa avx512", ISA_AVX512, true},

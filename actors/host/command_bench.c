@@ -7,7 +7,6 @@
  * Figures take turns, run by run, so that what disturbs the machine meanwhile falls on all of them; medians are shown, beside the
  * machine's own limits and the processor time, sleeps and preemptions that the troupe's processes counted meanwhile. */
 #include <math.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -280,10 +279,8 @@ static int measure_limits(struct bench *self, struct failure *failure) {
         if (strcmp(self->options->isa, names[i]) == 0)
             isa = (enum isa)i;
     }
-    cpu_set_t set;
     struct pool *pool;
-    int width = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    int error = pool_open(&pool, width, failure);
+    int error = pool_open(&pool, pool_processors(), failure);
     if (error < 0)
         return error;
     struct parallel parallel = pool_parallel(pool);

@@ -150,6 +150,8 @@ static void check_processor(struct report *report, const struct options *options
     long processors = sysconf(_SC_NPROCESSORS_ONLN);
     uint64_t wanted =
         options->settings.threads * (options->attention + options->experts + options->samplers);
+    if (wanted == 0)
+        wanted = options->experts; /* as many as there are, but at least one for each expert process */
     if (processors > 0 && (uint64_t)processors < wanted)
         say(report, WARNING, "processors", "%ld, for %llu compute threads: they will take turns",
             processors, (unsigned long long)wanted);

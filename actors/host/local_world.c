@@ -11,7 +11,8 @@ int local_world_open(struct local_world *ret, const char *model, const struct op
     if (error == 0 && (self.kernels = options_kernels(options, failure)) == NULL)
         error = failure->code;
     if (error == 0)
-        error = pool_open(&self.pool, (int)options->settings.threads, failure);
+        error = pool_open(&self.pool, options->settings.threads > 0 ? (int)options->settings.threads
+                                                                  : pool_processors(), failure);
     if (error < 0) {
         local_world_close(&self);
         return error;

@@ -7,6 +7,7 @@
 #include "actors/host/pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
@@ -135,4 +136,10 @@ void pool_close(struct pool **pool) {
 
 struct parallel pool_parallel(struct pool *self) {
     return (struct parallel){run, self, self->width};
+}
+
+int pool_processors(void) {
+    cpu_set_t set;
+    int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    return count < 1 ? 1 : count;
 }

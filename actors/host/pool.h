@@ -13,4 +13,7 @@ int pool_open(struct pool **ret, int width, struct failure *failure);
 void pool_close(struct pool **self);
 struct parallel pool_parallel(struct pool *self);
 
+/* Processors that this process may run on, 1 to 1024. */
+int pool_processors(void);
+
 #endif

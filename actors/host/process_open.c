@@ -198,7 +198,9 @@ static int open_data(struct process *self, struct failure *failure) {
 
 static int open_engine(struct process *self, struct failure *failure) {
     const struct settings *settings = &self->options->settings;
-    int error = pool_open(&self->pool, (int)settings->threads, failure);
+    int threads = settings->threads > 0 ? (int)settings->threads : pool_processors();
+    self->identity.threads = (uint32_t)threads;
+    int error = pool_open(&self->pool, threads, failure);
     if (error < 0)
         return error;
     struct engine_options engine = {
@@ -320,7 +322,6 @@ int process_open(struct process *self, struct failure *failure) {
     self->identity.model_fingerprint = model_fingerprint(self->directory.model);
     self->identity.numerics = options->numerics;
     self->identity.pid = (uint32_t)getpid();
-    self->identity.threads = options->settings.threads;
     return create_actor(self, failure);
 }
 

@@ -27,6 +27,7 @@
 #include "actors/host/files.h"
 #include "actors/host/http.h"
 #include "actors/host/log.h"
+#include "actors/host/pool.h"
 #include "actors/host/probe_http.h"
 #include "actors/host/process.h"
 #include "actors/host/run_dir.h"
@@ -105,6 +106,11 @@ static void child_arguments(const struct serve *self, const struct child *child,
     if (child->role == ROLE_EXPERT && options->memory_mib > 0) {
         snprintf(text, sizeof text, "%llu", (unsigned long long)options->memory_mib);
         add_argument(list, &count, "--memory-mib", text);
+    }
+    if (child->role == ROLE_EXPERT && options->settings.threads == 0) { /* they work at the same time */
+        uint64_t share = (uint64_t)pool_processors() / options->experts;
+        snprintf(text, sizeof text, "%llu", (unsigned long long)(share > 0 ? share : 1));
+        add_argument(list, &count, "--threads", text);
     }
     count += options_changed_knobs(options, list + count, ARGUMENTS_MAX - 1 - count);
     list[count] = NULL;
