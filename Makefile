@@ -95,6 +95,15 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_SUPPORT) $(BUILD)/libtroupe.a
 .SECONDARY:
 -include $(OBJECTS:.o=.d) $(TESTS:=.d) $(BUILD)/actors/host/main.d $(TEST_SUPPORT:.o=.d)
 
+SEEDS ?= 1..2000
+JOBS ?= $(shell nproc)
+.PHONY: sim sim-mutants
+sim: $(BUILD)/troupe ## simulate clusters with faults: SEEDS=1..2000 JOBS=2, or SEED=17
+	$(BUILD)/troupe sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(JOBS)) --shrink $(ARGS)
+
+sim-mutants: ## introduce each deliberate bug of tests/mutants alone; the simulator must catch it
+	@CC="$(CC)" MAKE="$(MAKE)" sh tests/mutants/run.sh $(BUILD) $(SEEDS) $(JOBS) $(MUTANTS)
+
 format: ## clang-format every source
 	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h'))
 
