@@ -204,11 +204,12 @@ static const char *attention_describe(struct actor *actor) {
     snprintf(
         self->description, sizeof self->description,
         "sequences=%u waiting=%u running=%u done=%u pages=%u/%u batch=%llu phase=%d resent=%llu "
-        "stale=%llu",
+        "stale=%llu hedged=%llu",
         self->waiting.count + self->runnings + self->done.count, self->waiting.count,
         self->runnings, self->done.count, self->pages_total - self->free_pages, self->pages_total,
         (unsigned long long)self->last_batch, self->batch.phase,
-        (unsigned long long)self->frames_resent, (unsigned long long)self->frames_stale);
+        (unsigned long long)self->frames_resent, (unsigned long long)self->frames_stale,
+        (unsigned long long)self->frames_hedged);
     return self->description;
 }
 
@@ -225,6 +226,7 @@ static void attention_destroy(struct actor *actor) {
     free(self->placement_first);
     free(self->placement_holder);
     free(self->destination);
+    free(self->former);
     free(self->alive);
     free(self->queued);
     free(self->load);

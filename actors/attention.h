@@ -9,6 +9,7 @@
 #define TROUPE_ATTENTION_H
 
 #include "actors/actors.h"
+#include "actors/latency.h"
 #include "actors/member.h"
 #include "router/dispatch.h"
 
@@ -111,19 +112,27 @@ struct part {
     uint64_t to_incarnation;
     uint32_t attempt;
     uint32_t first, count; /* items of the flight, or places in batch.order */
-    uint64_t deadline_ns;
+    uint64_t sent_ns, deadline_ns;
+    uint64_t hedge_at_ns; /* when somebody else is asked as well; NEVER: has been, or not to be */
+    /* items: the range of the part that was sent first, of which this one is a hedge or itself */
+    uint32_t family_first, family_count;
+    bool hedge;
+    /* samplers: who has been asked as well; 0: nobody */
+    actor_id also;
+    uint64_t also_incarnation;
 };
 
-/* Rows of one layer on their way. Parts are disjoint ranges of the items; a part that failed is
- * planned anew over its own range. */
+/* Rows of one layer on their way. Parts are ranges of the items, disjoint but for hedges, which are cut
+ * out of the range of a part that is late; a part that failed is planned anew over its own range. */
 struct flight {
     uint32_t items, missing;
     uint32_t *item_row;    /* [items_max] */
     uint16_t *item_slot;   /* [items_max] */
     uint16_t *item_expert; /* [items_max] */
-    struct part *part;     /* [items_max] */
+    uint8_t *item_done;    /* [items_max] its answer is scattered */
+    struct part *part;     /* [2 * items_max] */
     uint32_t *free_part;   /* stack */
-    uint32_t parts, free_parts, attempt;
+    uint32_t parts, free_parts, attempt, hedges; /* hedges: outstanding */
     struct dispatch_plan plan;
     struct dispatch_item *planned; /* [items_max] scratch */
 };
@@ -155,6 +164,10 @@ struct batch {
 struct destination {
     actor_id id;
     uint64_t incarnation;
+    struct latency latency;
+    /* After a hedge has answered before it: others are asked instead, if there are any, until it speaks
+     * again and for a while after that, longer each time. */
+    uint64_t suspect_until_ns, suspicion_ns;
 };
 
 struct attention {
@@ -165,6 +178,8 @@ struct attention {
     uint32_t context, k, activation_bytes;
     uint32_t part_items_max, sample_rows_max;
     uint64_t row_deadline_ns;
+    uint64_t hedge_ns; /* after this long with an expert, computed anew for each layer; NEVER: no hedging */
+    struct latency sampler_latency;
     bool failed;
 
     uint32_t *free_page; /* stack */
@@ -186,9 +201,10 @@ struct attention {
     uint8_t *alive;
     uint32_t *queued; /* items outstanding at each, recomputed for each plan */
     uint32_t destinations, destinations_capacity;
+    struct destination *former; /* scratch: those of the epoch before */
 
     /* Totals since start. */
-    uint64_t prompt_total, generated_total, steps, frames, rows, frames_resent, frames_stale;
+    uint64_t prompt_total, generated_total, steps, frames, rows, frames_resent, frames_stale, frames_hedged;
     uint64_t *load; /* [layers * experts] rows routed to each */
     uint32_t load_cursor,
         load_heartbeats; /* heartbeats that still carry loads after the last change */
@@ -238,6 +254,8 @@ void dispatch_on_moved(struct attention *self, const struct frame_header *header
                        struct effects *out);
 void dispatch_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out);
 void dispatch_timer(struct attention *self, uint64_t now_ns, struct effects *out);
+/* How long an answer may take before somebody else is asked as well, given its usual time (0: not known). */
+uint64_t hedge_after_ns(const struct attention *self, uint64_t usual_ns);
 /* Earliest deadline of the parts. */
 uint64_t parts_deadline(const struct part *part, uint32_t parts);
 /* The one place where replies are judged: the outstanding part that `header` answers, or NULL

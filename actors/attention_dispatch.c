@@ -6,14 +6,24 @@
  * planned anew over its own range of items, with a new attempt number; items nobody alive holds
  * wait for the next epoch.
  *
- * Invariants: 1. the parts not free are disjoint ranges that cover exactly the missing items; 2. an
- * answer counts only if it matches an outstanding part in sender, incarnation, batch, layer, part,
- * attempt and sizes; each item is therefore scattered once; 3. the first plan of a layer uses one
- * epoch. */
+ * A part that takes much longer than is usual is hedged: its items are sent to other replicas as
+ * well, in parts of their own, cut from its range without changing the order. Whoever answers an
+ * item first is believed; both answers would have the same bits. A part and its hedges are a
+ * family; it is over when all of its items are done.
+ *
+ * Invariants: 1. parts of different families are disjoint; every missing item is in at least one part that
+ * is not free, and in at most one that is no hedge and one that is; 2. an answer counts only if it
+ * matches an outstanding part in sender, incarnation, batch, layer, part, attempt and sizes; 3. an item
+ * is scattered once (item_done), by the first answer that counts; 4. items are reordered only
+ * while no outstanding part covers them; 5. the first plan of a layer uses one epoch. */
 #include "actors/attention.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+#define HEDGE_QUANTILE       0.95
+#define HEDGE_UNKNOWN_FLOORS 5u /* floors to wait while the usual time is not known */
+#define SUSPICION_MIN_NS     100000000u
 
 /* ---- memory ---- */
 
@@ -25,11 +35,12 @@ bool flight_init(struct attention *self) {
     flight->item_row = calloc(items, sizeof *flight->item_row);
     flight->item_slot = calloc(items, sizeof *flight->item_slot);
     flight->item_expert = calloc(items, sizeof *flight->item_expert);
-    flight->part = calloc(items, sizeof *flight->part);
-    flight->free_part = calloc(items, sizeof *flight->free_part);
+    flight->item_done = calloc(items, sizeof *flight->item_done);
+    flight->part = calloc(2 * items, sizeof *flight->part);
+    flight->free_part = calloc(2 * items, sizeof *flight->free_part);
     flight->planned = calloc(items, sizeof *flight->planned);
     return flight->item_row != NULL && flight->item_slot != NULL && flight->item_expert != NULL &&
-           flight->part != NULL && flight->free_part != NULL && flight->planned != NULL &&
+           flight->item_done != NULL && flight->part != NULL && flight->free_part != NULL && flight->planned != NULL &&
            dispatch_plan_init(&flight->plan, (uint32_t)items, ACTORS_MAX) == 0;
 }
 
@@ -38,6 +49,7 @@ void flight_free(struct attention *self) {
     free(flight->item_row);
     free(flight->item_slot);
     free(flight->item_expert);
+    free(flight->item_done);
     free(flight->part);
     free(flight->free_part);
     free(flight->planned);
@@ -59,16 +71,26 @@ static void take_destinations(struct attention *self) {
         count += self->member.peer[i].role == ROLE_EXPERT;
     if (count > self->destinations_capacity) {
         self->destination = grown(self->destination, count, sizeof *self->destination);
+        self->former = grown(self->former, count, sizeof *self->former);
         self->alive = grown(self->alive, count, sizeof *self->alive);
         self->queued = grown(self->queued, count, sizeof *self->queued);
         self->destinations_capacity = count;
     }
+    uint32_t former = self->destinations, at = 0;
+    if (former > 0)
+        memcpy(self->former, self->destination, former * sizeof *self->former);
     self->destinations = 0;
     for (uint32_t i = 0; i < self->member.peers && self->destinations < ACTORS_MAX; i++) {
         const struct peer *peer = &self->member.peer[i];
-        if (peer->role == ROLE_EXPERT)
-            self->destination[self->destinations++] =
-                (struct destination){peer->id, peer->incarnation};
+        if (peer->role != ROLE_EXPERT)
+            continue;
+        struct destination *destination = &self->destination[self->destinations++];
+        *destination = (struct destination){.id = peer->id, .incarnation = peer->incarnation};
+        while (at < former && self->former[at].id < peer->id)
+            at++;
+        if (at < former && self->former[at].id == peer->id &&
+            self->former[at].incarnation == peer->incarnation)
+            *destination = self->former[at];
     }
 }
 
@@ -135,9 +157,12 @@ static void take_placement(struct attention *self, const Troupe__Commit *commit)
 
 uint64_t parts_deadline(const struct part *part, uint32_t parts) {
     uint64_t deadline = NEVER;
-    for (uint32_t i = 0; i < parts; i++)
+    for (uint32_t i = 0; i < parts; i++) {
         if (part[i].state != PART_FREE && part[i].deadline_ns < deadline)
             deadline = part[i].deadline_ns;
+        if (part[i].state == PART_SENT && part[i].hedge_at_ns < deadline)
+            deadline = part[i].hedge_at_ns;
+    }
     return deadline;
 }
 
@@ -148,16 +173,23 @@ static struct part *part_new(struct flight *flight) {
 }
 
 static void part_free(struct flight *flight, struct part *part) {
+    flight->hedges -= part->hedge;
     part->state = PART_FREE;
+    part->hedge = false;
     flight->free_part[flight->free_parts++] = (uint32_t)(part - flight->part);
 }
 
-/* How many items each destination still has to answer, and who can be given more. */
-static void survey(struct attention *self, actor_id excluded) {
+/* How many items each destination still has to answer, and who can be given more: suspects only if
+ * `desperate`. Returns whether any was left out for being one. */
+static bool survey(struct attention *self, actor_id excluded, bool desperate, uint64_t now_ns) {
     const struct flight *flight = &self->batch.flight;
+    bool left_out = false;
     for (uint32_t i = 0; i < self->destinations; i++) {
         const struct peer *peer = member_peer(&self->member, self->destination[i].id);
-        self->alive[i] = peer != NULL && !peer->lost && peer->id != excluded;
+        bool suspect = !desperate && self->destination[i].suspect_until_ns > now_ns;
+        bool usable = peer != NULL && !peer->lost && peer->id != excluded;
+        self->alive[i] = usable && !suspect;
+        left_out = left_out || (usable && suspect);
         self->queued[i] = 0;
     }
     for (uint32_t i = 0; i < flight->parts; i++)
@@ -166,6 +198,7 @@ static void survey(struct attention *self, actor_id excluded) {
             if (destination != UINT32_MAX)
                 self->queued[destination] += flight->part[i].count;
         }
+    return left_out;
 }
 
 static void send_part(struct attention *self, const struct part *part,
@@ -210,20 +243,26 @@ static void wait_part(struct attention *self, uint32_t first, uint32_t count, ui
                           .attempt = self->batch.flight.attempt,
                           .first = first,
                           .count = count,
-                          .deadline_ns = now_ns + self->row_deadline_ns};
+                          .family_first = first,
+                          .family_count = count,
+                          .deadline_ns = now_ns + self->row_deadline_ns,
+                          .hedge_at_ns = NEVER};
 }
 
-/* Plans the items of a range, reorders them in place part by part, and sends the parts. Returns how
- * many at the range's end wait. */
-static uint32_t plan_range(struct attention *self, uint32_t first, uint32_t count,
-                           actor_id excluded, uint64_t now_ns, struct effects *out) {
-    struct flight *flight = &self->batch.flight;
-    struct dispatch_plan *plan = &flight->plan;
+static void list_items(struct flight *flight, uint32_t first, uint32_t count) {
     for (uint32_t i = 0; i < count; i++)
         flight->planned[i] = (struct dispatch_item){.row = flight->item_row[first + i],
                                                     .slot = flight->item_slot[first + i],
                                                     .expert = flight->item_expert[first + i]};
-    survey(self, excluded);
+}
+
+/* Plans the items of a range over those that the survey has left alive, reorders them in place part
+ * by part, and sends the parts. Returns how many at the range's end wait. */
+static uint32_t plan_alive(struct attention *self, uint32_t first, uint32_t count, uint64_t now_ns,
+                           struct effects *out) {
+    struct flight *flight = &self->batch.flight;
+    struct dispatch_plan *plan = &flight->plan;
+    list_items(flight, first, count);
     dispatch_plan_build(plan, &self->placement, self->batch.layer, flight->planned, count,
                         self->alive, self->queued, self->destinations, self->part_items_max);
     for (uint32_t i = 0; i < count; i++) {
@@ -241,11 +280,224 @@ static uint32_t plan_range(struct attention *self, uint32_t first, uint32_t coun
             .attempt = flight->attempt,
             .first = first + planned->first_item,
             .count = planned->items,
+            .sent_ns = now_ns,
             .deadline_ns = now_ns + self->row_deadline_ns,
+            .hedge_at_ns = self->hedge_ns == NEVER ? NEVER : now_ns + self->hedge_ns,
+            .family_first = first + planned->first_item,
+            .family_count = planned->items,
         };
         send_part(self, part, planned, out);
     }
     return plan->waiting;
+}
+
+/* The same over everybody but `excluded`, with suspects only where there is nobody else. */
+static uint32_t plan_range(struct attention *self, uint32_t first, uint32_t count,
+                           actor_id excluded, uint64_t now_ns, struct effects *out) {
+    bool left_out = survey(self, excluded, false, now_ns);
+    uint32_t waiting = plan_alive(self, first, count, now_ns, out);
+    if (waiting == 0 || !left_out)
+        return waiting;
+    survey(self, excluded, true, now_ns);
+    return plan_alive(self, first + count - waiting, waiting, now_ns, out);
+}
+
+/* ---- hedges ---- */
+
+static void hedge_range(struct attention *self, const struct part *late, uint32_t destination,
+                        uint32_t first, uint32_t count, uint64_t now_ns, struct effects *out) {
+    struct flight *flight = &self->batch.flight;
+    struct dispatch_plan *plan = &flight->plan;
+    uint8_t only[ACTORS_MAX] = {0};
+    ASSERT(destination < ACTORS_MAX);
+    only[destination] = 1;
+    list_items(flight, first, count);
+    dispatch_plan_build(plan, &self->placement, self->batch.layer, flight->planned, count, only,
+                        self->queued, self->destinations, self->part_items_max);
+    ASSERT(plan->parts == 1 && plan->waiting == 0);
+    struct part *part = part_new(flight);
+    *part = (struct part){
+        .state = PART_SENT,
+        .to = self->destination[destination].id,
+        .to_incarnation = self->destination[destination].incarnation,
+        .attempt = flight->attempt,
+        .first = first,
+        .count = count,
+        .sent_ns = now_ns,
+        .deadline_ns = now_ns + self->row_deadline_ns,
+        .hedge_at_ns = NEVER,
+        .family_first = late->family_first,
+        .family_count = late->family_count,
+        .hedge = true,
+    };
+    flight->hedges++;
+    self->frames_hedged++;
+    send_part(self, part, &plan->part[0], out);
+}
+
+static bool holds(const struct attention *self, uint32_t destination, uint32_t expert) {
+    uint32_t entry = self->batch.layer * self->config.experts + expert;
+    for (uint32_t i = self->placement.first[entry]; i < self->placement.first[entry + 1]; i++)
+        if (self->placement.holder[i] == destination)
+            return true;
+    return false;
+}
+
+/* Asks others for what is late, in as few frames as the order of the items allows. Items of one expert
+ * lie together, so a run of items ends where its destination does not hold the next expert. */
+static void hedge(struct attention *self, struct part *late, uint64_t now_ns, struct effects *out) {
+    struct flight *flight = &self->batch.flight;
+    uint32_t end = late->first + late->count, asked = 0;
+    late->hedge_at_ns = NEVER;
+    survey(self, late->to, false, now_ns);
+    flight->attempt++;
+    for (uint32_t first = late->first, next; first < end; first = next) {
+        uint32_t destination =
+            replica_choose(&self->placement, self->batch.layer, flight->item_expert[first],
+                           self->alive, self->queued);
+        for (next = first + 1; next < end; next++)
+            if (flight->item_expert[next] != flight->item_expert[next - 1] &&
+                (destination == UINT32_MAX || !holds(self, destination, flight->item_expert[next])))
+                break;
+        if (destination == UINT32_MAX)
+            continue;
+        hedge_range(self, late, destination, first, next - first, now_ns, out);
+        asked += next - first;
+    }
+    if (asked > 0)
+        effects_trace(out, TRACE_DEBUG, "actor %u is late with %u rows of layer %u, asked others for %u",
+                      late->to, late->count, self->batch.layer, asked);
+}
+
+uint64_t hedge_after_ns(const struct attention *self, uint64_t usual_ns) {
+    uint64_t floor_ns = (uint64_t)self->settings.hedge_floor_ms * 1000000u;
+    if (self->settings.hedge_factor == 0)
+        return NEVER;
+    if (usual_ns == 0)
+        return HEDGE_UNKNOWN_FLOORS * floor_ns;
+    double after = self->settings.hedge_factor * (double)usual_ns;
+    return after > (double)floor_ns ? (uint64_t)after : floor_ns;
+}
+
+/* The usual time is that of the fastest, so that a slow one does not set its own measure. */
+static void set_hedge_time(struct attention *self) {
+    uint64_t usual = 0;
+    for (uint32_t i = 0; i < self->destinations; i++) {
+        uint64_t ns = latency_quantile_ns(&self->destination[i].latency, HEDGE_QUANTILE);
+        if (ns != 0 && (usual == 0 || ns < usual))
+            usual = ns;
+    }
+    self->hedge_ns = hedge_after_ns(self, usual);
+}
+
+/* It has answered in time. */
+static void trust(struct attention *self, const struct part *part, uint64_t now_ns) {
+    uint32_t destination = find_destination(self, part->to);
+    if (destination == UINT32_MAX)
+        return;
+    latency_add(&self->destination[destination].latency, now_ns - part->sent_ns);
+    self->destination[destination].suspicion_ns /= 2;
+}
+
+/* Others have answered before it. */
+static void suspect(struct attention *self, const struct part *part, uint64_t now_ns,
+                    struct effects *out) {
+    uint32_t index = find_destination(self, part->to);
+    if (index == UINT32_MAX || self->destination[index].incarnation != part->to_incarnation)
+        return;
+    struct destination *destination = &self->destination[index];
+    latency_add(&destination->latency, now_ns - part->sent_ns);
+    if (destination->suspect_until_ns > now_ns)
+        return;
+    effects_trace(out, TRACE_INFO, "actor %u is slow: others are asked instead for a while", part->to);
+    destination->suspicion_ns =
+        destination->suspicion_ns < SUSPICION_MIN_NS ? SUSPICION_MIN_NS : 2 * destination->suspicion_ns;
+    if (destination->suspicion_ns > self->row_deadline_ns)
+        destination->suspicion_ns = self->row_deadline_ns;
+    destination->suspect_until_ns = now_ns + self->row_deadline_ns;
+}
+
+/* It speaks, if late. */
+static void note_life(struct attention *self, const struct frame_header *header, uint64_t now_ns) {
+    uint32_t index = find_destination(self, header->from);
+    if (index == UINT32_MAX || self->destination[index].incarnation != header->from_incarnation)
+        return;
+    struct destination *destination = &self->destination[index];
+    if (destination->suspect_until_ns > now_ns + destination->suspicion_ns)
+        destination->suspect_until_ns = now_ns + destination->suspicion_ns;
+}
+
+static bool same_family(const struct part *a, const struct part *b) {
+    return a->state == PART_SENT && b->state == PART_SENT && a->family_first == b->family_first &&
+           a->family_count == b->family_count;
+}
+
+static bool all_done(const struct flight *flight, const struct part *part) {
+    for (uint32_t i = 0; i < part->count; i++)
+        if (!flight->item_done[part->first + i])
+            return false;
+    return true;
+}
+
+/* Members of the family whose items others have brought by now are waited for no more. */
+static void settle_family(struct attention *self, const struct part *answered, uint64_t now_ns,
+                          struct effects *out) {
+    struct flight *flight = &self->batch.flight;
+    for (uint32_t i = 0; i < flight->parts && flight->hedges > 0; i++) {
+        struct part *part = &flight->part[i];
+        if (part == answered || !same_family(part, answered) || !all_done(flight, part))
+            continue;
+        if (!part->hedge)
+            suspect(self, part, now_ns, out);
+        part_free(flight, part);
+    }
+}
+
+/* Items of a part that is given up, and that nobody else of its family will bring. */
+static bool covered(const struct flight *flight, const struct part *lost, uint32_t item) {
+    if (flight->item_done[item])
+        return true;
+    for (uint32_t i = 0; i < flight->parts; i++) {
+        const struct part *part = &flight->part[i];
+        if (part != lost && same_family(part, lost) && part->first <= item &&
+            item - part->first < part->count)
+            return true;
+    }
+    return false;
+}
+
+static void swap_items(struct flight *flight, uint32_t a, uint32_t b) {
+    uint32_t row = flight->item_row[a];
+    uint16_t slot = flight->item_slot[a], expert = flight->item_expert[a];
+    uint8_t done = flight->item_done[a];
+    flight->item_row[a] = flight->item_row[b];
+    flight->item_slot[a] = flight->item_slot[b];
+    flight->item_expert[a] = flight->item_expert[b];
+    flight->item_done[a] = flight->item_done[b];
+    flight->item_row[b] = row;
+    flight->item_slot[b] = slot;
+    flight->item_expert[b] = expert;
+    flight->item_done[b] = done;
+}
+
+/* Gives up a part. Returns how many items must be planned anew, in a range that no part covers any more: none
+ * if others of its family will bring them all. */
+static uint32_t give_up(struct attention *self, struct part *lost, uint32_t *ret_first) {
+    struct flight *flight = &self->batch.flight;
+    uint32_t first = lost->family_first, end = first + lost->family_count;
+    bool needed = false;
+    for (uint32_t i = 0; i < lost->count; i++)
+        needed = needed || !covered(flight, lost, lost->first + i);
+    if (needed)
+        for (uint32_t i = 0; i < flight->parts && flight->hedges > 0; i++)
+            if (&flight->part[i] != lost && same_family(&flight->part[i], lost))
+                part_free(flight, &flight->part[i]);
+    part_free(flight, lost);
+    for (uint32_t i = first; needed && i < end; i++)
+        if (flight->item_done[i])
+            swap_items(flight, i, first++);
+    *ret_first = first;
+    return needed ? end - first : 0;
 }
 
 enum replan_why { REPLAN_MOVED, REPLAN_LATE, REPLAN_LOST };
@@ -255,11 +507,12 @@ enum replan_why { REPLAN_MOVED, REPLAN_LATE, REPLAN_LOST };
 static void replan(struct attention *self, struct part *part, enum replan_why why, uint64_t now_ns,
                    struct effects *out) {
     struct flight *flight = &self->batch.flight;
-    uint32_t first = part->first, count = part->count;
     actor_id late = part->state == PART_SENT && why != REPLAN_LOST ? part->to : 0;
     if (part->state == PART_SENT)
         self->frames_resent++;
-    part_free(flight, part);
+    uint32_t first, count = give_up(self, part, &first);
+    if (count == 0)
+        return;
     flight->attempt++;
     uint32_t waiting = plan_range(self, first, count, late, now_ns, out);
     if (waiting > 0 && why == REPLAN_LATE) {
@@ -282,7 +535,8 @@ void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now
     struct batch *batch = &self->batch;
     struct flight *flight = &batch->flight;
     batch->phase = BATCH_EXPERTS;
-    flight->items = flight->parts = flight->free_parts = flight->attempt = 0;
+    flight->items = flight->parts = flight->free_parts = flight->attempt = flight->hedges = 0;
+    set_hedge_time(self);
     for (uint32_t row = 0; row < batch->rows; row++)
         for (uint32_t slot = 0; slot < self->k; slot++) {
             uint16_t expert = choice[(size_t)row * self->k + slot];
@@ -296,6 +550,7 @@ void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now
         }
     self->load_heartbeats = UINT32_MAX;
     flight->missing = flight->items;
+    memset(flight->item_done, 0, flight->items * sizeof *flight->item_done);
     uint32_t waiting = plan_range(self, 0, flight->items, 0, now_ns, out);
     if (waiting > 0) {
         effects_trace(out, TRACE_WARNING,
@@ -319,6 +574,11 @@ static void stale(struct attention *self, const struct frame_header *header, con
                   header->part, header->attempt, why);
 }
 
+static bool asked(const struct part *part, actor_id id, uint64_t incarnation) {
+    return (part->to == id && part->to_incarnation == incarnation) ||
+           (part->also == id && id != 0 && part->also_incarnation == incarnation);
+}
+
 struct part *reply_part(struct attention *self, const struct frame_header *header, enum role role,
                         struct part *part, uint32_t parts, struct effects *out) {
     const struct batch *batch = &self->batch;
@@ -333,8 +593,7 @@ struct part *reply_part(struct attention *self, const struct frame_header *heade
     else if (header->part >= parts || part[header->part].state != PART_SENT)
         why = "no such part is outstanding";
     else if (part[header->part].attempt != header->attempt ||
-             part[header->part].to != header->from ||
-             part[header->part].to_incarnation != header->from_incarnation)
+             !asked(&part[header->part], header->from, header->from_incarnation))
         why = "the part has been sent elsewhere";
     if (why != NULL) {
         stale(self, header, why, out);
@@ -343,10 +602,32 @@ struct part *reply_part(struct attention *self, const struct frame_header *heade
     return &part[header->part];
 }
 
+/* Takes the items of the answer that nobody has brought before. */
+static void scatter(struct attention *self, const struct part *part, const struct frame *frame,
+                    struct effects *out) {
+    struct flight *flight = &self->batch.flight;
+    const uint8_t *rows = frame_rows(frame);
+    for (uint32_t i = 0, next; i < part->count; i = next) {
+        const uint8_t *done = flight->item_done + part->first;
+        for (next = i + 1; next < part->count && done[next] == done[i];)
+            next++;
+        if (done[i])
+            continue;
+        struct program *program = batch_program(self, out, PROGRAM_SCATTER, self->batch.layer);
+        program->payload = rows + (size_t)i * frame->header->row_bytes;
+        program->item_row = flight->item_row + part->first + i;
+        program->item_slot = flight->item_slot + part->first + i;
+        program->items = next - i;
+        flight->missing -= next - i;
+        memset(flight->item_done + part->first + i, 1, next - i);
+    }
+}
+
 void dispatch_on_combine(struct attention *self, const struct frame *frame, uint64_t now_ns,
                          struct effects *out) {
     struct flight *flight = &self->batch.flight;
     const struct frame_header *header = frame->header;
+    note_life(self, header, now_ns);
     struct part *part = reply_part(self, header, ROLE_EXPERT, flight->part, flight->parts, out);
     if (part == NULL)
         return;
@@ -359,12 +640,10 @@ void dispatch_on_combine(struct attention *self, const struct frame *frame, uint
         replan(self, part, REPLAN_LATE, now_ns, out);
         return;
     }
-    struct program *program = batch_program(self, out, PROGRAM_SCATTER, self->batch.layer);
-    program->payload = frame_rows(frame);
-    program->item_row = flight->item_row + part->first;
-    program->item_slot = flight->item_slot + part->first;
-    program->items = part->count;
-    flight->missing -= part->count;
+    trust(self, part, now_ns);
+    scatter(self, part, frame, out);
+    if (flight->hedges > 0)
+        settle_family(self, part, now_ns, out);
     part_free(flight, part);
     if (flight->missing == 0)
         batch_combine(self, out);
@@ -425,9 +704,22 @@ void dispatch_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, st
     replan_where(self, is_at, id, REPLAN_LOST, now_ns, out);
 }
 
+static bool any_late(const struct flight *flight, uint64_t now_ns) {
+    for (uint32_t i = 0; i < flight->parts; i++)
+        if (flight->part[i].state != PART_FREE && flight->part[i].deadline_ns <= now_ns)
+            return true;
+    return false;
+}
+
 void dispatch_timer(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct flight *flight = &self->batch.flight;
     if (self->batch.phase != BATCH_EXPERTS || parts_deadline(flight->part, flight->parts) > now_ns)
+        return;
+    uint32_t parts = flight->parts; /* not those that come of it */
+    for (uint32_t i = 0; i < parts; i++)
+        if (flight->part[i].state == PART_SENT && flight->part[i].hedge_at_ns <= now_ns)
+            hedge(self, &flight->part[i], now_ns, out);
+    if (!any_late(flight, now_ns))
         return;
     /* Items may wait for a holder that was only believed lost: believe in it again rather than wait
      * for ever. */

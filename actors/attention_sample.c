@@ -3,7 +3,8 @@
  * Questions are split over the live samplers by sequence, and into parts of bounded size; a row
  * that asks for all its logits goes alone, and only a few of those are out at a time. A part
  * without an answer is asked again, of another sampler if there is one: samplers keep no state, so
- * the answer is the same.
+ * the answer is the same. One that takes much longer than is usual is put to a second sampler as well
+ * (part.also); the first answer is taken.
  *
  * Invariants: 1. parts are disjoint ranges of batch.order that cover the questions; 2. a part's
  * answer is taken once; 3. the batch ends when every part is answered. */
@@ -14,6 +15,7 @@
 
 #define PART_WORDS_MAX         65536u /* variable words in one frame of several rows */
 #define HEAVY_PARTS_MAX        4u     /* parts with whole rows of logits that are out at once */
+#define HEDGE_QUANTILE         0.95
 #define NEGATIVE_INFINITY_BITS 0xff800000u
 
 /* ---- what is asked ---- */
@@ -83,33 +85,34 @@ static uint32_t *put_question(const struct attention *self, const struct questio
 
 /* ---- parts ---- */
 
-static bool usable(const struct peer *peer) {
-    return peer->role == ROLE_SAMPLER && peer->state == TROUPE__ACTOR_STATE__STATE_READY &&
+static bool usable(const struct peer *peer, actor_id excluded) {
+    return peer->role == ROLE_SAMPLER && peer->id != excluded && peer->state == TROUPE__ACTOR_STATE__STATE_READY &&
            !peer->lost;
 }
 
-static uint32_t samplers(const struct attention *self) {
+static uint32_t samplers(const struct attention *self, actor_id excluded) {
     uint32_t count = 0;
     for (uint32_t i = 0; i < self->member.peers; i++)
-        count += usable(&self->member.peer[i]);
+        count += usable(&self->member.peer[i], excluded);
     return count;
 }
 
 /* The next sampler in turn for each attempt. NULL: there is none. */
-static const struct peer *choose_sampler(const struct attention *self, const struct part *part) {
-    uint32_t count = samplers(self);
+static const struct peer *choose_sampler(const struct attention *self, const struct part *part,
+                                         actor_id excluded) {
+    uint32_t count = samplers(self, excluded);
     if (count == 0)
         return NULL;
     const struct batch *batch = &self->batch;
     const struct sequence *sequence = batch->question[batch->order[part->first]].sequence;
     uint32_t wanted = (sequence->number + part->attempt) % count;
     for (uint32_t i = 0; i < self->member.peers; i++)
-        if (usable(&self->member.peer[i]) && wanted-- == 0)
+        if (usable(&self->member.peer[i], excluded) && wanted-- == 0)
             return &self->member.peer[i];
     return NULL;
 }
 
-static void send_sample(struct attention *self, struct part *part, uint64_t now_ns,
+static void send_sample(struct attention *self, const struct part *part, const struct peer *to,
                         struct effects *out) {
     const struct batch *batch = &self->batch;
     const uint32_t *order = batch->order + part->first;
@@ -127,9 +130,9 @@ static void send_sample(struct attention *self, struct part *part, uint64_t now_
     effect->transfer.header = (struct frame_header){
         .kind = FRAME_SAMPLE,
         .from = self->member.id,
-        .to = part->to,
+        .to = to->id,
         .from_incarnation = self->member.identity.incarnation,
-        .to_incarnation = part->to_incarnation,
+        .to_incarnation = to->incarnation,
         .epoch = self->member.epoch,
         .batch = batch->number,
         .attempt = part->attempt,
@@ -143,8 +146,6 @@ static void send_sample(struct attention *self, struct part *part, uint64_t now_
     effect->transfer.slot = batch->slot;
     effect->transfer.index = effects_copy(out, order, part->count * sizeof *order);
     effect->transfer.count = part->count;
-    part->state = PART_SENT;
-    part->deadline_ns = now_ns + self->row_deadline_ns;
     self->frames++;
     self->rows += part->count;
 }
@@ -156,6 +157,8 @@ static bool part_heavy(const struct batch *batch, const struct part *part) {
 /* Sends every part that waits and may go now. */
 static void pump(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct batch *batch = &self->batch;
+    uint64_t hedge_ns =
+        hedge_after_ns(self, latency_quantile_ns(&self->sampler_latency, HEDGE_QUANTILE));
     uint32_t heavy = 0;
     for (uint32_t i = 0; i < batch->sample_parts; i++)
         heavy +=
@@ -167,12 +170,16 @@ static void pump(struct attention *self, uint64_t now_ns, struct effects *out) {
         bool is_heavy_part = part_heavy(batch, part);
         if (is_heavy_part && heavy >= HEAVY_PARTS_MAX)
             continue;
-        const struct peer *peer = choose_sampler(self, part);
+        const struct peer *peer = choose_sampler(self, part, 0);
         if (peer == NULL)
             return; /* the next epoch may bring one */
         part->to = peer->id;
         part->to_incarnation = peer->incarnation;
-        send_sample(self, part, now_ns, out);
+        part->state = PART_SENT;
+        part->sent_ns = now_ns;
+        part->deadline_ns = now_ns + self->row_deadline_ns;
+        part->hedge_at_ns = hedge_ns == NEVER || is_heavy_part ? NEVER : now_ns + hedge_ns;
+        send_sample(self, part, peer, out);
         heavy += is_heavy_part;
     }
 }
@@ -204,6 +211,7 @@ static void cut_parts(struct attention *self, uint32_t turn, uint32_t turns, uin
             open = &batch->sample_part[batch->sample_parts++];
             *open = (struct part){.state = PART_WAITING,
                                   .first = batch->sample_missing,
+                                  .hedge_at_ns = NEVER,
                                   .deadline_ns = now_ns + self->row_deadline_ns};
             words = 0;
         }
@@ -217,7 +225,7 @@ void sample_start(struct attention *self, uint64_t now_ns, struct effects *out) 
     struct batch *batch = &self->batch;
     batch->phase = BATCH_SAMPLERS;
     batch->sample_parts = batch->sample_missing = 0;
-    uint32_t turns = samplers(self);
+    uint32_t turns = samplers(self, 0);
     if (turns == 0) {
         effects_trace(out, TRACE_WARNING, "%u rows wait for a sampler", batch->questions);
         turns = 1;
@@ -283,14 +291,32 @@ static void take_answer(struct attention *self, const struct question *question,
 
 static void ask_again(struct attention *self, struct part *part) {
     part->state = PART_WAITING;
+    part->also = 0;
     part->attempt++;
     self->frames_resent++;
+}
+
+/* One that others have overtaken is not asked any more until it speaks, or until nobody else is left. */
+static void note_answer(struct attention *self, const struct part *part, actor_id from,
+                        uint64_t now_ns) {
+    struct peer *late = from != part->to ? member_peer(&self->member, part->to) : NULL;
+    if (late != NULL)
+        late->lost = true;
+    else if (!part_heavy(&self->batch, part))
+        latency_add(&self->sampler_latency, now_ns - part->sent_ns);
+}
+
+static void note_life(struct attention *self, const struct frame_header *header) {
+    struct peer *peer = member_peer(&self->member, header->from);
+    if (peer != NULL && peer->role == ROLE_SAMPLER && peer->incarnation == header->from_incarnation)
+        peer->lost = false;
 }
 
 void sample_on_sampled(struct attention *self, const struct frame *frame, uint64_t now_ns,
                        struct effects *out) {
     struct batch *batch = &self->batch;
     const struct frame_header *header = frame->header;
+    note_life(self, header);
     struct part *part =
         reply_part(self, header, ROLE_SAMPLER, batch->sample_part, batch->sample_parts, out);
     if (part == NULL)
@@ -309,6 +335,7 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
     for (uint32_t i = 0; i < part->count; i++)
         take_answer(self, &batch->question[batch->order[part->first + i]], &result[i], words);
     part->state = PART_FREE;
+    note_answer(self, part, header->from, now_ns);
     batch->sample_missing -= part->count;
     if (batch->sample_missing == 0)
         batch_end(self, out);
@@ -318,6 +345,30 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
 
 /* ---- changes around ---- */
 
+/* The other one that was asked goes on alone, if there is one. */
+static void lose_asked(struct attention *self, struct part *part, actor_id id) {
+    if (part->also == id) {
+        part->also = 0;
+    } else if (part->to == id && part->also != 0) {
+        part->to = part->also;
+        part->to_incarnation = part->also_incarnation;
+        part->also = 0;
+    } else if (part->to == id) {
+        ask_again(self, part);
+    }
+}
+
+static void hedge(struct attention *self, struct part *part, struct effects *out) {
+    const struct peer *peer = choose_sampler(self, part, part->to);
+    part->hedge_at_ns = NEVER;
+    if (peer == NULL)
+        return;
+    part->also = peer->id;
+    part->also_incarnation = peer->incarnation;
+    self->frames_hedged++;
+    send_sample(self, part, peer, out);
+}
+
 void sample_adopt(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct batch *batch = &self->batch;
     if (batch->phase != BATCH_SAMPLERS)
@@ -326,7 +377,11 @@ void sample_adopt(struct attention *self, uint64_t now_ns, struct effects *out) 
         struct part *part = &batch->sample_part[i];
         const struct peer *peer = member_peer(&self->member, part->to);
         if (part->state == PART_SENT && (peer == NULL || peer->incarnation != part->to_incarnation))
-            ask_again(self, part);
+            lose_asked(self, part, part->to);
+        peer = member_peer(&self->member, part->also);
+        if (part->state == PART_SENT && part->also != 0 &&
+            (peer == NULL || peer->incarnation != part->also_incarnation))
+            part->also = 0;
     }
     pump(self, now_ns, out);
 }
@@ -336,8 +391,8 @@ void sample_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, stru
     if (batch->phase != BATCH_SAMPLERS)
         return;
     for (uint32_t i = 0; i < batch->sample_parts; i++)
-        if (batch->sample_part[i].state == PART_SENT && batch->sample_part[i].to == id)
-            ask_again(self, &batch->sample_part[i]);
+        if (batch->sample_part[i].state == PART_SENT)
+            lose_asked(self, &batch->sample_part[i], id);
     pump(self, now_ns, out);
 }
 
@@ -345,6 +400,15 @@ void sample_timer(struct attention *self, uint64_t now_ns, struct effects *out) 
     struct batch *batch = &self->batch;
     if (batch->phase != BATCH_SAMPLERS ||
         parts_deadline(batch->sample_part, batch->sample_parts) > now_ns)
+        return;
+    bool late = false;
+    for (uint32_t i = 0; i < batch->sample_parts; i++) {
+        struct part *part = &batch->sample_part[i];
+        if (part->state == PART_SENT && part->hedge_at_ns <= now_ns)
+            hedge(self, part, out);
+        late = late || (part->state != PART_FREE && part->deadline_ns <= now_ns);
+    }
+    if (!late)
         return;
     for (uint32_t i = 0; i < self->member.peers; i++)
         if (self->member.peer[i].role == ROLE_SAMPLER)

@@ -1189,6 +1189,7 @@ static void check_rows(const struct program *embed) {
 
 struct chaos {
     struct stage stage;
+    uint32_t batch_rows, scattered;
     uint64_t random;
     struct effect pending[256]; /* frames that have not been answered */
     uint32_t pendings;
@@ -1197,17 +1198,25 @@ struct chaos {
 
 static void collect(struct chaos *chaos) {
     const struct effect *effect;
-    while ((effect = stage_take(&chaos->stage, EFFECT_COMPUTE)) != NULL)
-        if (effect->compute.kind == PROGRAM_EMBED)
+    while ((effect = stage_take(&chaos->stage, EFFECT_COMPUTE)) != NULL) {
+        if (effect->compute.kind == PROGRAM_EMBED) {
             check_rows(&effect->compute);
+            chaos->batch_rows = effect->compute.rows;
+        } else if (effect->compute.kind == PROGRAM_SCATTER) {
+            chaos->scattered += effect->compute.items;
+        } else if (effect->compute.kind == PROGRAM_COMBINE) { /* each item has come once */
+            assert_int_equal(chaos->scattered, chaos->batch_rows * chaos->stage.config.gate.k);
+            chaos->scattered = 0;
+        }
+    }
     while ((effect = stage_take(&chaos->stage, EFFECT_TRANSFER)) != NULL) {
-        uint32_t place =
-            chaos->pendings < 256 ? chaos->pendings++ : random_below(&chaos->random, 256);
+        bool full = chaos->pendings == 256;
+        uint32_t place = full ? random_below(&chaos->random, 256) : chaos->pendings++;
         struct effect kept = *effect;
         kept.transfer.prefix = malloc(effect->transfer.prefix_bytes);
         memcpy((void *)kept.transfer.prefix, effect->transfer.prefix,
                effect->transfer.prefix_bytes);
-        if (place < chaos->pendings - 1 || chaos->pendings == 256)
+        if (full)
             free((void *)chaos->pending[place].transfer.prefix);
         chaos->pending[place] = kept;
     }
@@ -1272,7 +1281,9 @@ static void act(struct chaos *chaos) {
         stage_peer_lost(stage, 30 + random_below(&chaos->random, 12));
     else if (what < 32)
         stage_timer(stage, stage->now_ns + random_below(&chaos->random, 3000) * (uint64_t)MS);
-    else if (what < 36)
+    else if (what < 40) /* late, but not too late */
+        stage_timer(stage, stage->now_ns + random_below(&chaos->random, 300) * (uint64_t)MS);
+    else if (what < 44)
         poll(stage, 1 + random_below(&chaos->random, (uint32_t)chaos->last_sequence + 1),
              random_below(&chaos->random, 5), random_below(&chaos->random, 50));
     else
@@ -1286,6 +1297,7 @@ static void run_chaos(uint64_t seed) {
     stage_init(stage, ROLE_ATTENTION);
     settings_randomise(&stage->settings, seed);
     stage->settings.context_tokens = 0;
+    stage->replicas = (uint32_t)seed % 3;
     create(stage);
     for (int i = 0; i < 1500; i++) {
         act(chaos);

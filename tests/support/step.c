@@ -298,7 +298,7 @@ void stage_commit(struct stage *self, const actor_id *members, uint32_t count,
     Troupe__Member *pointers[64];
     uint32_t layer[64], expert[64], held_by[64];
     Troupe__Commit commit = TROUPE__COMMIT__INIT;
-    CHECK(count < 63 && self->config.layers * self->config.experts <= 64);
+    CHECK(count < 63 && self->config.layers * self->config.experts * (self->replicas + 1) <= 64);
     for (uint32_t i = 0; i <= count; i++) {
         troupe__member__init(&list[i]);
         list[i].id = i == count ? self->id : members[i];
@@ -313,11 +313,12 @@ void stage_commit(struct stage *self, const actor_id *members, uint32_t count,
     }
     for (uint32_t l = 0; l < self->config.layers && holders > 0; l++)
         for (uint32_t e = 0; model_layer_is_moe(&self->config, l) && e < self->config.experts;
-             e++) {
-            layer[commit.n_layer] = l;
-            expert[commit.n_layer] = e;
-            held_by[commit.n_layer++] = holder[e % holders];
-        }
+             e++)
+            for (uint32_t r = 0; r <= self->replicas && r < holders; r++) {
+                layer[commit.n_layer] = l;
+                expert[commit.n_layer] = e;
+                held_by[commit.n_layer++] = holder[(e + r) % holders];
+            }
     commit.epoch = ++self->epoch;
     commit.serving = true;
     commit.n_member = count + 1;
