@@ -26,6 +26,7 @@ struct gateway_options {
     enum chat_format chat;
     char chat_error[FAILURE_TEXT_BYTES]; /* why chat is CHAT_NONE */
     int64_t unix_offset_ns; /* unix time in ns = now_ns + this */
+    bool view;              /* serve the live view: / and /troupe/events */
 };
 struct actor *gateway_create(const struct actor_identity *identity, const struct settings *settings,
                              const struct model_config *config, const struct gateway_options *options);

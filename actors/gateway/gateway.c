@@ -5,7 +5,8 @@
  *   gateway.c          life, events           request_prompt.c   prompts -> tokens
  *   gateway_routes.c   paths                  request_life.c     from body to last byte
  *   openai_*.c         bodies in and out      choice.c           tokens -> text of one choice
- *   upstream.c         who runs a choice      tokens.c           what comes back */
+ *   upstream.c         who runs a choice      tokens.c           what comes back
+ *   metrics*.c         /metrics               events*.c          the live view's feed */
 #include "actors/gateway/gateway.h"
 
 #include <stdio.h>
@@ -50,6 +51,7 @@ static void end_all(struct gateway *self, uint64_t now_ns, struct effects *out) 
     error.retry_after_s = 1;
     while (self->requests > 0)
         request_fail(self, self->request[0], &error, now_ns, out);
+    events_end(&self->feed, out);
 }
 
 static void on_message(struct gateway *self, const message *envelope, uint64_t now_ns,
@@ -62,8 +64,10 @@ static void on_message(struct gateway *self, const message *envelope, uint64_t n
         tokens_rejected(self, envelope, now_ns, out);
         break;
     case TROUPE__ENVELOPE__BODY_STATS:
-        if (envelope->from == ACTOR_COORDINATOR)
+        if (envelope->from == ACTOR_COORDINATOR) {
             cluster_view_stats(&self->cluster, envelope->stats);
+            events_stats(&self->feed, now_ns);
+        }
         break;
     default:
         effects_trace(out, TRACE_WARNING, "gateway: unexpected message of kind %d from actor %u",
@@ -73,6 +77,8 @@ static void on_message(struct gateway *self, const message *envelope, uint64_t n
 
 static void client_gone(struct gateway *self, uint64_t client, uint64_t now_ns,
                         struct effects *out) {
+    if (events_leave(&self->feed, client))
+        return;
     for (uint32_t i = 0; i < self->requests; i++)
         if (self->request[i]->client == client) {
             request_abort(self, self->request[i], now_ns, out);
@@ -104,6 +110,7 @@ static void step(struct actor *actor, const struct event *event, uint64_t now_ns
         return;
     if ((news & MEMBER_COMMITTED) != 0) {
         cluster_view_commit(&self->cluster, event->message->commit);
+        events_commit(&self->feed, &self->cluster, event->message->commit, now_ns);
         upstream_review(self, now_ns, out);
     }
     if ((news & MEMBER_LOST) != 0)
@@ -117,16 +124,21 @@ static void step(struct actor *actor, const struct event *event, uint64_t now_ns
             client_gone(self, event->client, now_ns, out);
     }
     upstream_timer(self, now_ns, out);
+    if (now_ns >= self->feed.next_ns) {
+        struct event_source source = gateway_event_source(self);
+        events_timer(&self->feed, &source, now_ns, out);
+    }
     if ((news & MEMBER_HEARTBEAT) != 0)
         heartbeat(self, now_ns, out);
 }
 
 static uint64_t deadline(const struct actor *actor) {
     const struct gateway *self = (const struct gateway *)actor;
-    uint64_t member_ns = member_deadline(&self->member);
-    return member_ns < self->wake_ns && !self->member.exited ? member_ns
-           : self->member.exited                             ? NEVER
-                                                             : self->wake_ns;
+    uint64_t first_ns = member_deadline(&self->member);
+    if (self->member.exited)
+        return NEVER;
+    first_ns = self->wake_ns < first_ns ? self->wake_ns : first_ns;
+    return self->feed.next_ns < first_ns ? self->feed.next_ns : first_ns;
 }
 
 static void destroy(struct actor *actor) {
@@ -138,6 +150,7 @@ static void destroy(struct actor *actor) {
     effects_free(&nowhere);
     member_free(&self->member);
     cluster_view_free(&self->cluster);
+    events_free(&self->feed);
     text_free(&self->line);
     free(self->request);
     free(self->slot);
@@ -238,5 +251,7 @@ struct actor *gateway_create(const struct actor_identity *identity, const struct
     set_limits(self);
     metrics_init(&self->metrics, self->context);
     cluster_view_init(&self->cluster, config->layers, config->experts);
+    self->view = options->view;
+    events_init(&self->feed);
     return &self->actor;
 }

@@ -13,6 +13,7 @@
 #define TROUPE_GATEWAY_H
 
 #include "actors/actors.h"
+#include "actors/gateway/events.h"
 #include "actors/gateway/metrics.h"
 #include "actors/gateway/openai_request.h"
 #include "actors/gateway/reasoning.h"
@@ -158,6 +159,8 @@ struct gateway {
 
     struct metrics metrics;
     struct cluster_view cluster;
+    bool view; /* the live view may be looked at */
+    struct event_feed feed;
     struct text line; /* scratch for what is being sent */
     char description[160];
 };
@@ -233,6 +236,8 @@ void gateway_answer(struct gateway *self, uint64_t client, uint16_t status,
                     struct effects *out);
 void gateway_answer_error(struct gateway *self, uint64_t client, const struct http_error *error,
                           struct effects *out);
+/* What the live view's feed is about, as it is now. */
+struct event_source gateway_event_source(const struct gateway *self);
 void gateway_count(const struct gateway *self, uint32_t *ret_running, uint32_t *ret_waiting);
 
 /* openai_completion.c, openai_chat.c: the bodies. A chunk shows what the choice has not yet sent.

@@ -243,6 +243,41 @@ static void tokenizer_info(struct gateway *self, const struct http_request *http
     gateway_answer(self, http->client, 200, JSON, NULL, &self->line, out);
 }
 
+/* ---- the live view ---- */
+
+struct event_source gateway_event_source(const struct gateway *self) {
+    struct event_source source = {
+        .cluster = &self->cluster,
+        .metrics = &self->metrics,
+        .config = &self->config,
+        .model = self->served_model,
+        .version = self->version,
+        .incarnation = self->member.identity.incarnation,
+        .unix_offset_ns = self->unix_offset_ns,
+        .heartbeat_ms = self->settings.heartbeat_ms,
+    };
+    gateway_count(self, &source.running, &source.waiting);
+    return source;
+}
+
+static void events(struct gateway *self, const struct http_request *http, uint64_t now_ns,
+                   struct effects *out) {
+    if (strcmp(http->method, "HEAD") == 0) {
+        gateway_answer(self, http->client, 200, "text/event-stream", NULL, &self->line, out);
+        return;
+    }
+    struct event_source source = gateway_event_source(self);
+    if (events_join(&self->feed, &source, http->client, now_ns, out)) {
+        metrics_answered(&self->metrics, 200);
+        return;
+    }
+    struct http_error error;
+    http_fail(&error, 503, NULL, "%d clients listen to the events already, which is the limit",
+              EVENTS_LISTENERS_MAX);
+    error.retry_after_s = 1;
+    gateway_answer_error(self, http->client, &error, out);
+}
+
 /* ---- the table ---- */
 
 static const struct route {
@@ -250,26 +285,30 @@ static const struct route {
     bool prefix; /* `path` and something after it */
     bool post;   /* else GET and HEAD */
     bool open;   /* asks for no key */
+    bool view;   /* there only with the live view */
     void (*handle)(struct gateway *self, const struct http_request *http, uint64_t now_ns,
                    struct effects *out);
 } ROUTES[] = {
-    {"/v1/completions", false, true, false, completions},
-    {"/v1/chat/completions", false, true, false, chat_completions},
-    {"/v1/models", false, false, false, models},
-    {"/v1/models/", true, false, false, model},
-    {"/tokenize", false, true, false, tokenize},
-    {"/detokenize", false, true, false, detokenize},
-    {"/tokenizer_info", false, false, false, tokenizer_info},
-    {"/live", false, false, true, live},
-    {"/ready", false, false, true, ready},
-    {"/health", false, false, true, ready},
-    {"/version", false, false, true, version},
-    {"/metrics", false, false, true, metrics},
+    {"/v1/completions", false, true, false, false, completions},
+    {"/v1/chat/completions", false, true, false, false, chat_completions},
+    {"/v1/models", false, false, false, false, models},
+    {"/v1/models/", true, false, false, false, model},
+    {"/tokenize", false, true, false, false, tokenize},
+    {"/detokenize", false, true, false, false, detokenize},
+    {"/tokenizer_info", false, false, false, false, tokenizer_info},
+    {"/live", false, false, true, false, live},
+    {"/ready", false, false, true, false, ready},
+    {"/health", false, false, true, false, ready},
+    {"/version", false, false, true, false, version},
+    {"/metrics", false, false, true, false, metrics},
+    {"/troupe/events", false, false, false, true, events},
 };
 
-static const struct route *find_route(const char *path) {
+static const struct route *find_route(const char *path, bool view) {
     for (size_t i = 0; i < sizeof ROUTES / sizeof ROUTES[0]; i++) {
         size_t length = strlen(ROUTES[i].path);
+        if (ROUTES[i].view && !view)
+            continue;
         if (ROUTES[i].prefix ? strncmp(path, ROUTES[i].path, length) == 0 && path[length] != '\0'
                              : strcmp(path, ROUTES[i].path) == 0)
             return &ROUTES[i];
@@ -300,7 +339,7 @@ static bool method_fits(const struct route *route, const char *method) {
 
 void gateway_route(struct gateway *self, const struct http_request *http, uint64_t now_ns,
                    struct effects *out) {
-    const struct route *route = find_route(http->path);
+    const struct route *route = find_route(http->path, self->view);
     struct http_error error;
     text_clear(&self->line);
     if (route == NULL) {

@@ -69,8 +69,9 @@ static void count_tokens(struct gateway *self, struct choice *choice, uint32_t t
     metrics->counter[METRIC_TOKENS_GENERATED] += taken;
     if (choice->tokens == taken) {
         metrics->counter[METRIC_TOKENS_PROMPT] += choice->prompt->tokens;
-        metrics_observe(metrics, METRIC_TTFT,
-                        (double)(now_ns - choice->request->arrived_ns) * 1e-9);
+        double ttft_ns = (double)(now_ns - choice->request->arrived_ns);
+        metrics_observe(metrics, METRIC_TTFT, ttft_ns * 1e-9);
+        events_latency(&self->feed, &self->feed.ttft, ttft_ns * 1e-6);
         choice->first_token_ns = now_ns;
         taken--; /* tokens that came with the first one count as following at once */
         choice->last_token_ns = now_ns;
@@ -79,6 +80,7 @@ static void count_tokens(struct gateway *self, struct choice *choice, uint32_t t
     for (uint32_t i = 0; i < taken; i++) {
         metrics_observe(metrics, METRIC_INTER_TOKEN_LATENCY, each);
         metrics_observe(metrics, METRIC_TIME_PER_TOKEN, each);
+        events_latency(&self->feed, &self->feed.tpot, each * 1e3);
     }
     choice->last_token_ns = now_ns;
 }

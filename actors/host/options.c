@@ -41,6 +41,8 @@ static const struct option_row table[] = {
          "address to listen on for HTTP (default 127.0.0.1)"),
     NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK,
            "port to listen on for HTTP, 0 for any free one (default 8000)"),
+    TEXT("view", view, "on|off", FOR_SERVE | FOR_GATEWAY,
+         "live view at /, read-only (default: on where only this machine can reach it)"),
     TEXT("served-model-name", served_model, "NAME", FOR_SERVE | FOR_GATEWAY,
          "name in /v1/models (default: name of the model directory)"),
     TEXT("api-key", api_key, "KEY", FOR_SERVE | FOR_GATEWAY | FOR_BENCH,
@@ -249,11 +251,19 @@ static int check_word(const char *option, const char *value, const char *const *
     return fail(failure, ERR_INVALID, "--%s: expected %s, found '%s'", option, all, value);
 }
 
+static bool is_loopback(const char *host) {
+    return strncmp(host, "127.", 4) == 0 || strcmp(host, "::1") == 0 ||
+           strcmp(host, "localhost") == 0;
+}
+
 static int check_words(const struct options *self, struct failure *failure) {
     static const char *const numerics[] = {"f32", "bf16", NULL};
     static const char *const isas[] = {"best", "scalar", "avx512", "amx", NULL};
     static const char *const transports[] = {"auto", "shm", "zmq", NULL};
-    int error = check_word("numerics", self->numerics, numerics, "f32 or bf16", failure);
+    static const char *const views[] = {"on", "off", NULL};
+    int error = check_word("view", self->view, views, "on or off", failure);
+    if (error == 0)
+        error = check_word("numerics", self->numerics, numerics, "f32 or bf16", failure);
     if (error == 0)
         error = check_word("isa", self->isa, isas, "best, scalar, avx512 or amx", failure);
     if (error == 0)
@@ -290,6 +300,8 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         else
             self.positional[self.positionals++] = argv[i];
     }
+    if (self.view == NULL)
+        self.view = is_loopback(self.host) ? "on" : "off";
     if (error == 0)
         error = check_words(&self, failure);
     if (error == 0)

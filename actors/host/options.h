@@ -32,7 +32,7 @@ enum command_bit {
 struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
         *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden,
-        *shape, *url, *json, *figures, *seeds, *scenario, *trace;
+        *shape, *url, *json, *figures, *seeds, *scenario, *trace, *view;
     uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib, jobs, runs;
     double temperature, rate;
     bool verbose, help, port_set, shrink, first, twice, seed_set;

@@ -250,6 +250,7 @@ static int open_gateway(struct process *self, struct failure *failure) {
         .tokenizer = self->tokenizer,
         .chat = chat_recognise(self->tokenizer, &chat),
         .unix_offset_ns = clock_unix_offset_ns(),
+        .view = strcmp(options->view, "on") == 0,
     };
     snprintf(gateway.chat_error, sizeof gateway.chat_error, "%s", chat.text);
     if (gateway.chat == CHAT_NONE)

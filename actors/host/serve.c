@@ -95,6 +95,7 @@ static void child_arguments(const struct serve *self, const struct child *child,
     if (child->role == ROLE_GATEWAY) {
         snprintf(text, sizeof text, "%d", self->listening);
         add_argument(list, &count, "--listen-fd", text);
+        add_argument(list, &count, "--view", options->view);
         if (options->served_model != NULL)
             add_argument(list, &count, "--served-model-name", options->served_model);
         snprintf(text, sizeof text, "%s/api-key", self->run_dir.path);

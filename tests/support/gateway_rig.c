@@ -557,6 +557,7 @@ struct rig *rig_open(const struct rig_options *options, const struct settings *s
         .chat = options->chat,
         .chat_error = "no chat_template",
         .unix_offset_ns = 1700000000ll * 1000000000,
+        .view = options->view,
     };
     struct actor_identity identity = {
         .role = ROLE_GATEWAY,

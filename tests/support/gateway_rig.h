@@ -76,6 +76,7 @@ struct rig_options {
     const char *api_key;
     uint32_t attentions; /* READY from the start; default 1 */
     bool apart;          /* do not let it join yet */
+    bool view;           /* the live view */
 };
 struct rig *rig_open(const struct rig_options *options, const struct settings *settings);
 void rig_close(struct rig *rig);
