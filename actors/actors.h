@@ -17,6 +17,8 @@ struct actor *sampler_create(const struct actor_identity *identity, const struct
                              const struct model_config *config);
 struct actor *coordinator_create(const struct actor_identity *identity,
                                  const struct settings *settings, const struct model_config *config);
+/* Admin requests (EVENT_HTTP_REQUEST) must then carry it as a bearer token. Copied; NULL: none asked for. */
+void coordinator_set_admin_token(struct actor *coordinator, const char *token);
 
 struct gateway_options {
     const char *served_model; /* name in /v1/models */

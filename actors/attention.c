@@ -6,6 +6,10 @@
  *          -> experts (attention_dispatch.c) -> samplers (attention_sample.c)
  *          -> gateways (attention_report.c)
  *
+ * When it is drained, it takes no new sequences and gives those that it has back to their gateways, a few
+ * between two batches, so that whoever goes on with them is not flooded; the coordinator ends it when
+ * it is empty.
+ *
  * Invariants: 1. at most one batch is in flight; 2. after every event, if no batch is in flight,
  * none could be started; 3. sequences of a gateway that is gone are dropped. */
 #include "actors/attention.h"
@@ -44,7 +48,8 @@ static void fill_loads(struct attention *self, Troupe__Heartbeat *heartbeat, str
 
 static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effects *out) {
     Troupe__Heartbeat heartbeat = TROUPE__HEARTBEAT__INIT;
-    heartbeat.state = TROUPE__ACTOR_STATE__STATE_READY;
+    heartbeat.state = self->member.draining ? TROUPE__ACTOR_STATE__STATE_DRAINING
+                                            : TROUPE__ACTOR_STATE__STATE_READY;
     heartbeat.sequences_running = self->runnings;
     heartbeat.sequences_waiting = self->waiting.count;
     heartbeat.pages_used = self->pages_total - self->free_pages;
@@ -181,6 +186,8 @@ static void attention_step(struct actor *actor, const struct event *event, uint6
         return;
     dispatch_timer(self, now_ns, out);
     sample_timer(self, now_ns, out);
+    if (self->member.draining && self->batch.phase == BATCH_IDLE)
+        attention_hand_over(self, out);
     batch_start(self, now_ns, out);
     if ((news & MEMBER_HEARTBEAT) != 0)
         send_heartbeat(self, now_ns, out);

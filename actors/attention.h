@@ -216,6 +216,8 @@ void attention_on_submit(struct attention *self, const message *envelope, struct
 void attention_on_poll(struct attention *self, const message *envelope, struct effects *out);
 void attention_on_cancel(struct attention *self, const message *envelope);
 void attention_cancel_gateway(struct attention *self, actor_id gateway);
+/* Between batches: some more sequences go back to their gateways, which submit them elsewhere. */
+void attention_hand_over(struct attention *self, struct effects *out);
 /* Moves waiting sequences that fit to the running ones; their pages join batch.clear. */
 void attention_admit(struct attention *self);
 void sequence_finish(struct sequence *sequence, Troupe__FinishReason reason, uint32_t stopped_by);

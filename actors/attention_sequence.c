@@ -2,6 +2,7 @@
  * back here.
  *
  *   (Submit) -> WAITING -> RUNNING -> DONE -> (Cancel) gone
+ *   drained: WAITING, RUNNING -> DONE, finish CANCELLED: the gateway submits the history elsewhere
  *
  * Cancel takes a sequence from any state, once no batch uses it.
  *
@@ -17,6 +18,7 @@
 #include <string.h>
 
 #define FULL_LOGITS_BYTES_MAX ((uint64_t)1 << 30)
+#define HANDED_OVER_AT_ONCE   1u /* running sequences between two batches of a drained actor */
 
 /* ---- tables ---- */
 
@@ -363,7 +365,9 @@ void attention_on_submit(struct attention *self, const message *envelope, struct
         return; /* said again */
     struct failure failure = {0};
     struct sequence *sequence = NULL;
-    if (check_tokens(self, submit, &failure) == 0 &&
+    if (self->member.draining)
+        fail(&failure, ERR_STATE, "this attention actor is being drained");
+    else if (check_tokens(self, submit, &failure) == 0 &&
         check_sampling(submit->sampling, self->config.vocabulary, &failure) == 0 &&
         check_room(self, submit, &failure) == 0) {
         sequence = sequence_create(self, envelope->from, submit);
@@ -503,6 +507,26 @@ void attention_cancel_gateway(struct attention *self, actor_id gateway) {
         if (self->running[i] != NULL && self->running[i]->gateway == gateway &&
             !self->running[i]->cancelled)
             cancel(self, self->running[i]);
+}
+
+void attention_hand_over(struct attention *self, struct effects *out) {
+    uint32_t left = HANDED_OVER_AT_ONCE;
+    while (self->waiting.first != NULL) { /* nothing has been computed for them */
+        struct sequence *sequence = self->waiting.first;
+        list_remove(&self->waiting, sequence);
+        sequence_finish(sequence, TROUPE__FINISH_REASON__FINISH_CANCELLED, 0);
+        report_sequence(self, sequence, sequence->told_tokens, sequence->told_prompt, out);
+        keep_done(self, sequence);
+    }
+    for (uint32_t i = 0; i < self->settings.max_sequences && left > 0; i++) {
+        struct sequence *sequence = self->running[i];
+        if (sequence == NULL)
+            continue;
+        sequence_finish(sequence, TROUPE__FINISH_REASON__FINISH_CANCELLED, 0);
+        report_sequence(self, sequence, sequence->told_tokens, sequence->told_prompt, out);
+        attention_retire(self, sequence);
+        left--;
+    }
 }
 
 void attention_drop_all(struct attention *self) {

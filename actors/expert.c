@@ -4,6 +4,7 @@
  * Each pair:
  *   ABSENT -> (ASSIGN) WANTED -> LOADING -> HELD -> (RELEASE) ABSENT
  *                                LOADING -> (RELEASE) DOOMED -> ABSENT once it has loaded
+ *                                LOADING -> FAILED -> ABSENT with the next operation
  *
  * Operations of the coordinator are numbered; only the newest counts,
  * older ones that arrive late are ignored, the newest repeated gives READY again.
@@ -22,7 +23,7 @@
 #define LOADS_MAX   4u
 #define RUNNING_MAX 64u /* frames whose programs have not completed */
 
-enum pair_state { PAIR_ABSENT, PAIR_WANTED, PAIR_LOADING, PAIR_DOOMED, PAIR_HELD };
+enum pair_state { PAIR_ABSENT, PAIR_WANTED, PAIR_LOADING, PAIR_DOOMED, PAIR_FAILED, PAIR_HELD };
 enum operation_state { OPERATION_NONE, OPERATION_WORKING, OPERATION_DONE, OPERATION_FAILED };
 
 struct running {
@@ -39,6 +40,7 @@ struct expert {
     uint32_t *pair_bytes_kib; /* [layers * experts] of held pairs, rounded up */
     uint32_t pairs, loading, held;
     uint32_t wanted;      /* pairs in PAIR_WANTED */
+    uint32_t failed;      /* pairs in PAIR_FAILED */
     uint32_t next_wanted; /* where the search for the next load starts */
     uint64_t operation;
     enum operation_state state;
@@ -67,19 +69,27 @@ static void send_ready(struct expert *self, struct effects *out) {
     ready.ok = self->state == OPERATION_DONE;
     ready.error = self->error;
     ready.bytes = self->memory_kib * 1024;
+    ready.layer = effects_alloc(out, ((size_t)self->failed + 1) * sizeof *ready.layer);
+    ready.expert = effects_alloc(out, ((size_t)self->failed + 1) * sizeof *ready.expert);
+    for (uint32_t i = 0; self->failed > 0 && i < self->pairs; i++)
+        if (self->pair[i] == PAIR_FAILED) {
+            ready.layer[ready.n_layer++] = i / self->config.experts;
+            ready.expert[ready.n_expert++] = i % self->config.experts;
+        }
     message envelope = member_envelope(&self->member);
     envelope.body_case = TROUPE__ENVELOPE__BODY_READY;
     envelope.ready = &ready;
     effects_send(out, ACTOR_COORDINATOR, &envelope);
 }
 
+/* None of it is done. */
 static void fail_operation(struct expert *self, const char *why, struct effects *out) {
     self->state = OPERATION_FAILED;
     snprintf(self->error, sizeof self->error, "%s", why);
     for (uint32_t i = 0; i < self->pairs; i++)
-        if (self->pair[i] == PAIR_WANTED)
+        if (self->pair[i] == PAIR_WANTED || self->pair[i] == PAIR_FAILED)
             self->pair[i] = PAIR_ABSENT;
-    self->wanted = 0;
+    self->wanted = self->failed = 0;
     effects_trace(out, TRACE_ERROR, "operation %llu failed: %s",
                   (unsigned long long)self->operation, why);
     send_ready(self, out);
@@ -107,9 +117,13 @@ static void check_complete(struct expert *self, struct effects *out) {
     for (uint32_t i = 0; self->loading > 0 && i < self->pairs; i++)
         if (self->pair[i] == PAIR_LOADING)
             return;
-    self->state = OPERATION_DONE;
-    effects_trace(out, TRACE_INFO, "operation %llu done: %u experts held",
-                  (unsigned long long)self->operation, self->held);
+    self->state = self->failed == 0 ? OPERATION_DONE : OPERATION_FAILED;
+    if (self->failed == 0)
+        effects_trace(out, TRACE_INFO, "operation %llu done: %u experts held",
+                      (unsigned long long)self->operation, self->held);
+    else
+        effects_trace(out, TRACE_ERROR, "operation %llu failed for %u experts: %s",
+                      (unsigned long long)self->operation, self->failed, self->error);
     send_ready(self, out);
 }
 
@@ -130,9 +144,9 @@ static bool begin_operation(struct expert *self, uint64_t operation, uint64_t in
     self->state = OPERATION_WORKING;
     self->error[0] = '\0';
     for (uint32_t i = 0; i < self->pairs; i++)
-        if (self->pair[i] == PAIR_WANTED)
+        if (self->pair[i] == PAIR_WANTED || self->pair[i] == PAIR_FAILED)
             self->pair[i] = PAIR_ABSENT;
-    self->wanted = 0;
+    self->wanted = self->failed = 0;
     return true;
 }
 
@@ -200,9 +214,12 @@ static void on_loaded(struct expert *self, const struct event *event, struct eff
     self->loading--;
     if (event->loaded.error < 0) {
         self->pair[place] = PAIR_ABSENT;
-        if (!doomed && self->state == OPERATION_WORKING)
-            fail_operation(self, event->loaded.text != NULL ? event->loaded.text : "loading failed",
-                           out);
+        if (!doomed && self->state == OPERATION_WORKING) { /* the others are loaded all the same */
+            self->pair[place] = PAIR_FAILED;
+            self->failed++;
+            snprintf(self->error, sizeof self->error, "%s",
+                     event->loaded.text != NULL ? event->loaded.text : "loading failed");
+        }
     } else if (doomed) {
         drop(self, place, out);
     } else {
@@ -224,7 +241,7 @@ static void describe_holdings(const struct member *member, Troupe__Hello *hello,
     uint32_t *expert = effects_alloc(out, ((size_t)self->pairs + 1) * sizeof *expert);
     uint32_t held = 0, others = self->held;
     for (uint32_t place = 0; place < self->pairs; place++) {
-        if (self->pair[place] == PAIR_ABSENT)
+        if (self->pair[place] == PAIR_ABSENT || self->pair[place] == PAIR_FAILED)
             continue;
         uint32_t at = self->pair[place] == PAIR_HELD ? held++ : others++;
         layer[at] = place / self->config.experts;
@@ -341,8 +358,11 @@ static void on_computed(struct expert *self, const struct program_result *result
 
 static void send_heartbeat(struct expert *self, uint64_t now_ns, struct effects *out) {
     Troupe__Heartbeat heartbeat = TROUPE__HEARTBEAT__INIT;
-    heartbeat.state = self->state == OPERATION_WORKING ? TROUPE__ACTOR_STATE__STATE_LOADING
-                                                       : TROUPE__ACTOR_STATE__STATE_READY;
+    heartbeat.state = self->member.draining              ? TROUPE__ACTOR_STATE__STATE_DRAINING
+                      : self->state == OPERATION_WORKING ? TROUPE__ACTOR_STATE__STATE_LOADING
+                                                         : TROUPE__ACTOR_STATE__STATE_READY;
+    heartbeat.copies_held = self->held;
+    heartbeat.copies_loading = self->loading + self->wanted;
     heartbeat.memory_bytes = self->memory_kib * 1024;
     heartbeat.frames = self->frames;
     heartbeat.rows = self->rows;

@@ -133,6 +133,7 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
         hello.epoch = self->epoch;
         hello.members = self->epoch > 0 ? self->peers + 1 : 0;
         hello.ready = self->ready;
+        hello.draining = self->draining;
         if (self->describe_holdings != NULL)
             self->describe_holdings(self, &hello, out);
     }
@@ -296,7 +297,8 @@ static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uin
     take_members(self, commit, out);
     self->epoch = commit->epoch;
     self->bias_version = commit->bias_version;
-    self->ready = own->state == TROUPE__ACTOR_STATE__STATE_READY;
+    self->draining = own->state == TROUPE__ACTOR_STATE__STATE_DRAINING;
+    self->ready = self->draining || own->state == TROUPE__ACTOR_STATE__STATE_READY;
     self->serving = commit->serving && self->ready;
     self->heartbeat_at_ns = now_ns; /* the acknowledgement; others wait for it */
     effects_trace(out, TRACE_DEBUG, "adopted epoch %llu: %u peers, %zu placements%s",

@@ -39,6 +39,7 @@ struct member {
     uint64_t epoch;                        /* adopted */
     uint64_t bias_version;
     bool ready;   /* as the adopted epoch lists it */
+    bool draining; /* likewise: give away what there is; the coordinator says when to end */
     bool serving; /* requests may be submitted: the epoch serves, and all who must know this actor
                      do */
     bool exited;

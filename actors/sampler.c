@@ -118,7 +118,8 @@ static void on_computed(struct sampler *self, const struct program_result *resul
 
 static void send_heartbeat(struct sampler *self, uint64_t now_ns, struct effects *out) {
     Troupe__Heartbeat heartbeat = TROUPE__HEARTBEAT__INIT;
-    heartbeat.state = TROUPE__ACTOR_STATE__STATE_READY;
+    heartbeat.state = self->member.draining ? TROUPE__ACTOR_STATE__STATE_DRAINING
+                                            : TROUPE__ACTOR_STATE__STATE_READY;
     heartbeat.frames = self->frames;
     heartbeat.rows = self->rows;
     heartbeat.busy_ns = self->busy_ns;

@@ -63,6 +63,10 @@ static void on_member(struct coordinator *self, struct seat *seat, const message
     case TROUPE__ENVELOPE__BODY_READY:
         copies_on_ready(self, seat, envelope->ready, now_ns, out);
         break;
+    case TROUPE__ENVELOPE__BODY_SCALED:
+        if (seat->role == ROLE_CONTROL)
+            operations_on_scaled(self, envelope->scaled, now_ns, out);
+        break;
     case TROUPE__ENVELOPE__BODY_STATUS_REQUEST:
         statistics_on_request(self, envelope, now_ns, out);
         break;
@@ -114,7 +118,10 @@ static void forgive_own_absence(struct coordinator *self, uint64_t now_ns) {
 
 static void on_timer(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     membership_timer(self, now_ns, out);
-    copies_timer(self, now_ns, out);
+    recording_timer(self, now_ns);
+    membership_review(self, now_ns, out);
+    copies_review(self, now_ns, out);
+    operations_step(self, now_ns, out);
     if (now_ns >= self->statistics_at_ns) {
         statistics_send(self, now_ns, out);
         self->statistics_at_ns = now_ns + self->heartbeat_ns;
@@ -140,6 +147,9 @@ static void coordinator_step(struct actor *actor, const struct event *event, uin
             membership_remove(self, seat, "its connection has ended", now_ns, out);
         break;
     }
+    case EVENT_HTTP_REQUEST:
+        admin_on_request(self, event->http, now_ns, out);
+        break;
     case EVENT_SHUTDOWN:
         shut_down(self, "asked to shut down", out);
         break;
@@ -160,7 +170,10 @@ static uint64_t coordinator_deadline(const struct actor *actor) {
     const struct coordinator *self = (const struct coordinator *)actor;
     if (self->exited)
         return NEVER;
-    return smaller(smaller(self->statistics_at_ns, self->learn_until_ns),
+    uint64_t own = smaller(self->statistics_at_ns, self->learn_until_ns);
+    if (self->recording.on)
+        own = smaller(own, self->recording.next_ns);
+    return smaller(smaller(own, operations_deadline(self)),
                    smaller(membership_deadline(self), copies_deadline(self)));
 }
 
@@ -182,17 +195,31 @@ static const char *coordinator_describe(struct actor *actor) {
 static void coordinator_destroy(struct actor *actor) {
     struct coordinator *self = (struct coordinator *)actor;
     membership_free(self);
+    operations_free(self);
+    free(self->recording.before);
+    free(self->recording.rows);
+    free(self->admin_token);
     free(self->seat);
     free(self->ghost);
     free(self->is_moe);
-    free(self->active);
-    free(self->target);
+    free(self->home);
+    free(self->targets);
+    free(self->actives);
+    free(self->waiting);
+    free(self->owner);
     free(self->current);
     free(self->wanted);
     free(self->scratch);
     free(self->load_of_gone);
     free(self->strings);
     free(self);
+}
+
+void coordinator_set_admin_token(struct actor *actor, const char *token) {
+    struct coordinator *self = (struct coordinator *)actor;
+    free(self->admin_token);
+    self->admin_token = token != NULL ? strdup(token) : NULL;
+    ASSERT(token == NULL || self->admin_token != NULL);
 }
 
 static const struct actor_class COORDINATOR_CLASS = {
@@ -208,14 +235,18 @@ static bool allocate(struct coordinator *self) {
     self->seat = calloc(ACTORS_MAX, sizeof *self->seat);
     self->ghost = calloc(GHOSTS_MAX, sizeof *self->ghost);
     self->is_moe = calloc(self->config.layers, sizeof *self->is_moe);
-    self->active = calloc(pairs, sizeof *self->active);
-    self->target = calloc(pairs, sizeof *self->target);
+    self->home = calloc(pairs, sizeof *self->home);
+    self->targets = calloc(pairs, sizeof *self->targets);
+    self->actives = calloc(pairs, sizeof *self->actives);
+    self->waiting = calloc(pairs, sizeof *self->waiting);
+    self->owner = calloc(pairs, sizeof *self->owner);
     self->current = calloc(pairs, sizeof *self->current);
     self->wanted = calloc(pairs, sizeof *self->wanted);
     self->scratch = calloc((size_t)6 * ACTORS_MAX, sizeof *self->scratch);
     self->load_of_gone = calloc(pairs, sizeof *self->load_of_gone);
     return self->seat != NULL && self->ghost != NULL && self->is_moe != NULL &&
-           self->active != NULL && self->target != NULL && self->current != NULL &&
+           self->home != NULL && self->targets != NULL && self->actives != NULL &&
+           self->waiting != NULL && self->owner != NULL && self->current != NULL &&
            self->wanted != NULL && self->scratch != NULL && self->load_of_gone != NULL;
 }
 

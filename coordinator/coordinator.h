@@ -3,6 +3,8 @@
  *   membership.c   seats: HELLO to loss, readiness, epochs (COMMIT), fencing
  *   copies.c       copies of experts: ASSIGN, READY, RELEASE
  *   placement.c    what should be where
+ *   operations.c   what people ask for: replicate, move, drain, scale, cancel
+ *   admin.c        the same over HTTP
  *   statistics.c   STATS and STATUS */
 #ifndef TROUPE_COORDINATOR_H
 #define TROUPE_COORDINATOR_H
@@ -18,7 +20,14 @@ enum assigned {
     ASSIGNED_NO,
     ASSIGNED_BEFORE, /* to hold it, by an order that was replaced: it may hold it or not */
     ASSIGNED_NOW,    /* to hold it, by its newest ASSIGN */
+    ASSIGNED_HELD,   /* to hold it, and it has said that it does */
     ASSIGNED_RELEASING,
+};
+
+/* What a process is for a pair; bits. */
+enum copy_bits {
+    COPY_TARGET = 1, /* is to serve it */
+    COPY_ACTIVE = 2, /* serves it in the current epoch */
 };
 
 /* A member as the coordinator knows it. */
@@ -33,6 +42,10 @@ struct seat {
     uint64_t foreign_epoch; /* adopted from an earlier coordinator when it came here: acknowledges
                                nothing */
     bool ready; /* all who must know it have adopted an epoch that lists it */
+    bool draining;          /* it gives everything away and then ends */
+    uint64_t draining_epoch; /* the first that says so; 0: an earlier coordinator's */
+    uint64_t drained_ns;    /* since when it has nothing left; 0: it has */
+    uint64_t leave_sent_ns; /* told to end; 0: not yet */
     uint64_t heard_ns, commit_sent_ns;
     Troupe__Heartbeat heartbeat; /* the last one, without its lists */
     bool has_heartbeat;
@@ -43,7 +56,11 @@ struct seat {
     uint32_t room;     /* as its HELLO said; capacity is less for a while after a load has failed */
     uint32_t failures; /* loads, since one succeeded */
     uint64_t trusted_at_ns; /* when it is given more again; NEVER: it is */
+    uint32_t targets;  /* pairs with COPY_TARGET */
+    uint8_t *copy;     /* [pairs] bits of enum copy_bits */
     uint8_t *assigned; /* [pairs] enum assigned */
+    bool dirty;        /* either has changed since copies_review looked at it */
+    bool surplus;      /* it was told to hold something that it is nothing for */
     enum order_kind order;
     uint64_t operation, shrunk_epoch;
     uint64_t order_at_ns, order_wait_ns; /* when it is said again */
@@ -56,6 +73,64 @@ struct ghost {
     char control_address[ADDRESS_BYTES_MAX + 1];
 };
 #define GHOSTS_MAX 256u
+
+/* ---- operations ---- */
+
+enum operation_kind {
+    OPERATION_REPLICATE,
+    OPERATION_MOVE,
+    OPERATION_DRAIN,
+    OPERATION_SCALE,
+    OPERATION_REBALANCE,
+};
+enum operation_phase {
+    PHASE_PREPARE, /* copies are loading, processes are starting or emptying */
+    PHASE_READY,   /* everything is there */
+    PHASE_COMMIT,  /* the epoch that says so is being published */
+    PHASE_DRAIN,   /* attention actors are adopting it */
+    PHASE_RELEASE, /* old copies are dropped, drained processes end */
+    PHASE_DONE,
+    PHASE_ABORTED,
+};
+
+/* A copy of a pair comes to `to` (0: none comes) and leaves `from` (0: none leaves). */
+struct change {
+    uint32_t pair;
+    actor_id from, to;
+};
+
+/* A process that an operation starts or drains. */
+struct party {
+    actor_id id; /* 0: has not joined yet */
+    bool gone;
+    char name[64];
+};
+
+struct operation {
+    uint64_t id;
+    enum operation_kind kind;
+    enum operation_phase phase, reached; /* reached: before it was aborted */
+    enum role role;                      /* scale */
+    uint32_t count;                      /* scale: wanted */
+    bool starting;                       /* scale: up */
+    bool told;                           /* the supervisor knows all that it must */
+    uint64_t began_ns, ended_ns, epoch, tell_at_ns;
+    struct change *change; /* owned */
+    uint32_t changes;
+    struct party *party; /* owned */
+    uint32_t parties;
+    char reason[FAILURE_TEXT_BYTES]; /* why it was aborted */
+};
+#define OPERATIONS_MAX 64u
+
+/* Loads per window, recorded on request. */
+struct recording {
+    bool on;
+    uint64_t window_ns, next_ns;
+    uint64_t *before; /* [pairs] totals at the start of the window */
+    uint32_t *rows;   /* [windows, pairs] */
+    uint32_t windows, capacity;
+};
 
 struct coordinator {
     struct actor actor;
@@ -85,8 +160,14 @@ struct coordinator {
     uint32_t moe_pairs;
     uint32_t pairs;             /* layers * experts */
     uint8_t *is_moe;            /* [layers] */
-    actor_id *active;           /* [pairs] who serves it; 0: nobody */
-    actor_id *target;           /* [pairs] who is to serve it; 0: nobody */
+    actor_id *home;             /* [pairs] the target that placement looks after; 0: nobody */
+    uint16_t *targets, *actives, *waiting; /* [pairs] copies with COPY_TARGET, with COPY_ACTIVE, with
+                                              the first but not the second */
+    uint64_t *owner; /* [pairs] the operation that is at work on it; 0: none */
+    struct operation operation[OPERATIONS_MAX]; /* a ring; id 0: never used */
+    uint64_t last_operation_id;
+    struct recording recording;
+    char *admin_token; /* NULL: none asked for */
     uint32_t *current, *wanted; /* planning: [pairs] */
     uint32_t *scratch;          /* planning: [6 * ACTORS_MAX] */
     uint64_t *load_of_gone;     /* [pairs] totals of attention actors that left */
@@ -112,6 +193,8 @@ void membership_remove(struct coordinator *self, struct seat *seat, const char *
                        uint64_t now_ns, struct effects *out);
 void membership_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
 uint64_t membership_deadline(const struct coordinator *self);
+/* Finds out who has become READY. */
+void membership_review(struct coordinator *self, uint64_t now_ns, struct effects *out);
 /* Publishes a new epoch if anything in it has changed. */
 void membership_publish(struct coordinator *self, uint64_t now_ns, struct effects *out);
 void membership_free(struct coordinator *self);
@@ -120,12 +203,14 @@ Troupe__Commit *membership_commit(const struct coordinator *self, struct effects
 Troupe__Member *membership_member(const struct seat *seat, struct effects *out);
 
 /* copies.c */
-bool seat_serves(const struct coordinator *self, actor_id id); /* a ready expert process */
+bool seat_serves(const struct coordinator *self, const struct seat *seat); /* a ready expert process */
 void copies_plan(struct coordinator *self, uint64_t now_ns, struct effects *out);
-void copies_forget(struct coordinator *self, actor_id id);
+/* The process is gone, or about to be forgotten. */
+void copies_forget(struct coordinator *self, struct seat *seat);
 void copies_on_ready(struct coordinator *self, struct seat *seat, const Troupe__Ready *ready,
                      uint64_t now_ns, struct effects *out);
-void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* Activates what is loaded, retires what has a successor, gives and repeats orders. */
+void copies_review(struct coordinator *self, uint64_t now_ns, struct effects *out);
 uint64_t copies_deadline(const struct coordinator *self);
 /* What a member of an earlier coordinator holds. */
 void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello);
@@ -134,12 +219,56 @@ void copies_learn_more(struct coordinator *self, struct seat *seat, const Troupe
                        uint64_t now_ns, struct effects *out);
 void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
 bool copies_complete(const struct coordinator *self); /* every pair has a ready holder */
+void copy_set_target(struct coordinator *self, struct seat *seat, uint32_t pair, bool on);
+void copy_activate(struct coordinator *self, struct seat *seat, uint32_t pair);
+/* No attention actor uses an epoch any more in which the process held what it has lost since. */
+bool copies_drained(const struct coordinator *self, const struct seat *seat);
+/* The process is nothing for any pair and was told to hold none. */
+bool copies_none(const struct coordinator *self, const struct seat *seat);
+
+/* operations.c: each returns 0 with the operation's id, or why not. */
+int operation_replicate(struct coordinator *self, uint32_t layer, uint32_t expert, actor_id to,
+                        uint64_t now_ns, uint64_t *ret_id, struct failure *failure);
+int operation_move(struct coordinator *self, uint32_t layer, uint32_t expert, actor_id from,
+                   actor_id to, uint64_t now_ns, uint64_t *ret_id, struct failure *failure);
+int operation_drain(struct coordinator *self, actor_id id, uint64_t now_ns, struct effects *out,
+                    uint64_t *ret_id, struct failure *failure);
+int operation_scale(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
+                    struct effects *out, uint64_t *ret_id, struct failure *failure);
+int operation_cancel(struct coordinator *self, uint64_t id, uint64_t now_ns, struct effects *out,
+                     struct failure *failure);
+void operation_supersede(struct coordinator *self, uint64_t id, uint64_t now_ns,
+                         struct effects *out);
+/* A copy that it needs could not be loaded. */
+void operation_failed(struct coordinator *self, uint64_t id, const struct seat *seat,
+                      const char *error, uint64_t now_ns, struct effects *out);
+void operations_step(struct coordinator *self, uint64_t now_ns, struct effects *out);
+uint64_t operations_deadline(const struct coordinator *self);
+void operations_joined(struct coordinator *self, struct seat *seat, uint64_t now_ns);
+void operations_lost(struct coordinator *self, actor_id id, uint64_t now_ns, struct effects *out);
+void operations_on_scaled(struct coordinator *self, const Troupe__Scaled *scaled, uint64_t now_ns,
+                          struct effects *out);
+void operations_free(struct coordinator *self);
+const char *operation_kind_name(enum operation_kind kind);
+const char *operation_phase_name(enum operation_phase phase);
+bool operation_ended(const struct operation *operation);
+
+/* admin.c */
+void admin_on_request(struct coordinator *self, const struct http_request *request,
+                      uint64_t now_ns, struct effects *out);
 
 /* statistics.c */
 void statistics_take_loads(struct coordinator *self, struct seat *seat,
                            const Troupe__Heartbeat *heartbeat);
 void statistics_forget(struct coordinator *self, const struct seat *seat);
 void statistics_send(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* Windows of loads, from start to stop; kept until the next start. */
+int recording_start(struct coordinator *self, uint64_t window_ms, uint64_t now_ns,
+                    struct failure *failure);
+void recording_stop(struct coordinator *self);
+void recording_timer(struct coordinator *self, uint64_t now_ns);
+/* As a safetensors file with the tensor expert_load, int32 [window, layer, expert]. */
+uint8_t *recording_file(const struct coordinator *self, size_t *ret_size, struct effects *out);
 void statistics_on_request(struct coordinator *self, const message *envelope, uint64_t now_ns,
                            struct effects *out);
 

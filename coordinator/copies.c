@@ -1,16 +1,21 @@
 /* Copies of experts: who serves each (layer, expert), who is to, and the orders that bring it
  * about.
  *
- * A pair whose target is not its active holder is on its way: the target has been told to load it
- * (ASSIGN); when it says READY, it becomes the active one. The old one serves until then (make
- * before break) and drops it (RELEASE) once every attention actor has adopted an epoch without it.
+ * A copy is a pair at a process. It is wanted (COPY_TARGET), in the current epoch (COPY_ACTIVE), both,
+ * or neither; `assigned` says what the process was told about it:
+ *
+ *   target       -> ASSIGN -> READY (held) -> active        with the next epoch
+ *   not target   -> inactive once all targets of its pair are active (make before break)
+ *                -> RELEASE once every attention actor has adopted an epoch without it
  *
  * An order is an ASSIGN or a RELEASE with a new operation number, said again until READY names that
- * number; a newer order to the same process replaces it.
+ * number; a newer order to the same process replaces it. Copies that an operation of
+ * operations.c owns become active together, when the last of them is held; all others at once.
  *
- * Invariants: 1. a live active holder is never told to drop before its successor is ready; 2. READY
- * counts only for the newest operation of a process; 3. everything a process was told to hold is
- * told to be dropped once it is neither active nor target there. */
+ * Invariants: 1. an active copy at a live process goes inactive only when every target of its pair is
+ * active; 2. READY counts only for the newest order of a process; 3. everything a process was
+ * told to hold is told to be dropped once it is neither active nor target there; 4. `targets`, `actives`
+ * and `waiting` count the bits. */
 #include "coordinator/coordinator.h"
 
 #include <string.h>
@@ -18,33 +23,103 @@
 #define ORDER_WAIT_MAX_NS 2000000000u
 #define TRUST_WAIT_MAX_NS 10000000000u
 
-bool seat_serves(const struct coordinator *self, actor_id id) {
-    const struct seat *seat = id != 0 ? seat_find(self, id) : NULL;
-    return seat != NULL && seat->role == ROLE_EXPERT && seat->ready;
+bool seat_serves(const struct coordinator *self, const struct seat *seat) {
+    return seat->role == ROLE_EXPERT && seat->ready;
 }
 
 bool copies_complete(const struct coordinator *self) {
+    uint32_t served = 0, wanted = self->moe_pairs;
     for (uint32_t pair = 0; pair < self->pairs; pair++)
-        if (self->is_moe[pair / self->config.experts] && !seat_serves(self, self->active[pair]))
+        served += self->actives[pair] > 0; /* only ready processes are made active */
+    return served == wanted;
+}
+
+/* ---- bits ---- */
+
+static void count_waiting(struct coordinator *self, uint32_t pair, uint8_t before, uint8_t after) {
+    self->waiting[pair] += (after & (COPY_TARGET | COPY_ACTIVE)) == COPY_TARGET;
+    self->waiting[pair] -= (before & (COPY_TARGET | COPY_ACTIVE)) == COPY_TARGET;
+}
+
+void copy_set_target(struct coordinator *self, struct seat *seat, uint32_t pair, bool on) {
+    uint8_t before = seat->copy[pair], after = on ? before | COPY_TARGET : before & ~COPY_TARGET;
+    if (before == after)
+        return;
+    seat->copy[pair] = after;
+    seat->targets += on ? 1 : -1u;
+    self->targets[pair] += on ? 1 : -1;
+    count_waiting(self, pair, before, after);
+    seat->dirty = true;
+}
+
+static void set_active(struct coordinator *self, struct seat *seat, uint32_t pair, bool on) {
+    uint8_t before = seat->copy[pair], after = on ? before | COPY_ACTIVE : before & ~COPY_ACTIVE;
+    if (before == after)
+        return;
+    seat->copy[pair] = after;
+    self->actives[pair] += on ? 1 : -1;
+    count_waiting(self, pair, before, after);
+    if (!on)
+        seat->shrunk_epoch = self->epoch + 1; /* the one that is published with this step */
+    seat->dirty = true;
+    self->changed = true;
+}
+
+/* Old copies go when all that are wanted have come. */
+static void retire(struct coordinator *self, uint32_t pair) {
+    if (self->waiting[pair] > 0 || self->targets[pair] == 0 ||
+        self->actives[pair] == self->targets[pair])
+        return;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].copy != NULL && self->seat[i].copy[pair] == COPY_ACTIVE)
+            set_active(self, &self->seat[i], pair, false);
+}
+
+void copy_activate(struct coordinator *self, struct seat *seat, uint32_t pair) {
+    ASSERT(seat->assigned[pair] == ASSIGNED_HELD && seat->ready);
+    set_active(self, seat, pair, true);
+    retire(self, pair);
+}
+
+static bool holds(const struct seat *seat, uint32_t pair) {
+    return seat->copy[pair] != 0;
+}
+
+void copies_forget(struct coordinator *self, struct seat *seat) {
+    for (uint32_t pair = 0; pair < self->pairs; pair++) {
+        copy_set_target(self, seat, pair, false);
+        set_active(self, seat, pair, false);
+        if (self->home[pair] != seat->id)
+            continue;
+        self->home[pair] = 0; /* a replica becomes the one that is looked after */
+        for (uint32_t i = 0; self->targets[pair] > 0 && i < self->seats; i++)
+            if (self->seat[i].copy != NULL && (self->seat[i].copy[pair] & COPY_TARGET) != 0)
+                self->home[pair] = self->seat[i].id;
+    }
+}
+
+bool copies_none(const struct coordinator *self, const struct seat *seat) {
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        if (seat->copy[pair] != 0 || seat->assigned[pair] != ASSIGNED_NO)
             return false;
     return true;
 }
 
-/* The process serves the pair or is to serve it. */
-static bool holds(const struct coordinator *self, const struct seat *seat, uint32_t pair) {
-    return self->target[pair] == seat->id || self->active[pair] == seat->id;
-}
-
 /* ---- orders ---- */
+
+static bool listed(const struct seat *seat, uint32_t pair) {
+    if (seat->order == ORDER_RELEASE)
+        return seat->assigned[pair] == ASSIGNED_RELEASING;
+    return seat->assigned[pair] == ASSIGNED_NOW || seat->assigned[pair] == ASSIGNED_HELD;
+}
 
 static void send_order(struct coordinator *self, struct seat *seat, uint64_t now_ns,
                        struct effects *out) {
     uint32_t *layer = effects_alloc(out, self->pairs * sizeof *layer);
     uint32_t *expert = effects_alloc(out, self->pairs * sizeof *expert);
-    enum assigned listed = seat->order == ORDER_ASSIGN ? ASSIGNED_NOW : ASSIGNED_RELEASING;
     size_t count = 0;
     for (uint32_t pair = 0; pair < self->pairs; pair++)
-        if (seat->assigned[pair] == listed) {
+        if (listed(seat, pair)) {
             layer[count] = pair / self->config.experts;
             expert[count++] = pair % self->config.experts;
         }
@@ -80,12 +155,13 @@ static void begin_order(struct coordinator *self, struct seat *seat, enum order_
     seat->order = kind;
     seat->operation = ++self->last_operation;
     seat->order_wait_ns = self->retry_ns;
+    seat->dirty = true;
     for (uint32_t pair = 0; pair < self->pairs; pair++) {
         uint8_t *assigned = &seat->assigned[pair];
-        bool wanted = holds(self, seat, pair);
-        if (kind == ORDER_ASSIGN && wanted)
+        bool wanted = holds(seat, pair);
+        if (kind == ORDER_ASSIGN && wanted && *assigned != ASSIGNED_HELD)
             *assigned = ASSIGNED_NOW;
-        else if (kind == ORDER_ASSIGN && *assigned != ASSIGNED_NO)
+        else if (kind == ORDER_ASSIGN && !wanted && *assigned != ASSIGNED_NO)
             *assigned = ASSIGNED_BEFORE;
         else if (kind == ORDER_RELEASE && !wanted && *assigned != ASSIGNED_NO)
             *assigned = ASSIGNED_RELEASING;
@@ -93,29 +169,12 @@ static void begin_order(struct coordinator *self, struct seat *seat, enum order_
     send_order(self, seat, now_ns, out);
 }
 
-static bool has_surplus(const struct coordinator *self, const struct seat *seat) {
-    for (uint32_t pair = 0; pair < self->pairs; pair++)
-        if (seat->assigned[pair] != ASSIGNED_NO && !holds(self, seat, pair))
-            return true;
-    return false;
-}
-
-/* No attention actor uses an epoch any more in which the process held what it has lost since. */
-static bool drained(const struct coordinator *self, const struct seat *seat) {
+bool copies_drained(const struct coordinator *self, const struct seat *seat) {
     for (uint32_t i = 0; i < self->seats; i++)
         if (self->seat[i].role == ROLE_ATTENTION &&
             self->seat[i].acknowledged_epoch < seat->shrunk_epoch)
             return false;
     return self->epoch >= seat->shrunk_epoch;
-}
-
-/* Something it is to serve is not in the order that it works on. */
-static bool needs_order(const struct coordinator *self, const struct seat *seat) {
-    for (uint32_t pair = 0; seat->role == ROLE_EXPERT && pair < self->pairs; pair++)
-        if (self->target[pair] == seat->id && self->active[pair] != seat->id &&
-            (seat->order != ORDER_ASSIGN || seat->assigned[pair] != ASSIGNED_NOW))
-            return true;
-    return false;
 }
 
 /* ---- planning ---- */
@@ -138,61 +197,87 @@ static void complain(struct coordinator *self, uint32_t homeless, uint32_t holde
     self->complained = homeless > 0;
 }
 
-static void retarget(struct coordinator *self, const uint32_t *id) {
-    for (uint32_t pair = 0; pair < self->pairs; pair++) {
-        actor_id wanted = self->wanted[pair] == NOBODY ? 0 : id[self->wanted[pair]];
-        if (wanted == 0) /* no room anywhere: whoever serves it goes on */
-            wanted = self->active[pair];
-        self->target[pair] = wanted;
+static actor_id active_at(const struct coordinator *self, uint32_t pair) {
+    for (uint32_t i = 0; self->actives[pair] > 0 && i < self->seats; i++)
+        if (self->seat[i].copy != NULL && (self->seat[i].copy[pair] & COPY_ACTIVE) != 0)
+            return self->seat[i].id;
+    return 0;
+}
+
+static void move_home(struct coordinator *self, uint32_t pair, actor_id wanted, uint64_t now_ns,
+                      struct effects *out) {
+    if (wanted == self->home[pair])
+        return;
+    if (self->owner[pair] != 0)
+        operation_supersede(self, self->owner[pair], now_ns, out);
+    struct seat *old = self->home[pair] != 0 ? seat_find(self, self->home[pair]) : NULL;
+    struct seat *new = seat_find(self, wanted);
+    self->home[pair] = wanted;
+    copy_set_target(self, new, pair, true);
+    if (old != NULL)
+        copy_set_target(self, old, pair, false);
+}
+
+/* Replicas at processes that are leaving go to the emptiest that has none of the pair yet, if any has
+ * room; otherwise there is one less. */
+static void move_replica(struct coordinator *self, struct seat *leaving, uint32_t pair) {
+    struct seat *best = NULL;
+    for (uint32_t i = 0; i < self->seats; i++) {
+        struct seat *seat = &self->seat[i];
+        if (seat->copy != NULL && !seat->draining && (seat->copy[pair] & COPY_TARGET) == 0 &&
+            seat->targets < seat->capacity && (best == NULL || seat->targets < best->targets))
+            best = seat;
     }
+    copy_set_target(self, leaving, pair, false);
+    if (best != NULL)
+        copy_set_target(self, best, pair, true);
+}
+
+/* Who may be given pairs, and how many each may have as a home. */
+static uint32_t list_holders(struct coordinator *self, uint32_t *id, uint32_t *capacity) {
+    uint32_t holders = 0;
+    for (uint32_t i = 0; i < self->seats; i++) {
+        const struct seat *seat = &self->seat[i];
+        if (seat->role != ROLE_EXPERT || seat->draining)
+            continue;
+        uint32_t replicas = seat->targets;
+        for (uint32_t pair = 0; pair < self->pairs && replicas > 0; pair++)
+            replicas -= self->home[pair] == seat->id;
+        id[holders] = seat->id;
+        capacity[holders++] = seat->capacity > replicas ? seat->capacity - replicas : 0;
+    }
+    return holders;
 }
 
 void copies_plan(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     if (!self->placed || self->pairs == 0 || self->learn_until_ns != NEVER)
         return;
-    uint32_t *id = self->scratch, *capacity = id + ACTORS_MAX, holders = 0;
-    for (uint32_t i = 0; i < self->seats; i++)
-        if (self->seat[i].role == ROLE_EXPERT) {
-            id[holders] = self->seat[i].id;
-            capacity[holders++] = self->seat[i].capacity;
-        }
+    uint32_t *id = self->scratch, *capacity = id + ACTORS_MAX;
+    uint32_t holders = list_holders(self, id, capacity);
     for (uint32_t pair = 0; pair < self->pairs; pair++) {
-        actor_id held = self->target[pair] != 0 ? self->target[pair] : self->active[pair];
+        actor_id held = self->home[pair] != 0 ? self->home[pair] : active_at(self, pair);
         self->current[pair] = index_of(id, holders, held);
     }
     uint32_t homeless =
         placement_even(self->config.layers, self->is_moe, self->config.experts, holders, capacity,
                        self->current, self->wanted, capacity + ACTORS_MAX);
     complain(self, homeless, holders, out);
-    retarget(self, id);
-    for (uint32_t i = 0; i < self->seats; i++)
-        if (needs_order(self, &self->seat[i]))
-            begin_order(self, &self->seat[i], ORDER_ASSIGN, now_ns, out);
-}
-
-void copies_forget(struct coordinator *self, actor_id id) {
     for (uint32_t pair = 0; pair < self->pairs; pair++) {
-        if (self->active[pair] == id)
-            self->active[pair] = 0;
-        if (self->target[pair] == id)
-            self->target[pair] = 0;
+        actor_id wanted = self->wanted[pair] == NOBODY ? 0 : id[self->wanted[pair]];
+        if (wanted == 0) /* no room anywhere: whoever serves it goes on */
+            wanted = active_at(self, pair);
+        if (wanted != 0)
+            move_home(self, pair, wanted, now_ns, out);
+    }
+    for (uint32_t i = 0; i < self->seats; i++) {
+        struct seat *seat = &self->seat[i];
+        for (uint32_t pair = 0; seat->draining && seat->targets > 0 && pair < self->pairs; pair++)
+            if ((seat->copy[pair] & COPY_TARGET) != 0 && self->home[pair] != seat->id)
+                move_replica(self, seat, pair);
     }
 }
 
 /* ---- answers ---- */
-
-static void activate(struct coordinator *self, struct seat *seat) {
-    for (uint32_t pair = 0; pair < self->pairs; pair++) {
-        if (self->target[pair] != seat->id || self->active[pair] == seat->id)
-            continue;
-        ASSERT(seat->assigned[pair] == ASSIGNED_NOW);
-        struct seat *old = self->active[pair] != 0 ? seat_find(self, self->active[pair]) : NULL;
-        if (old != NULL)
-            old->shrunk_epoch = self->epoch + 1; /* the one that is published with this step */
-        self->active[pair] = seat->id;
-        self->changed = true;
-    }
-}
 
 /* The process keeps what it serves and is given no more for a while, each time for longer; what it was
  * to load goes to others. Disks and memory recover, so nobody is written off. */
@@ -200,17 +285,45 @@ static void give_up(struct coordinator *self, struct seat *seat, const char *err
                     struct effects *out) {
     effects_trace(out, TRACE_ERROR, "%s (actor %u) could not load its experts: %s", seat->name,
                   seat->id, error);
-    uint32_t serves = 0;
-    for (uint32_t pair = 0; pair < self->pairs; pair++) {
-        serves += self->active[pair] == seat->id;
-        if (self->target[pair] == seat->id && self->active[pair] != seat->id)
-            self->target[pair] = 0;
-    }
-    seat->capacity = serves;
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        if (seat->assigned[pair] == ASSIGNED_BEFORE && seat->copy[pair] == COPY_TARGET) {
+            copy_set_target(self, seat, pair, false);
+            if (self->home[pair] == seat->id)
+                self->home[pair] = 0;
+        }
+    seat->capacity = seat->targets;
     uint64_t wait_ns = self->retry_ns << (seat->failures < 8 ? seat->failures : 8);
     seat->failures++;
     seat->trusted_at_ns = now_ns + (wait_ns < TRUST_WAIT_MAX_NS ? wait_ns : TRUST_WAIT_MAX_NS);
     copies_plan(self, now_ns, out);
+}
+
+static bool has_failed(const struct coordinator *self, const Troupe__Ready *ready, uint32_t pair) {
+    bool all = !ready->ok && ready->n_layer == 0;
+    for (size_t i = 0; i < ready->n_layer && !ready->ok; i++)
+        all = all || ready->layer[i] * self->config.experts + ready->expert[i] == pair;
+    return all;
+}
+
+/* What could be loaded is held; what could not ends the operations that asked for it. True: something
+ * failed that no operation asked for. */
+static bool take_loaded(struct coordinator *self, struct seat *seat, const Troupe__Ready *ready,
+                        uint64_t now_ns, struct effects *out) {
+    bool failed = false;
+    for (uint32_t pair = 0; pair < self->pairs; pair++) {
+        if (seat->assigned[pair] != ASSIGNED_NOW)
+            continue;
+        if (!has_failed(self, ready, pair)) {
+            seat->assigned[pair] = ASSIGNED_HELD;
+            continue;
+        }
+        seat->assigned[pair] = ASSIGNED_BEFORE;
+        if (self->owner[pair] != 0)
+            operation_failed(self, self->owner[pair], seat, ready->error, now_ns, out);
+        else
+            failed = true;
+    }
+    return failed;
 }
 
 void copies_on_ready(struct coordinator *self, struct seat *seat, const Troupe__Ready *ready,
@@ -219,16 +332,17 @@ void copies_on_ready(struct coordinator *self, struct seat *seat, const Troupe__
         return;
     enum order_kind order = seat->order;
     seat->order = ORDER_NONE;
-    if (order == ORDER_ASSIGN && ready->ok) {
-        seat->failures = 0;
-        activate(self, seat);
-    } else if (order == ORDER_ASSIGN) {
-        give_up(self, seat, ready->error, now_ns, out);
-    } else {
-        for (uint32_t pair = 0; pair < self->pairs; pair++)
-            if (seat->assigned[pair] == ASSIGNED_RELEASING)
-                seat->assigned[pair] = ASSIGNED_NO;
+    seat->dirty = true;
+    if (order == ORDER_ASSIGN) {
+        if (take_loaded(self, seat, ready, now_ns, out))
+            give_up(self, seat, ready->error, now_ns, out);
+        else if (ready->ok)
+            seat->failures = 0;
+        return;
     }
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        if (seat->assigned[pair] == ASSIGNED_RELEASING)
+            seat->assigned[pair] = ASSIGNED_NO;
 }
 
 /* ---- what an earlier coordinator had done ---- */
@@ -239,13 +353,15 @@ void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hel
             !self->is_moe[hello->layer[i]])
             continue;
         uint32_t pair = hello->layer[i] * self->config.experts + hello->expert[i];
-        seat->assigned[pair] = ASSIGNED_BEFORE;
-        if (i >= hello->held || self->active[pair] != 0)
+        seat->assigned[pair] = i < hello->held ? ASSIGNED_HELD : ASSIGNED_BEFORE;
+        if (i >= hello->held || self->targets[pair] > 0)
             continue;
-        self->active[pair] = seat->id;
-        if (self->target[pair] == 0)
-            self->target[pair] = seat->id;
+        self->home[pair] = seat->id;
+        copy_set_target(self, seat, pair, true);
+        if (seat->ready)
+            set_active(self, seat, pair, true);
     }
+    seat->dirty = true;
     seat->shrunk_epoch = self->epoch + 1; /* what is nobody's target here is used until then */
 }
 
@@ -258,6 +374,7 @@ void copies_learn_more(struct coordinator *self, struct seat *seat, const Troupe
         if (*assigned == ASSIGNED_NO)
             *assigned = ASSIGNED_BEFORE;
     }
+    seat->dirty = true;
     if (seat->order != ORDER_NONE && seat->operation <= hello->operation)
         begin_order(self, seat, seat->order, now_ns, out);
 }
@@ -266,7 +383,7 @@ void copies_learn_more(struct coordinator *self, struct seat *seat, const Troupe
 void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     bool some = false;
     for (uint32_t pair = 0; pair < self->pairs; pair++)
-        some = some || self->active[pair] != 0;
+        some = some || self->actives[pair] > 0;
     for (uint32_t i = 0; i < self->seats; i++)
         if (self->seat[i].role == ROLE_EXPERT)
             self->seat[i].shrunk_epoch = self->epoch + 1;
@@ -274,7 +391,32 @@ void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *ou
     copies_plan(self, now_ns, out);
 }
 
-/* ---- time ---- */
+/* ---- review ---- */
+
+/* What it is to serve and holds goes into the next epoch, but for what an operation keeps back until all
+ * of its copies are there. */
+static void activate_held(struct coordinator *self, struct seat *seat) {
+    for (uint32_t pair = 0; seat->ready && pair < self->pairs; pair++)
+        if (seat->copy[pair] == COPY_TARGET && seat->assigned[pair] == ASSIGNED_HELD &&
+            (self->owner[pair] == 0 || self->actives[pair] == 0))
+            copy_activate(self, seat, pair);
+}
+
+static void review_seat(struct coordinator *self, struct seat *seat, uint64_t now_ns,
+                        struct effects *out) {
+    activate_held(self, seat);
+    bool lacks = false;
+    seat->surplus = seat->dirty = false;
+    for (uint32_t pair = 0; pair < self->pairs; pair++) {
+        retire(self, pair);
+        uint8_t assigned = seat->assigned[pair];
+        lacks = lacks || (holds(seat, pair) && assigned != ASSIGNED_HELD &&
+                          (seat->order != ORDER_ASSIGN || assigned != ASSIGNED_NOW));
+        seat->surplus = seat->surplus || (!holds(seat, pair) && assigned != ASSIGNED_NO);
+    }
+    if (lacks)
+        begin_order(self, seat, ORDER_ASSIGN, now_ns, out);
+}
 
 static bool all_here(const struct coordinator *self) {
     uint32_t experts = 0;
@@ -283,7 +425,7 @@ static bool all_here(const struct coordinator *self) {
     return self->settings.expected_experts > 0 && experts >= self->settings.expected_experts;
 }
 
-void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+void copies_review(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     if (self->learn_until_ns != NEVER)
         return;
     if (!self->placed && self->place_at_ns != NEVER &&
@@ -300,9 +442,11 @@ void copies_timer(struct coordinator *self, uint64_t now_ns, struct effects *out
             seat->capacity = seat->room;
             copies_plan(self, now_ns, out);
         }
+        for (int round = 0; seat->dirty && round < 2; round++)
+            review_seat(self, seat, now_ns, out);
         if (seat->order != ORDER_NONE && now_ns >= seat->order_at_ns)
             send_order(self, seat, now_ns, out);
-        else if (seat->order == ORDER_NONE && drained(self, seat) && has_surplus(self, seat))
+        else if (seat->order == ORDER_NONE && seat->surplus && copies_drained(self, seat))
             begin_order(self, seat, ORDER_RELEASE, now_ns, out);
     }
 }

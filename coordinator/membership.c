@@ -54,6 +54,7 @@ static void seat_free(struct seat *seat) {
     free(seat->name);
     free(seat->load);
     free(seat->assigned);
+    free(seat->copy);
 }
 
 void membership_free(struct coordinator *self) {
@@ -79,13 +80,16 @@ static bool seat_fill(const struct coordinator *self, struct seat *seat,
     seat->role = (enum role)hello->role;
     if (seat->role == ROLE_ATTENTION)
         seat->load = calloc((size_t)self->pairs + 1, sizeof *seat->load);
-    if (seat->role == ROLE_EXPERT)
+    if (seat->role == ROLE_EXPERT) {
         seat->assigned = calloc((size_t)self->pairs + 1, sizeof *seat->assigned);
+        seat->copy = calloc((size_t)self->pairs + 1, sizeof *seat->copy);
+    }
     if (at == NULL || (seat->role == ROLE_ATTENTION && seat->load == NULL) ||
-        (seat->role == ROLE_EXPERT && seat->assigned == NULL)) {
+        (seat->role == ROLE_EXPERT && (seat->assigned == NULL || seat->copy == NULL))) {
         free(at);
         free(seat->load);
         free(seat->assigned);
+        free(seat->copy);
         return false;
     }
     seat->name = put_string(&at, hello->name);
@@ -93,6 +97,7 @@ static bool seat_fill(const struct coordinator *self, struct seat *seat,
     seat->data_address = put_string(&at, hello->data_address);
     seat->host = put_string(&at, hello->host);
     seat->pid = hello->pid;
+    seat->draining = hello->draining;
     seat->capacity = self->pairs;
     if (hello->capacity_bytes > 0 && hello->capacity_bytes / self->expert_bytes < self->pairs)
         seat->capacity = (uint32_t)(hello->capacity_bytes / self->expert_bytes);
@@ -337,6 +342,7 @@ void membership_on_hello(struct coordinator *self, const message *envelope, uint
     send_welcome(self, &seat, out);
     if (seat.role == ROLE_EXPERT && self->place_at_ns == NEVER)
         self->place_at_ns = now_ns + (uint64_t)self->settings.join_wait_ms * 1000000u;
+    operations_joined(self, seat_find(self, seat.id), now_ns);
     if (seat.role == ROLE_EXPERT)
         copies_plan(self, now_ns, out);
 }
@@ -345,7 +351,8 @@ void membership_on_hello(struct coordinator *self, const message *envelope, uint
 
 void membership_remove(struct coordinator *self, struct seat *seat, const char *why,
                        uint64_t now_ns, struct effects *out) {
-    effects_trace(out, TRACE_WARNING, "removed %s (actor %u): %s", seat->name, seat->id, why);
+    effects_trace(out, seat->leave_sent_ns != 0 ? TRACE_INFO : TRACE_WARNING,
+                  "removed %s (actor %u): %s", seat->name, seat->id, why);
     struct ghost *ghost = &self->ghost[self->next_ghost++ % GHOSTS_MAX];
     ghost->id = seat->id;
     ghost->incarnation = seat->incarnation;
@@ -353,13 +360,15 @@ void membership_remove(struct coordinator *self, struct seat *seat, const char *
     disconnect_from(seat->id, seat->role, seat->incarnation, out);
     statistics_forget(self, seat);
     enum role role = seat->role;
+    actor_id id = seat->id;
     if (role == ROLE_EXPERT)
-        copies_forget(self, seat->id);
+        copies_forget(self, seat);
     seat_free(seat);
     uint32_t place = (uint32_t)(seat - self->seat);
     self->seats--;
     memmove(seat, seat + 1, (self->seats - place) * sizeof *seat);
     self->changed = true;
+    operations_lost(self, id, now_ns, out);
     if (role == ROLE_EXPERT)
         copies_plan(self, now_ns, out);
 }
@@ -390,8 +399,9 @@ Troupe__Member *membership_member(const struct seat *seat, struct effects *out) 
     member->data_address = seat->data_address;
     member->host = seat->host;
     member->name = seat->name;
-    member->state =
-        seat->ready ? TROUPE__ACTOR_STATE__STATE_READY : TROUPE__ACTOR_STATE__STATE_JOINING;
+    member->state = seat->draining ? TROUPE__ACTOR_STATE__STATE_DRAINING
+                    : seat->ready  ? TROUPE__ACTOR_STATE__STATE_READY
+                                   : TROUPE__ACTOR_STATE__STATE_JOINING;
     return member;
 }
 
@@ -404,17 +414,21 @@ Troupe__Commit *membership_commit(const struct coordinator *self, struct effects
     commit->member = effects_alloc(out, self->seats * sizeof *commit->member);
     for (uint32_t i = 0; i < self->seats; i++)
         commit->member[i] = membership_member(&self->seat[i], out);
-    commit->layer = effects_alloc(out, self->pairs * sizeof *commit->layer);
-    commit->expert = effects_alloc(out, self->pairs * sizeof *commit->expert);
-    commit->holder = effects_alloc(out, self->pairs * sizeof *commit->holder);
-    size_t count = 0;
-    for (uint32_t pair = 0; pair < self->pairs; pair++) {
-        if (!seat_serves(self, self->active[pair]))
-            continue;
-        commit->layer[count] = pair / self->config.experts;
-        commit->expert[count] = pair % self->config.experts;
-        commit->holder[count++] = self->active[pair];
-    }
+    size_t copies = 0, count = 0;
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        copies += self->actives[pair];
+    commit->layer = effects_alloc(out, copies * sizeof *commit->layer);
+    commit->expert = effects_alloc(out, copies * sizeof *commit->expert);
+    commit->holder = effects_alloc(out, copies * sizeof *commit->holder);
+    for (uint32_t i = 0; i < self->seats; i++)
+        for (uint32_t pair = 0; seat_serves(self, &self->seat[i]) && pair < self->pairs; pair++) {
+            if ((self->seat[i].copy[pair] & COPY_ACTIVE) == 0)
+                continue;
+            commit->layer[count] = pair / self->config.experts;
+            commit->expert[count] = pair % self->config.experts;
+            commit->holder[count++] = self->seat[i].id;
+        }
+    ASSERT(count <= copies);
     commit->n_layer = commit->n_expert = commit->n_holder = count;
     return commit;
 }
@@ -453,16 +467,21 @@ static bool may_be_ready(const struct coordinator *self, const struct seat *seat
 
 static bool has_ready(const struct coordinator *self, enum role role) {
     for (uint32_t i = 0; i < self->seats; i++)
-        if (self->seat[i].role == role && self->seat[i].ready)
+        if (self->seat[i].role == role && self->seat[i].ready && !self->seat[i].draining)
             return true;
     return false;
 }
 
-void membership_publish(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+void membership_review(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     end_learning(self, now_ns, out);
-    for (uint32_t i = 0; i < self->seats; i++)
-        if (!self->seat[i].ready && may_be_ready(self, &self->seat[i]))
-            self->seat[i].ready = self->changed = true;
+    for (uint32_t i = 0; i < self->seats; i++) {
+        struct seat *seat = &self->seat[i];
+        if (!seat->ready && may_be_ready(self, seat))
+            seat->ready = seat->dirty = self->changed = true;
+    }
+}
+
+void membership_publish(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     if (!self->changed || self->learn_until_ns != NEVER)
         return;
     self->changed = false;

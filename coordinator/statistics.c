@@ -2,8 +2,11 @@
  * interval, STATUS when asked. */
 #include "coordinator/coordinator.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
+#define WINDOWS_BYTES_MAX (256u << 20) /* of one recording */
 #define LOADS_MAX 32768u /* entries of one STATS */
 
 void statistics_take_loads(struct coordinator *self, struct seat *seat,
@@ -32,6 +35,95 @@ static uint64_t total_load(const struct coordinator *self, uint32_t pair) {
             total += self->seat[i].load[pair];
     return total;
 }
+
+/* ---- recording ---- */
+
+int recording_start(struct coordinator *self, uint64_t window_ms, uint64_t now_ns,
+                    struct failure *failure) {
+    struct recording *recording = &self->recording;
+    if (window_ms < 10 || window_ms > 86400000)
+        return fail(failure, ERR_INVALID, "window_ms: 10 to 86400000 expected, found %llu",
+                    (unsigned long long)window_ms);
+    if (self->moe_pairs == 0)
+        return fail(failure, ERR_UNSUPPORTED, "the model has no routed experts");
+    if (recording->before == NULL)
+        recording->before = calloc((size_t)self->pairs + 1, sizeof *recording->before);
+    if (recording->before == NULL)
+        return fail(failure, ERR_NO_MEMORY, "no memory for a recording of %u loads", self->pairs);
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        recording->before[pair] = total_load(self, pair);
+    recording->windows = 0;
+    recording->window_ns = window_ms * 1000000u;
+    recording->next_ns = now_ns + recording->window_ns;
+    recording->on = true;
+    return 0;
+}
+
+void recording_stop(struct coordinator *self) {
+    self->recording.on = false;
+}
+
+static bool grow(struct coordinator *self) {
+    struct recording *recording = &self->recording;
+    if (recording->windows < recording->capacity)
+        return true;
+    uint32_t capacity = recording->capacity == 0 ? 16 : recording->capacity * 2;
+    size_t bytes = (size_t)capacity * self->pairs * sizeof *recording->rows;
+    uint32_t *rows = bytes <= WINDOWS_BYTES_MAX ? realloc(recording->rows, bytes) : NULL;
+    if (rows == NULL)
+        return false;
+    recording->rows = rows;
+    recording->capacity = capacity;
+    return true;
+}
+
+void recording_timer(struct coordinator *self, uint64_t now_ns) {
+    struct recording *recording = &self->recording;
+    while (recording->on && now_ns >= recording->next_ns) {
+        if (!grow(self)) { /* what there is can still be dumped */
+            recording->on = false;
+            return;
+        }
+        uint32_t *row = recording->rows + (size_t)recording->windows++ * self->pairs;
+        for (uint32_t pair = 0; pair < self->pairs; pair++) {
+            uint64_t total = total_load(self, pair), rows = total - recording->before[pair];
+            row[pair] = rows < INT32_MAX ? (uint32_t)rows : INT32_MAX;
+            recording->before[pair] = total;
+        }
+        recording->next_ns += recording->window_ns;
+    }
+}
+
+/* Layers without experts are left out: the trace has the MoE layers only, in order. */
+uint8_t *recording_file(const struct coordinator *self, size_t *ret_size, struct effects *out) {
+    const struct recording *recording = &self->recording;
+    uint32_t experts = self->config.experts, layers = experts > 0 ? self->moe_pairs / experts : 0;
+    size_t data = (size_t)recording->windows * self->moe_pairs * sizeof(int32_t);
+    char header[512];
+    int length = snprintf(header, sizeof header,
+                          "{\"__metadata__\":{\"window_ms\":\"%llu\",\"model\":\"%.64s\"},"
+                          "\"expert_load\":{\"dtype\":\"I32\",\"shape\":[%u,%u,%u],"
+                          "\"data_offsets\":[0,%zu]}}",
+                          (unsigned long long)(recording->window_ns / 1000000u),
+                          self->identity.model_fingerprint, recording->windows, layers, experts,
+                          data);
+    while (length % 8 != 0)
+        header[length++] = ' ';
+    uint64_t header_bytes = (uint64_t)length;
+    uint8_t *file = effects_alloc(out, 8 + (size_t)length + data), *at = file + 8 + length;
+    memcpy(file, &header_bytes, 8);
+    memcpy(file + 8, header, (size_t)length);
+    for (uint32_t window = 0; window < recording->windows; window++)
+        for (uint32_t pair = 0; pair < self->pairs; pair++)
+            if (self->is_moe[pair / experts]) {
+                memcpy(at, &recording->rows[(size_t)window * self->pairs + pair], sizeof(int32_t));
+                at += sizeof(int32_t);
+            }
+    *ret_size = 8 + (size_t)length + data;
+    return file;
+}
+
+/* ---- what is told ---- */
 
 static void fill_loads(const struct coordinator *self, Troupe__Stats *stats, struct effects *out) {
     uint32_t limit = self->pairs < LOADS_MAX ? self->pairs : LOADS_MAX, count = 0;

@@ -39,6 +39,8 @@ static const char *const NAMES[] = {
     [TROUPE__ENVELOPE__BODY_STATUS] = "STATUS",
     [TROUPE__ENVELOPE__BODY_SHUTDOWN] = "SHUTDOWN",
     [TROUPE__ENVELOPE__BODY_PEER_EXITED] = "PEER_EXITED",
+    [TROUPE__ENVELOPE__BODY_SCALE] = "SCALE",
+    [TROUPE__ENVELOPE__BODY_SCALED] = "SCALED",
 };
 
 const char *wire_name(const Troupe__Envelope *envelope) {
@@ -116,6 +118,22 @@ static const struct check RELEASE[] = {
     COUNT(Troupe__Release, layer, LAYERS_MAX *EXPERTS_MAX),
     EACH_BELOW(Troupe__Release, layer, LAYERS_MAX),
     EACH_BELOW(Troupe__Release, expert, EXPERTS_MAX),
+};
+static const struct check READY[] = {
+    SAME(Troupe__Ready, expert, layer),
+    COUNT(Troupe__Ready, layer, LAYERS_MAX *EXPERTS_MAX),
+    EACH_BELOW(Troupe__Ready, layer, LAYERS_MAX),
+    EACH_BELOW(Troupe__Ready, expert, EXPERTS_MAX),
+};
+static const struct check SCALE[] = {
+    NOT_ZERO(Troupe__Scale, operation),
+    NOT_ZERO(Troupe__Scale, role),
+    BELOW(Troupe__Scale, start, ACTORS_MAX),
+    COUNT(Troupe__Scale, leaving, ACTORS_MAX),
+};
+static const struct check SCALED[] = {
+    NOT_ZERO(Troupe__Scaled, operation),
+    COUNT(Troupe__Scaled, started, ACTORS_MAX),
 };
 static const struct check MEMBER[] = {
     NOT_ZERO(Troupe__Member, id),
@@ -200,6 +218,9 @@ static const struct message_checks {
     CHECKS(commit, COMMIT),
     CHECKS(assign, ASSIGN),
     CHECKS(release, RELEASE),
+    CHECKS(ready, READY),
+    CHECKS(scale, SCALE),
+    CHECKS(scaled, SCALED),
     CHECKS(stats, STATS),
     CHECKS(status, STATUS),
     CHECKS(hello, HELLO),

@@ -39,7 +39,10 @@ troupe_processes() {
     done 2>/dev/null
 }
 processes() { troupe_processes "troupe " | wc -l; }
-is_up() { [ -n "$(cat "$run/expert-1.pid" 2>/dev/null)" ] && [ "$(cat "$run/expert-1.pid")" != "$1" ]; }
+is_up() { # read once: the file goes and comes
+    new=$(cat "$run/expert-1.pid" 2>/dev/null)
+    [ -n "$new" ] && [ "$new" != "$1" ]
+}
 gone() { ! kill -0 "$1" 2>/dev/null; }
 complete() {
     curl -sf "$url/v1/completions" -d '{"prompt": "And it came to pass", "max_tokens": 24, "temperature": 0}' |

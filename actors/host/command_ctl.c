@@ -1,209 +1,401 @@
-/* troupe ctl status: joins as a control member, asks the coordinator once, prints, leaves. */
+/* troupe ctl: asks the coordinator's admin interface (coordinator/admin.c) over HTTP and shows the answer, as text for people or as
+ * the JSON that it is. Each subcommand is a row of the table. */
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <jansson.h>
+#include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
-#include <zmq.h>
 
 #include "actors/actor.h"
 #include "actors/host/clock.h"
 #include "actors/host/commands.h"
-#include "actors/host/endpoint.h"
-#include "actors/host/mailbox.h"
-#include "actors/host/process.h"
-#include "proto/wire.h"
+#include "actors/host/run_dir.h"
 
-#define ANSWER_TIMEOUT_NS 5000000000u
-#define RETRY_MS          200
+#define CONNECT_TIMEOUT_NS 5000000000u /* a coordinator that is being restarted is back by then */
+#define RETRY_MS           100
+#define ANSWER_TIMEOUT_S   30
+#define ANSWER_MAX         (512u << 20)
 
 struct ctl {
-    void *zmq, *in, *out;
-    char coordinator[ADDRESS_BYTES_MAX], inbox[ADDRESS_BYTES_MAX], host[ADDRESS_BYTES_MAX];
-    uint64_t incarnation;
-    actor_id id;
+    const struct options *options;
+    char address[ADDRESS_BYTES_MAX];
+    const char *word[POSITIONAL_MAX]; /* after the subcommand */
+    int words;
+    char *raw, *body; /* answer; body points into raw */
+    size_t raw_bytes, body_bytes;
+    int status;
 };
 
-static void send_envelope(struct ctl *self, message *envelope) {
-    envelope->protocol_version = WIRE_PROTOCOL_VERSION;
-    envelope->from = self->id;
-    envelope->from_incarnation = self->incarnation;
-    size_t size = wire_packed_bytes(envelope);
-    uint8_t *bytes = malloc(size);
-    ASSERT(bytes != NULL);
-    wire_pack(envelope, bytes);
-    zmq_send(self->out, bytes, size, ZMQ_DONTWAIT); /* repeated until answered */
-    free(bytes);
-}
+/* ---- HTTP ---- */
 
-static void send_hello(struct ctl *self) {
-    message envelope = TROUPE__ENVELOPE__INIT;
-    Troupe__Hello hello = TROUPE__HELLO__INIT;
-    hello.role = TROUPE__ROLE__ROLE_CONTROL;
-    hello.control_address = self->inbox;
-    hello.host = self->host;
-    hello.pid = (uint32_t)getpid();
-    hello.name = "ctl";
-    envelope.body_case = TROUPE__ENVELOPE__BODY_HELLO;
-    envelope.hello = &hello;
-    send_envelope(self, &envelope);
-}
-
-static void send_request(struct ctl *self) {
-    message envelope = TROUPE__ENVELOPE__INIT;
-    Troupe__StatusRequest request = TROUPE__STATUS_REQUEST__INIT;
-    request.token = self->incarnation;
-    request.reply_address = self->inbox;
-    envelope.body_case = TROUPE__ENVELOPE__BODY_STATUS_REQUEST;
-    envelope.status_request = &request;
-    send_envelope(self, &envelope);
-}
-
-/* The coordinator would otherwise wait for heartbeats that never come. */
-static void send_leave(struct ctl *self) {
-    message envelope = TROUPE__ENVELOPE__INIT;
-    Troupe__PeerExited exited = TROUPE__PEER_EXITED__INIT;
-    exited.pid = (uint32_t)getpid();
-    exited.host = self->host;
-    exited.incarnation = self->incarnation;
-    envelope.body_case = TROUPE__ENVELOPE__BODY_PEER_EXITED;
-    envelope.peer_exited = &exited;
-    send_envelope(self, &envelope);
-}
-
-static const char *state_name(int state) {
-    static const char *const names[] = {"joining", "loading", "ready", "draining", "gone"};
-    return state >= 0 && state < 5 ? names[state] : "?";
-}
-
-static void print_status(const Troupe__Status *status) {
-    const Troupe__Commit *commit = status->commit;
-    printf("epoch %llu, %s, %zu expert copies placed\n",
-           commit != NULL ? (unsigned long long)commit->epoch : 0,
-           commit != NULL && commit->serving ? "serving" : "not serving",
-           commit != NULL ? commit->n_layer : 0);
-    printf("%5s  %-14s %-12s %-9s %12s %8s %10s  %s\n", "actor", "name", "role", "state",
-           "heartbeat", "epoch", "memory", "address");
-    for (size_t i = 0; i < status->n_actor; i++) {
-        const Troupe__ActorStats *actor = status->actor[i];
-        const Troupe__Member *member = actor->member;
-        const Troupe__Heartbeat *heartbeat = actor->heartbeat;
-        if (member == NULL || member->role == TROUPE__ROLE__ROLE_CONTROL)
-            continue;
-        printf("%5u  %-14s %-12s %-9s %9.0f ms %8llu %7.0f MB  %s\n", member->id, member->name,
-               role_name((enum role)member->role), state_name((int)member->state),
-               (double)actor->heartbeat_age_ns / 1e6,
-               heartbeat != NULL ? (unsigned long long)heartbeat->epoch : 0,
-               heartbeat != NULL ? (double)heartbeat->memory_bytes / 1e6 : 0.0,
-               member->control_address);
+static int connect_unix(const char *path) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path) {
+        errno = ENAMETOOLONG;
+        return -1;
     }
+    strcpy(address.sun_path, path);
+    int file = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (file >= 0 && connect(file, (struct sockaddr *)&address, sizeof address) != 0) {
+        close(file);
+        return -1;
+    }
+    return file;
 }
 
-/* True once the status has been printed, or the coordinator has refused. */
-static bool take_message(struct ctl *self, int *ret_code) {
-    zmq_msg_t received;
-    struct failure failure;
-    message *envelope = NULL;
-    bool done = false;
-    zmq_msg_init(&received);
-    if (zmq_msg_recv(&received, self->in, ZMQ_DONTWAIT) >= 0 &&
-        wire_unpack(&envelope, zmq_msg_data(&received), zmq_msg_size(&received), &failure) == 0) {
-        if (envelope->body_case == TROUPE__ENVELOPE__BODY_WELCOME) {
-            self->id = envelope->welcome->id;
-            send_request(self);
-        } else if (envelope->body_case == TROUPE__ENVELOPE__BODY_REFUSED) {
-            fprintf(stderr, "troupe ctl: refused: %s\n", envelope->refused->reason);
-            done = true;
-        } else if (envelope->body_case == TROUPE__ENVELOPE__BODY_STATUS) {
-            print_status(envelope->status);
-            *ret_code = 0;
-            done = true;
+static int connect_tcp(const char *address) {
+    char host[ADDRESS_BYTES_MAX];
+    const char *colon = strrchr(address, ':');
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL;
+    int file = -1;
+    snprintf(host, sizeof host, "%.*s", (int)(colon - address), address);
+    if (getaddrinfo(host, colon + 1, &hints, &found) != 0) {
+        errno = EHOSTUNREACH;
+        return -1;
+    }
+    for (struct addrinfo *at = found; at != NULL && file < 0; at = at->ai_next) {
+        file = socket(at->ai_family, at->ai_socktype | SOCK_CLOEXEC, 0);
+        if (file >= 0 && connect(file, at->ai_addr, at->ai_addrlen) != 0) {
+            close(file);
+            file = -1;
         }
-        wire_free(&envelope);
     }
-    zmq_msg_close(&received);
+    freeaddrinfo(found);
+    return file;
+}
+
+static int open_connection(const struct ctl *self) {
+    bool tcp = strchr(self->address, '/') == NULL && strchr(self->address, ':') != NULL;
+    uint64_t until = clock_now_ns() + CONNECT_TIMEOUT_NS;
+    for (;;) {
+        int file = tcp ? connect_tcp(self->address) : connect_unix(self->address);
+        if (file >= 0 || clock_now_ns() >= until)
+            return file;
+        usleep(RETRY_MS * 1000);
+    }
+}
+
+static bool send_all(int file, const char *bytes, size_t size) {
+    while (size > 0) {
+        ssize_t sent = send(file, bytes, size, MSG_NOSIGNAL);
+        if (sent <= 0)
+            return false;
+        bytes += sent;
+        size -= (size_t)sent;
+    }
+    return true;
+}
+
+/* Everything until the other side closes. */
+static bool receive_all(struct ctl *self, int file) {
+    size_t capacity = 65536;
+    self->raw = malloc(capacity);
+    self->raw_bytes = 0;
+    while (self->raw != NULL) {
+        if (self->raw_bytes + 1 == capacity) {
+            char *grown = capacity < ANSWER_MAX ? realloc(self->raw, capacity *= 2) : NULL;
+            if (grown == NULL)
+                return false;
+            self->raw = grown;
+        }
+        ssize_t got = recv(file, self->raw + self->raw_bytes, capacity - self->raw_bytes - 1, 0);
+        if (got < 0)
+            return false;
+        if (got == 0)
+            break;
+        self->raw_bytes += (size_t)got;
+    }
+    if (self->raw == NULL)
+        return false;
+    self->raw[self->raw_bytes] = 0;
+    char *end = strstr(self->raw, "\r\n\r\n");
+    if (end == NULL || sscanf(self->raw, "HTTP/1.%*d %d", &self->status) != 1)
+        return false;
+    self->body = end + 4;
+    self->body_bytes = self->raw_bytes - (size_t)(self->body - self->raw);
+    return true;
+}
+
+static bool ask(struct ctl *self, const char *method, const char *path, json_t *body) {
+    const char *token = self->options->admin_token;
+    char head[API_KEY_BYTES + 512], *text = body != NULL ? json_dumps(body, JSON_COMPACT) : NULL;
+    size_t size = text != NULL ? strlen(text) : 0;
+    int length = snprintf(head, sizeof head,
+                          "%s %s HTTP/1.1\r\nHost: troupe\r\nConnection: close\r\nContent-Length: %zu\r\n%s%s%s\r\n",
+                          method, path, size, token[0] != 0 ? "Authorization: Bearer " : "", token,
+                          token[0] != 0 ? "\r\n" : "");
+    json_decref(body);
+    int file = open_connection(self);
+    bool done = false;
+    if (file < 0) {
+        fprintf(stderr, "troupe ctl: nobody answers at %s: %s; is the troupe running?\n", self->address,
+                strerror(errno));
+    } else {
+        struct timeval limit = {.tv_sec = ANSWER_TIMEOUT_S};
+        setsockopt(file, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+        done = send_all(file, head, (size_t)length) && send_all(file, text, size) && receive_all(self, file);
+        if (!done)
+            fprintf(stderr, "troupe ctl: no whole answer from %s\n", self->address);
+        close(file);
+    }
+    free(text);
     return done;
 }
 
-static int ask(struct ctl *self) {
-    int code = 1, retry_ms = RETRY_MS;
-    uint64_t until = clock_now_ns() + ANSWER_TIMEOUT_NS;
-    while (clock_now_ns() < until) {
-        if (self->id == 0)
-            send_hello(self);
-        else
-            send_request(self);
-        zmq_pollitem_t item = {.socket = self->in, .events = ZMQ_POLLIN};
-        while (zmq_poll(&item, 1, retry_ms) > 0) {
-            if (take_message(self, &code)) {
-                send_leave(self);
-                return code;
-            }
+/* ---- text for people ---- */
+
+static const char *text_of(const json_t *json, const char *key) {
+    const char *text = json_string_value(json_object_get(json, key));
+    return text != NULL ? text : "";
+}
+
+static long long number_of(const json_t *json, const char *key) {
+    return (long long)json_integer_value(json_object_get(json, key));
+}
+
+static void join_names(const json_t *list, char *ret, size_t room) {
+    size_t index;
+    json_t *name;
+    ret[0] = 0;
+    json_array_foreach(list, index, name) {
+        size_t used = strlen(ret);
+        snprintf(ret + used, room - used, "%s%s", index > 0 ? " " : "", json_string_value(name));
+    }
+}
+
+static void print_operation(const json_t *operation) {
+    char what[1024] = "", names[512];
+    const char *kind = text_of(operation, "kind");
+    join_names(json_object_get(operation, "processes"), names, sizeof names);
+    if (strcmp(kind, "scale") == 0)
+        snprintf(what, sizeof what, "%s to %lld  %s", text_of(operation, "role"), number_of(operation, "count"), names);
+    else if (json_object_get(operation, "layer") != NULL)
+        snprintf(what, sizeof what, "layer %lld expert %lld %s%s%s%s", number_of(operation, "layer"),
+                 number_of(operation, "expert"), text_of(operation, "from")[0] != 0 ? "from " : "",
+                 text_of(operation, "from"), text_of(operation, "from")[0] != 0 ? " to " : "to ",
+                 text_of(operation, "to"));
+    else
+        snprintf(what, sizeof what, "%s", names);
+    printf("%5lld  %-10s %-8s %7.2f s  %s", number_of(operation, "id"), kind, text_of(operation, "phase"),
+           json_number_value(json_object_get(operation, "seconds")), what);
+    if (json_object_get(operation, "reason") != NULL)
+        printf("  (in %s: %s)", text_of(operation, "aborted_in"), text_of(operation, "reason"));
+    printf("\n");
+}
+
+static void print_operations(const json_t *answer) {
+    const json_t *list = json_object_get(answer, "operations");
+    size_t index;
+    json_t *operation;
+    if (json_array_size(list) == 0)
+        printf("no operations\n");
+    json_array_foreach(list, index, operation)
+        print_operation(operation);
+}
+
+static void print_actors(const json_t *answer) {
+    size_t index;
+    json_t *actor;
+    printf("%5s  %-14s %-12s %-9s %12s %8s %10s %9s  %s\n", "actor", "name", "role", "state", "heartbeat", "epoch",
+           "memory", "copies", "address");
+    json_array_foreach(json_object_get(answer, "actors"), index, actor) {
+        char copies[48] = "";
+        if (json_object_get(actor, "copies") != NULL)
+            snprintf(copies, sizeof copies, "%lld/%lld", number_of(actor, "copies_held"), number_of(actor, "copies"));
+        printf("%5lld  %-14s %-12s %-9s %9.0f ms %8lld %7.0f MB %9s  %s\n", number_of(actor, "id"),
+               text_of(actor, "name"), text_of(actor, "role"), text_of(actor, "state"),
+               json_number_value(json_object_get(actor, "heartbeat_age_ms")), number_of(actor, "epoch"),
+               (double)number_of(actor, "memory_bytes") / 1e6, copies, text_of(actor, "address"));
+    }
+}
+
+static void print_status(const json_t *answer) {
+    printf("epoch %lld, %s, %lld expert copies of %lld experts\n", number_of(answer, "epoch"),
+           json_is_true(json_object_get(answer, "serving")) ? "serving" : "not serving", number_of(answer, "copies"),
+           number_of(answer, "experts"));
+    print_actors(answer);
+    if (json_array_size(json_object_get(answer, "operations")) > 0)
+        print_operations(answer);
+}
+
+static void print_placement(const json_t *answer) {
+    size_t layers, experts;
+    json_t *layer, *expert;
+    printf("epoch %lld\n", number_of(answer, "epoch"));
+    json_array_foreach(json_object_get(answer, "layers"), layers, layer) {
+        json_array_foreach(json_object_get(layer, "experts"), experts, expert) {
+            char holders[1024], coming[512];
+            join_names(json_object_get(expert, "holders"), holders, sizeof holders);
+            join_names(json_object_get(expert, "coming"), coming, sizeof coming);
+            printf("layer %3lld expert %3lld  %s%s%s%s\n", number_of(layer, "layer"), number_of(expert, "expert"),
+                   holders, coming[0] != 0 ? " (loading: " : "", coming, coming[0] != 0 ? ")" : "");
         }
     }
-    fprintf(stderr,
-            "troupe ctl: no answer from the coordinator at %s in %d s: is the troupe running?\n",
-            self->coordinator, (int)(ANSWER_TIMEOUT_NS / 1000000000u));
+}
+
+static void print_begun(const json_t *answer) {
+    print_operation(json_object_get(answer, "operation"));
+}
+
+static void print_plan(const json_t *answer) {
+    if (json_object_get(answer, "operation") != NULL)
+        print_begun(answer);
+    printf("%lld copies to move; balancedness %.3f now, %.3f then%s%s\n", number_of(answer, "moves"),
+           json_number_value(json_object_get(answer, "balancedness_before")),
+           json_number_value(json_object_get(answer, "balancedness_after")),
+           text_of(answer, "note")[0] != 0 ? ": " : "", text_of(answer, "note"));
+}
+
+/* ---- subcommands ---- */
+
+static json_t *number_or_text(const char *word) {
+    char *end;
+    long long number = strtoll(word, &end, 10);
+    return end != word && *end == 0 ? json_integer(number) : json_string(word);
+}
+
+static json_t *make_scale(const struct ctl *self) {
+    return json_pack("{s:s, s:o}", "role", self->word[0], "count", number_or_text(self->word[1]));
+}
+static json_t *make_drain(const struct ctl *self) {
+    return json_pack("{s:s}", "actor", self->word[0]);
+}
+static json_t *make_move(const struct ctl *self) {
+    return json_pack("{s:o, s:o, s:s, s:s}", "layer", number_or_text(self->word[0]), "expert",
+                     number_or_text(self->word[1]), "from", self->word[2], "to", self->word[3]);
+}
+static json_t *make_replicate(const struct ctl *self) {
+    json_t *body = json_pack("{s:o, s:o}", "layer", number_or_text(self->word[0]), "expert",
+                             number_or_text(self->word[1]));
+    if (self->words > 2)
+        json_object_set_new(body, "to", json_string(self->word[2]));
+    return body;
+}
+static json_t *make_rebalance(const struct ctl *self) {
+    return json_pack("{s:b}", "dry_run", self->options->dry_run);
+}
+static json_t *make_cancel(const struct ctl *self) {
+    return json_pack("{s:o}", "operation", number_or_text(self->word[0]));
+}
+
+static const struct subcommand {
+    const char *name, *arguments;
+    int least, most; /* words after the name */
+    const char *path;
+    json_t *(*make)(const struct ctl *self); /* NULL: GET */
+    void (*print)(const json_t *answer);
+} SUBCOMMANDS[] = {
+    {"status", "", 0, 0, "/status", NULL, print_status},
+    {"actors", "", 0, 0, "/actors", NULL, print_actors},
+    {"placement", "[--layer L]", 0, 0, "/placement", NULL, print_placement},
+    {"operations", "", 0, 0, "/operations", NULL, print_operations},
+    {"scale", "experts|attention|samplers N", 2, 2, "/scale", make_scale, print_begun},
+    {"drain", "ACTOR", 1, 1, "/drain", make_drain, print_begun},
+    {"move", "LAYER EXPERT FROM TO", 4, 4, "/move", make_move, print_begun},
+    {"replicate", "LAYER EXPERT [TO]", 2, 3, "/replicate", make_replicate, print_begun},
+    {"rebalance", "[--dry-run]", 0, 0, "/rebalance", make_rebalance, print_plan},
+    {"cancel", "OPERATION", 1, 1, "/cancel", make_cancel, print_begun},
+    {"record", "start|stop|dump --output FILE", 1, 1, NULL, NULL, NULL},
+};
+#define SUBCOMMANDS_COUNT (sizeof SUBCOMMANDS / sizeof SUBCOMMANDS[0])
+
+static int usage(void) {
+    fprintf(stderr, "usage: troupe ctl SUBCOMMAND (--run-dir DIR | --address ADMIN) [--json]\n");
+    for (size_t i = 0; i < SUBCOMMANDS_COUNT; i++)
+        fprintf(stderr, "  %s %s\n", SUBCOMMANDS[i].name, SUBCOMMANDS[i].arguments);
+    return 2;
+}
+
+static int show_failure(const struct ctl *self) {
+    json_t *answer = json_loads(self->body, 0, NULL);
+    if (self->options->as_json)
+        printf("%s", self->body);
+    fprintf(stderr, "troupe ctl: %s\n", answer != NULL ? text_of(json_object_get(answer, "error"), "message")
+                                                       : "an answer that is no JSON");
+    json_decref(answer);
     return 1;
 }
 
-static int ctl_open(struct ctl *self, const struct options *options, struct failure *failure) {
-    char directory[ADDRESS_BYTES_MAX] = "";
-    if (options->run_dir != NULL) {
-        int error = coordinator_address_in(options->run_dir, self->coordinator,
-                                           sizeof self->coordinator, failure);
-        if (error < 0)
-            return error;
-        snprintf(directory, sizeof directory, "%.*s",
-                 (int)(strlen(self->coordinator) - strlen("/coordinator.control")),
-                 self->coordinator);
+static int write_file(const struct ctl *self, const char *path) {
+    FILE *file = fopen(path, "wb");
+    bool written = file != NULL && fwrite(self->body, 1, self->body_bytes, file) == self->body_bytes;
+    if (file != NULL)
+        written = fclose(file) == 0 && written;
+    if (!written)
+        fprintf(stderr, "troupe ctl: cannot write %s: %s\n", path, strerror(errno));
+    return written ? 0 : 1;
+}
+
+static int record(struct ctl *self) {
+    char path[96];
+    const char *what = self->word[0], *file = self->options->to_file;
+    bool dump = strcmp(what, "dump") == 0;
+    if (!dump && strcmp(what, "start") != 0 && strcmp(what, "stop") != 0)
+        return usage();
+    if (dump && file == NULL) {
+        fprintf(stderr, "troupe ctl: record dump: say where to with --output FILE\n");
+        return 2;
     }
-    if (options->coordinator != NULL)
-        snprintf(self->coordinator, sizeof self->coordinator, "%s", options->coordinator);
-    if (self->coordinator[0] == 0)
-        return fail(failure, ERR_INVALID, "expected --run-dir DIR or --coordinator ADDRESS");
-    self->incarnation = clock_random();
-    clock_host_name(self->host);
-    char bind[ADDRESS_BYTES_MAX + 32];
-    if (directory[0] != 0)
-        snprintf(bind, sizeof bind, "%s/%d.control", directory, (int)getpid());
-    else
-        snprintf(bind, sizeof bind, "tcp://*:*");
-    int64_t limit = CONTROL_MESSAGE_MAX;
-    int linger_ms = 200;
-    char bound[ADDRESS_BYTES_MAX];
-    size_t size = sizeof bound;
-    self->zmq = zmq_ctx_new();
-    self->in = zmq_socket(self->zmq, ZMQ_PULL);
-    self->out = zmq_socket(self->zmq, ZMQ_PUSH);
-    zmq_setsockopt(self->in, ZMQ_MAXMSGSIZE, &limit, sizeof limit);
-    zmq_setsockopt(self->out, ZMQ_LINGER, &linger_ms, sizeof linger_ms);
-    if (zmq_bind(self->in, bind) != 0 || zmq_connect(self->out, self->coordinator) != 0 ||
-        zmq_getsockopt(self->in, ZMQ_LAST_ENDPOINT, bound, &size) != 0)
-        return fail(failure, ERR_IO, "cannot reach %s from %s: %s", self->coordinator, bind,
-                    zmq_strerror(zmq_errno()));
-    endpoint_advertised(bound, self->coordinator, self->inbox);
+    snprintf(path, sizeof path, "/%s_expert_distribution_record", what);
+    if (!ask(self, "POST", path, NULL))
+        return 1;
+    if (self->status >= 300)
+        return show_failure(self);
+    if (dump)
+        return write_file(self, file);
+    printf("%s", self->body);
     return 0;
 }
 
+static int run(struct ctl *self, const struct subcommand *subcommand) {
+    char path[64];
+    if (subcommand->path == NULL)
+        return record(self);
+    snprintf(path, sizeof path, "%s", subcommand->path);
+    if (self->options->layer != UINT64_MAX)
+        snprintf(path, sizeof path, "%s?layer=%" PRIu64, subcommand->path, self->options->layer);
+    json_t *body = subcommand->make != NULL ? subcommand->make(self) : NULL;
+    if (!ask(self, body != NULL ? "POST" : "GET", path, body))
+        return 1;
+    if (self->status >= 300)
+        return show_failure(self);
+    if (self->options->as_json) {
+        fwrite(self->body, 1, self->body_bytes, stdout);
+        return 0;
+    }
+    json_t *answer = json_loads(self->body, 0, NULL);
+    if (answer != NULL)
+        subcommand->print(answer);
+    json_decref(answer);
+    return answer != NULL ? 0 : 1;
+}
+
 int command_ctl(const struct options *options) {
-    struct ctl self = {0};
-    struct failure failure;
-    if (options->positionals != 1 || strcmp(options->positional[0], "status") != 0) {
-        fprintf(stderr, "troupe ctl: expected 'status'; see troupe ctl --help\n");
+    struct ctl self = {.options = options};
+    const struct subcommand *found = NULL;
+    for (size_t i = 0; i < SUBCOMMANDS_COUNT && options->positionals > 0; i++)
+        if (strcmp(SUBCOMMANDS[i].name, options->positional[0]) == 0)
+            found = &SUBCOMMANDS[i];
+    self.words = options->positionals - 1;
+    for (int i = 0; i < self.words; i++)
+        self.word[i] = options->positional[i + 1];
+    if (found == NULL || self.words < found->least || self.words > found->most)
+        return usage();
+    if (options->address != NULL)
+        snprintf(self.address, sizeof self.address, "%s", options->address);
+    else if (options->run_dir != NULL)
+        snprintf(self.address, sizeof self.address, "%s/admin.sock", options->run_dir);
+    else {
+        fprintf(stderr, "troupe ctl: expected --run-dir DIR or --address ADMIN\n");
         return 2;
     }
-    int code = 1;
-    if (ctl_open(&self, options, &failure) < 0)
-        fprintf(stderr, "troupe ctl: %s\n", failure.text);
-    else
-        code = ask(&self);
-    if (self.in != NULL) {
-        zmq_close(self.in);
-        remove_ipc_socket(self.inbox);
-    }
-    if (self.out != NULL)
-        zmq_close(self.out);
-    if (self.zmq != NULL)
-        zmq_ctx_term(self.zmq);
+    int code = run(&self, found);
+    free(self.raw);
     return code;
 }

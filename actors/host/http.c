@@ -23,6 +23,8 @@
 #include <sys/eventfd.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include "actors/host/clock.h"
@@ -644,6 +646,27 @@ void http_close(struct http **http, uint32_t drain_ms) {
 }
 
 /* ---- listening ---- */
+
+int http_listen_unix(int *ret_socket, const char *path, struct failure *failure) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof address.sun_path)
+        return fail(failure, ERR_TOO_LARGE, "the path %s is too long for a socket: at most %zu bytes",
+                    path, sizeof address.sun_path - 1);
+    strcpy(address.sun_path, path);
+    int file = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    unlink(path);
+    mode_t before = umask(0177);
+    bool bound = file >= 0 && bind(file, (struct sockaddr *)&address, sizeof address) == 0;
+    umask(before);
+    if (!bound || listen(file, 64) != 0) {
+        fail(failure, ERR_IO, "cannot listen at %s: %s", path, strerror(errno));
+        if (file >= 0)
+            close(file);
+        return ERR_IO;
+    }
+    *ret_socket = file;
+    return 0;
+}
 
 uint16_t http_socket_port(int socket) {
     struct sockaddr_storage address;

@@ -18,6 +18,8 @@ void http_event_free(struct http_event **self);
  * use. */
 int http_listen(int *ret_socket, const char *host, uint16_t port, struct failure *failure);
 uint16_t http_socket_port(int socket);
+/* A listening UNIX socket that only this user may connect to; an old one at `path` is replaced. */
+int http_listen_unix(int *ret_socket, const char *path, struct failure *failure);
 
 struct http;
 /* Takes the socket. */

@@ -57,7 +57,10 @@ static const struct command {
      "how fast is it here: decode, prefill and mixed load, beside the machine's limits"},
     {"sim", FOR_SIM, command_sim, "[--seed N | --seeds A..B | --scenario FILE] [OPTIONS]",
      "whole clusters on virtual time, with faults drawn from a seed: is every token the same?"},
-    {"ctl", FOR_CONTROL, command_ctl, "status [OPTIONS]", "ask a running troupe how it is"},
+    {"ctl", FOR_CONTROL, command_ctl,
+     "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
+     "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump [OPTIONS]",
+     "ask a running troupe how it is, and change it while it serves"},
     {"version", FOR_VERSION, show_version, "", "print the version"},
 };
 #define COMMANDS (sizeof commands / sizeof commands[0])

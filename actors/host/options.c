@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "actors/host/files.h"
+#include "actors/limits.h"
 
 enum option_type { OPTION_TEXT, OPTION_NUMBER, OPTION_FRACTION, OPTION_FLAG, OPTION_KNOB };
 
@@ -52,7 +53,17 @@ static const struct option_row table[] = {
     TEXT("run-dir", run_dir, "DIR", FOR_SERVE | FOR_ACTORS | FOR_CONTROL,
          "directory of sockets, pid files and logs (serve: default a new one under "
          "XDG_RUNTIME_DIR)"),
-    TEXT("coordinator", coordinator, "ADDRESS", FOR_GATEWAY | FOR_WORKER | FOR_CONTROL,
+    TEXT("admin", admin, "ADDRESS", FOR_SERVE | FOR_COORDINATOR,
+         "where the admin interface listens, a path or host:port (default: admin.sock in --run-dir)"),
+    TEXT("admin-token-file", admin_token_file, "FILE", FOR_SERVE | FOR_COORDINATOR | FOR_CONTROL,
+         "file with the bearer token of the admin interface in its first line; needed for host:port"),
+    TEXT("address", address, "ADMIN", FOR_CONTROL,
+         "admin interface to ask, a path or host:port (default: the one in --run-dir)"),
+    TEXT("output", to_file, "FILE", FOR_CONTROL, "where 'record dump' writes the trace"),
+    NUMBER("layer", layer, 0, LAYERS_MAX, FOR_CONTROL, "placement of this layer only"),
+    FLAG("json", as_json, FOR_CONTROL, "answers as JSON"),
+    FLAG("dry-run", dry_run, FOR_CONTROL, "rebalance: only say what would be done"),
+    TEXT("coordinator", coordinator, "ADDRESS", FOR_GATEWAY | FOR_WORKER,
          "address of the coordinator, tcp://host:port (default: the one in --run-dir)"),
     TEXT("bind", bind, "ADDRESS", FOR_ACTORS,
          "where this actor's control inbox listens (default: in --run-dir, else tcp://*:*)"),
@@ -222,22 +233,21 @@ static int parse_config(struct options *self, int argc, char **argv, struct fail
     return error;
 }
 
-/* The first line of --api-key-file. */
-static int read_api_key(struct options *self, struct failure *failure) {
+/* The first line of a file that holds a secret; `path` NULL: nothing to read. */
+static int read_secret(const char *path, char ret[static API_KEY_BYTES], struct failure *failure) {
     struct mapped file;
-    if (self->api_key_file == NULL)
+    if (path == NULL)
         return 0;
-    int error = mapped_open_path(&file, self->api_key_file, JSON_FILE_MAX, failure);
+    int error = mapped_open_path(&file, path, JSON_FILE_MAX, failure);
     if (error < 0)
         return error;
     const char *end = memchr(file.bytes, '\n', file.size);
     size_t size = end != NULL ? (size_t)(end - (const char *)file.bytes) : file.size;
-    if (size == 0 || size >= sizeof self->api_key_read)
+    if (size == 0 || size >= API_KEY_BYTES)
         error = fail(failure, ERR_INVALID,
-                     "%s: expected a key of 1 to %zu bytes in the first line, found %zu",
-                     self->api_key_file, sizeof self->api_key_read - 1, size);
+                     "%s: expected a key of 1 to %d bytes in the first line, found %zu", path, API_KEY_BYTES - 1, size);
     else
-        memcpy(self->api_key_read, file.bytes, size);
+        memcpy(ret, file.bytes, size);
     mapped_close(&file);
     return error;
 }
@@ -285,6 +295,7 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         .samplers = 1,
         .port = 8000,
         .listen_fd = UINT64_MAX,
+        .layer = UINT64_MAX,
         .max_tokens = 64,
         .runs = 5,
     };
@@ -305,7 +316,9 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
     if (error == 0)
         error = check_words(&self, failure);
     if (error == 0)
-        error = read_api_key(&self, failure);
+        error = read_secret(self.api_key_file, self.api_key_read, failure);
+    if (error == 0)
+        error = read_secret(self.admin_token_file, self.admin_token, failure);
     if (error < 0)
         return error;
     *ret = self;

@@ -26,20 +26,23 @@ enum command_bit {
     FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
 };
 
-#define POSITIONAL_MAX 4
+#define POSITIONAL_MAX 6
 #define API_KEY_BYTES  512
 
 struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
         *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden,
-        *shape, *url, *json, *figures, *seeds, *scenario, *trace, *view;
-    uint64_t experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib, jobs, runs;
+        *shape, *url, *json, *figures, *seeds, *scenario, *trace, *view, *admin, *admin_token_file,
+        *address, *to_file;
+    uint64_t layer, experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib,
+        jobs, runs;
     double temperature, rate;
-    bool verbose, help, port_set, shrink, first, twice, seed_set;
+    bool verbose, help, port_set, shrink, first, twice, seed_set, as_json, dry_run;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
     int positionals;
     char api_key_read[API_KEY_BYTES]; /* behind api_key if it came from --api-key-file */
+    char admin_token[API_KEY_BYTES];  /* from --admin-token-file; empty: none */
 };
 
 /* Fills `ret` with defaults, then with --config's file, then with the command line. argv[0] is the

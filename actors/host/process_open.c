@@ -267,14 +267,50 @@ static int open_gateway(struct process *self, struct failure *failure) {
     return error;
 }
 
+/* host:port, port, or a path. */
+static int listen_at(const char *address, int *ret_socket, struct failure *failure) {
+    const char *colon = strrchr(address, ':');
+    char host[ADDRESS_BYTES_MAX], *end = NULL;
+    if (colon == NULL || strchr(address, '/') != NULL)
+        return http_listen_unix(ret_socket, address, failure);
+    unsigned long port = strtoul(colon + 1, &end, 10);
+    snprintf(host, sizeof host, "%.*s", (int)(colon - address), address);
+    if (end == colon + 1 || *end != 0 || port > 65535)
+        return fail(failure, ERR_INVALID, "--admin: expected a path or host:port, found '%s'", address);
+    return http_listen(ret_socket, host, (uint16_t)port, failure);
+}
+
+/* The admin interface: at --admin, else in the run directory, else nowhere. */
+static int open_coordinator(struct process *self, struct failure *failure) {
+    const struct options *options = self->options;
+    char path[ADDRESS_BYTES_MAX + 16];
+    const char *address = options->admin;
+    self->id = ACTOR_COORDINATOR;
+    self->actor = coordinator_create(&self->identity, &options->settings,
+                                     model_config(self->directory.model));
+    if (self->actor == NULL)
+        return fail(failure, ERR_NO_MEMORY, "no memory for the actor");
+    if (options->admin_token[0] != 0)
+        coordinator_set_admin_token(self->actor, options->admin_token);
+    if (address == NULL && options->run_dir == NULL)
+        return 0;
+    if (address == NULL) {
+        snprintf(path, sizeof path, "%s/admin.sock", options->run_dir);
+        address = path;
+    }
+    if (strchr(address, '/') == NULL && options->admin_token[0] == 0)
+        return fail(failure, ERR_INVALID, "--admin %s: an address that others can reach needs a token: "
+                    "give --admin-token-file", address);
+    int socket = -1, error = listen_at(address, &socket, failure);
+    return error < 0 ? error : http_open(&self->http, socket, &self->bell, failure);
+}
+
 static int create_actor(struct process *self, struct failure *failure) {
     const struct settings *settings = &self->options->settings;
     const struct model_config *config = model_config(self->directory.model);
     switch (self->role) {
     case ROLE_COORDINATOR:
-        self->id = ACTOR_COORDINATOR;
-        self->actor = coordinator_create(&self->identity, settings, config);
-        break;
+        return open_coordinator(self, failure);
     case ROLE_GATEWAY:
         return open_gateway(self, failure);
     case ROLE_ATTENTION:

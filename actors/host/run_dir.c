@@ -69,7 +69,7 @@ static bool ends_with(const char *name, const char *ending) {
 }
 
 static bool is_ours(const char *name) {
-    static const char *const endings[] = {".control", ".data", ".pid", ".log", "api-key", "lock"};
+    static const char *const endings[] = {".control", ".sock", ".data", ".pid", ".log", "api-key", "admin-token", "lock"};
     for (size_t i = 0; i < sizeof endings / sizeof endings[0]; i++) {
         if (ends_with(name, endings[i]))
             return true;

@@ -11,7 +11,6 @@
  * after themselves. */
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,6 +30,7 @@
 #include "actors/host/probe_http.h"
 #include "actors/host/process.h"
 #include "actors/host/run_dir.h"
+#include "actors/host/supervisor_link.h"
 #include "actors/host/transport.h"
 #include "model/chat.h"
 #include "proto/wire.h"
@@ -42,6 +42,7 @@
 #define GATEWAY_GRACE_MS 5000
 #define STOP_GRACE_MS    3000
 #define RESTART_DELAY_MS 100 /* doubled with each further restart in the window */
+#define SCALES_KEPT      32u
 
 struct child {
     enum role role;
@@ -50,6 +51,14 @@ struct child {
     uint64_t died_ns[RESTARTS_KEPT];
     unsigned deaths;      /* in all; died_ns is a ring */
     uint64_t start_at_ns; /* NEVER: running, or not to be started */
+    bool leaving;         /* drained: when it ends it is gone */
+    bool gone;            /* its place is free */
+};
+
+/* A SCALE that has been carried out: said again, it gets the same answer. */
+struct scale {
+    uint64_t coordinator, operation; /* operation 0: none */
+    unsigned first, started;         /* in `names` */
 };
 
 struct serve {
@@ -59,7 +68,12 @@ struct serve {
     uint64_t incarnation;
     int listening, signals;
     struct child *child;
-    unsigned children;
+    unsigned children, children_capacity;
+    struct supervisor_link link;
+    struct scale scale[SCALES_KEPT]; /* a ring */
+    unsigned scales;
+    char (*started)[48]; /* names of all that SCALEs have started */
+    unsigned starteds;
     void *zmq, *to_coordinator;
     struct probe_http probe;
     uint64_t asked_ns;
@@ -103,6 +117,12 @@ static void child_arguments(const struct serve *self, const struct child *child,
             add_argument(list, &count, "--api-key-file", text);
     } else if (child->role != ROLE_COORDINATOR) {
         add_argument(list, &count, "--transport", options->transport);
+    } else {
+        if (options->admin != NULL)
+            add_argument(list, &count, "--admin", options->admin);
+        snprintf(text, sizeof text, "%s/admin-token", self->run_dir.path);
+        if (options->admin_token[0] != 0)
+            add_argument(list, &count, "--admin-token-file", text);
     }
     if (child->role == ROLE_EXPERT && options->memory_mib > 0) {
         snprintf(text, sizeof text, "%llu", (unsigned long long)options->memory_mib);
@@ -279,6 +299,11 @@ static void on_death(struct serve *self, struct child *child, int status) {
     child->pid = 0;
     if (self->phase != RUNNING)
         return;
+    if (child->leaving) {
+        log_line(TRACE_INFO, "%s (process %d) %s: it was drained", child->name, (int)pid, how);
+        child->gone = true;
+        return;
+    }
     unsigned recent = note_death(self, child, now);
     bool hopeless = WIFEXITED(status) && WEXITSTATUS(status) == EXIT_CONFIGURATION;
     if (hopeless || recent > self->options->settings.restart_limit) {
@@ -366,7 +391,101 @@ static void watch_ready(struct serve *self, bool readable) {
     }
 }
 
+/* ---- more and fewer ---- */
+
+static struct child *find_child(const struct serve *self, const char *name) {
+    for (unsigned i = 0; i < self->children; i++)
+        if (!self->child[i].gone && strcmp(self->child[i].name, name) == 0)
+            return &self->child[i];
+    return NULL;
+}
+
+/* To be started at once, under the first name of its role that is free. May move all children. */
+static struct child *new_child(struct serve *self, enum role role) {
+    unsigned place = 0;
+    while (place < self->children && !self->child[place].gone)
+        place++;
+    if (place == self->children_capacity) {
+        self->children_capacity = self->children_capacity * 2 + 16;
+        self->child = realloc(self->child, self->children_capacity * sizeof *self->child);
+        ASSERT(self->child != NULL);
+    }
+    if (place == self->children)
+        self->children++;
+    struct child *child = &self->child[place];
+    memset(child, 0, sizeof *child);
+    child->role = role;
+    char name[sizeof child->name];
+    unsigned number = 0;
+    do
+        snprintf(name, sizeof name, "%s-%u", role_name(role), number++);
+    while (find_child(self, name) != NULL);
+    memcpy(child->name, name, sizeof name);
+    return child;
+}
+
+static struct scale *find_scale(struct serve *self, uint64_t coordinator, uint64_t operation) {
+    for (unsigned i = 0; i < SCALES_KEPT; i++)
+        if (self->scale[i].operation == operation && self->scale[i].coordinator == coordinator)
+            return &self->scale[i];
+    return NULL;
+}
+
+static struct scale *carry_out_scale(struct serve *self, uint64_t coordinator, const Troupe__Scale *scale) {
+    struct scale *ret = &self->scale[self->scales++ % SCALES_KEPT];
+    *ret = (struct scale){coordinator, scale->operation, self->starteds, 0};
+    for (size_t i = 0; i < scale->n_leaving; i++) {
+        struct child *child = find_child(self, scale->leaving[i]->name);
+        if (child != NULL && child->role == (enum role)scale->role)
+            child->leaving = true;
+    }
+    for (uint32_t i = 0; i < scale->start; i++) {
+        const struct child *child = new_child(self, (enum role)scale->role);
+        self->started = realloc(self->started, (self->starteds + 1) * sizeof *self->started);
+        ASSERT(self->started != NULL);
+        memcpy(self->started[self->starteds++], child->name, sizeof child->name);
+        ret->started++;
+        log_line(TRACE_INFO, "starting %s", child->name);
+    }
+    return ret;
+}
+
+static void on_scale(struct serve *self, uint64_t coordinator, const Troupe__Scale *scale) {
+    Troupe__Scaled scaled = TROUPE__SCALED__INIT;
+    Troupe__Process *list[ACTORS_MAX], process[ACTORS_MAX];
+    struct scale *known = find_scale(self, coordinator, scale->operation);
+    bool worker = scale->role == TROUPE__ROLE__ROLE_EXPERT || scale->role == TROUPE__ROLE__ROLE_ATTENTION ||
+                  scale->role == TROUPE__ROLE__ROLE_SAMPLER;
+    scaled.operation = scale->operation;
+    if (known == NULL && self->phase != RUNNING)
+        scaled.error = "the troupe is being ended";
+    else if (!worker || scale->start > ACTORS_MAX / 2)
+        scaled.error = "the supervisor starts experts, attention and samplers only";
+    else if (known == NULL)
+        known = carry_out_scale(self, coordinator, scale);
+    for (unsigned i = 0; known != NULL && i < known->started; i++) {
+        troupe__process__init(&process[i]);
+        process[i].name = self->started[known->first + i];
+        list[i] = &process[i];
+    }
+    scaled.n_started = known != NULL ? known->started : 0;
+    scaled.started = list;
+    message envelope = TROUPE__ENVELOPE__INIT;
+    envelope.body_case = TROUPE__ENVELOPE__BODY_SCALED;
+    envelope.scaled = &scaled;
+    supervisor_link_send(&self->link, &envelope);
+}
+
+static void take_messages(struct serve *self) {
+    for (message *envelope; (envelope = supervisor_link_receive(&self->link)) != NULL;) {
+        if (envelope->body_case == TROUPE__ENVELOPE__BODY_SCALE)
+            on_scale(self, envelope->from_incarnation, envelope->scale);
+        wire_free(&envelope);
+    }
+}
+
 /* ---- the loop ---- */
+
 
 static void take_signals(struct serve *self) {
     struct signalfd_siginfo info;
@@ -386,6 +505,8 @@ static int sleep_ms(const struct serve *self) {
     }
     if (self->phase != RUNNING && self->phase_end_ns < until)
         until = self->phase_end_ns;
+    if (supervisor_link_deadline(&self->link) < until)
+        until = supervisor_link_deadline(&self->link);
     if (!self->ready && now + READY_POLL_MS * 1000000u < until)
         until = now + READY_POLL_MS * 1000000u;
     return until > now ? (int)((until - now) / 1000000u) + 1 : 0;
@@ -393,15 +514,19 @@ static int sleep_ms(const struct serve *self) {
 
 static void supervise(struct serve *self) {
     while (self->phase == RUNNING || count_running(self, false) > 0) {
-        struct pollfd files[] = {{.fd = self->signals, .events = POLLIN},
-                                 {.fd = self->probe.file, .events = POLLIN}};
-        if (poll(files, 2, sleep_ms(self)) < 0 && errno != EINTR)
+        bool probing = self->probe.file >= 0;
+        zmq_pollitem_t items[] = {{.fd = self->signals, .events = ZMQ_POLLIN},
+                                  {.socket = self->link.in, .events = ZMQ_POLLIN},
+                                  {.fd = self->probe.file, .events = ZMQ_POLLIN}};
+        if (zmq_poll(items, probing ? 3 : 2, sleep_ms(self)) < 0 && errno != EINTR)
             log_line(TRACE_ERROR, "poll: %s", strerror(errno));
-        if (files[0].revents != 0)
+        if (items[0].revents != 0)
             take_signals(self);
+        take_messages(self);
+        supervisor_link_timer(&self->link);
         if (self->phase == RUNNING) {
             start_due(self);
-            watch_ready(self, self->probe.file >= 0 && files[1].revents != 0);
+            watch_ready(self, probing && items[2].revents != 0);
         } else {
             advance_phase(self);
         }
@@ -412,14 +537,9 @@ static void supervise(struct serve *self) {
 
 static void add_children(struct serve *self, enum role role, uint64_t count, bool numbered) {
     for (uint64_t i = 0; i < count; i++) {
-        struct child *child = &self->child[self->children++];
-        child->role = role;
-        if (numbered)
-            snprintf(child->name, sizeof child->name, "%s-%llu", role_name(role),
-                     (unsigned long long)i);
-        else
+        struct child *child = new_child(self, role);
+        if (!numbered)
             snprintf(child->name, sizeof child->name, "%s", role_name(role));
-        child->start_at_ns = 0;
     }
 }
 
@@ -485,13 +605,16 @@ static int serve_open(struct serve *self, struct failure *failure) {
         error = open_signals(self, failure);
     if (error == 0)
         error = open_coordinator_socket(self, failure);
+    if (error == 0 && options->admin_token[0] != 0)
+        error = run_dir_write(&self->run_dir, "admin-token", options->admin_token, failure);
     if (error == 0 && options->api_key != NULL)
         error = run_dir_write(&self->run_dir, "api-key", options->api_key, failure);
     if (error < 0)
         return error;
-    self->child =
-        calloc(2 + options->attention + options->experts + options->samplers, sizeof *self->child);
-    ASSERT(self->child != NULL);
+    error = supervisor_link_open(&self->link, self->zmq, self->to_coordinator, self->run_dir.path,
+                                 self->coordinator, &options->settings, failure);
+    if (error < 0)
+        return error;
     add_children(self, ROLE_COORDINATOR, 1, false);
     add_children(self, ROLE_GATEWAY, 1, false);
     add_children(self, ROLE_ATTENTION, options->attention, true);
@@ -502,6 +625,7 @@ static int serve_open(struct serve *self, struct failure *failure) {
 
 static void serve_close(struct serve *self) {
     probe_http_close(&self->probe);
+    supervisor_link_close(&self->link);
     if (self->to_coordinator != NULL)
         zmq_close(self->to_coordinator);
     if (self->zmq != NULL)
@@ -518,6 +642,7 @@ static void serve_close(struct serve *self) {
     if (self->listening >= 0)
         close(self->listening);
     free(self->child);
+    free(self->started);
 }
 
 int command_serve(const struct options *given) {

@@ -1,0 +1,797 @@
+/* Operations: changes that somebody asked for, each with an id and a phase.
+ *
+ *   PREPARE -> READY -> COMMIT -> DRAIN -> RELEASE -> DONE
+ *   any of them -> ABORTED, with the reason
+ *
+ * replicate, move, rebalance: a list of changes. PREPARE: new copies load. READY: all are held. COMMIT: they
+ * go into the next epoch together, what they replace leaves it. DRAIN: attention actors adopt it. RELEASE: what
+ * was replaced is dropped. Aborting puts the wanted places back as they were; copies.c sees to
+ * the rest, make before break, so that it is allowed in every phase.
+ * drain, scale down: a list of processes. PREPARE: they give away what they serve. DRAIN: attention actors (for
+ * attention actors: gateways) adopt that. RELEASE: they are told to end, until they have.
+ * scale up: PREPARE until the supervisor has started the processes and each has joined and serves its share.
+ *
+ * Operations on different copies run side by side. One on a copy that another is at work on is refused.
+ * What the troupe itself must do (a process joined or died) never waits: it supersedes.
+ *
+ * Invariants: 1. owner[pair] names an operation that has not ended, or none; 2. what an operation does is
+ * decided once, here; messages that carry it out may be repeated; 3. a process is told to end only when
+ * nothing is placed at it and everybody who used it knows. */
+#include "coordinator/coordinator.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *const KINDS[] = {"replicate", "move", "drain", "scale", "rebalance"};
+static const char *const PHASES[] = {"prepare", "ready", "commit", "drain", "release", "done",
+                                     "aborted"};
+
+const char *operation_kind_name(enum operation_kind kind) {
+    return KINDS[kind];
+}
+
+const char *operation_phase_name(enum operation_phase phase) {
+    return PHASES[phase];
+}
+
+bool operation_ended(const struct operation *operation) {
+    return operation->id == 0 || operation->phase >= PHASE_DONE;
+}
+
+/* ---- the list ---- */
+
+static void clear(struct operation *operation) {
+    free(operation->change);
+    free(operation->party);
+    memset(operation, 0, sizeof *operation);
+}
+
+void operations_free(struct coordinator *self) {
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++)
+        clear(&self->operation[i]);
+}
+
+static struct operation *find(struct coordinator *self, uint64_t id) {
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++)
+        if (id != 0 && self->operation[i].id == id)
+            return &self->operation[i];
+    return NULL;
+}
+
+/* In place of the oldest that has ended. NULL: all are under way. */
+static struct operation *add(struct coordinator *self, enum operation_kind kind, uint64_t now_ns,
+                             struct failure *failure) {
+    struct operation *place = NULL;
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++)
+        if (operation_ended(&self->operation[i]) &&
+            (place == NULL || self->operation[i].id < place->id))
+            place = &self->operation[i];
+    if (place == NULL) {
+        fail(failure, ERR_BUSY, "%u operations are under way already", OPERATIONS_MAX);
+        return NULL;
+    }
+    clear(place);
+    place->id = ++self->last_operation_id;
+    place->kind = kind;
+    place->began_ns = now_ns;
+    place->tell_at_ns = NEVER;
+    place->told = true;
+    return place;
+}
+
+static void *allocate(size_t count, size_t size) {
+    void *ret = calloc(count + 1, size);
+    ASSERT(ret != NULL && "memory for an operation");
+    return ret;
+}
+
+static void enter(struct operation *operation, enum operation_phase phase, uint64_t now_ns,
+                  struct effects *out) {
+    operation->reached = operation->phase;
+    operation->phase = phase;
+    if (phase >= PHASE_DONE)
+        operation->ended_ns = now_ns;
+    effects_trace(out, phase == PHASE_ABORTED ? TRACE_WARNING : TRACE_INFO, "operation %llu (%s) %s%s%s",
+                  (unsigned long long)operation->id, KINDS[operation->kind], PHASES[phase],
+                  operation->reason[0] != '\0' ? ": " : "", operation->reason);
+}
+
+static void disown(struct coordinator *self, const struct operation *operation) {
+    for (uint32_t i = 0; i < operation->changes; i++)
+        if (self->owner[operation->change[i].pair] == operation->id)
+            self->owner[operation->change[i].pair] = 0;
+}
+
+/* ---- asking for copies ---- */
+
+static int check_pair(const struct coordinator *self, uint32_t layer, uint32_t expert,
+                      uint32_t *ret_pair, struct failure *failure) {
+    if (layer >= self->config.layers || expert >= self->config.experts || !self->is_moe[layer])
+        return fail(failure, ERR_NOT_FOUND,
+                    "there is no expert %u in layer %u: the model has %u layers, %u of them with "
+                    "experts 0 to %u",
+                    expert, layer, self->config.layers,
+                    self->config.experts > 0 ? self->moe_pairs / self->config.experts : 0,
+                    self->config.experts > 0 ? self->config.experts - 1 : 0);
+    uint32_t pair = layer * self->config.experts + expert;
+    if (!self->placed)
+        return fail(failure, ERR_STATE, "experts have not been placed yet");
+    if (self->owner[pair] != 0)
+        return fail(failure, ERR_BUSY,
+                    "operation %llu is at work on expert %u of layer %u; wait for it or cancel it",
+                    (unsigned long long)self->owner[pair], expert, layer);
+    *ret_pair = pair;
+    return 0;
+}
+
+static int check_taker(const struct coordinator *self, actor_id id, uint32_t pair,
+                       struct failure *failure) {
+    const struct seat *seat = seat_find(self, id);
+    if (seat == NULL || seat->role != ROLE_EXPERT)
+        return fail(failure, ERR_NOT_FOUND, "actor %u is no expert process", id);
+    if (seat->draining)
+        return fail(failure, ERR_STATE, "%s is being drained", seat->name);
+    if ((seat->copy[pair] & COPY_TARGET) != 0)
+        return fail(failure, ERR_EXISTS, "%s holds expert %u of layer %u already", seat->name,
+                    pair % self->config.experts, pair / self->config.experts);
+    if (seat->targets >= seat->capacity)
+        return fail(failure, ERR_TOO_LARGE,
+                    "%s has no room: it holds %u experts of about %llu bytes and may hold %u",
+                    seat->name, seat->targets, (unsigned long long)self->expert_bytes,
+                    seat->capacity);
+    return 0;
+}
+
+/* The emptiest expert process that may take a copy; 0: none. */
+static actor_id emptiest(const struct coordinator *self, uint32_t pair) {
+    const struct seat *best = NULL;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].copy != NULL && check_taker(self, self->seat[i].id, pair, NULL) == 0 &&
+            (best == NULL || self->seat[i].targets < best->targets))
+            best = &self->seat[i];
+    return best != NULL ? best->id : 0;
+}
+
+static void apply(struct coordinator *self, const struct operation *operation,
+                  const struct change *change) {
+    struct seat *to = seat_find(self, change->to), *from = seat_find(self, change->from);
+    self->owner[change->pair] = operation->id;
+    if (to != NULL)
+        copy_set_target(self, to, change->pair, true);
+    if (from == NULL)
+        return;
+    copy_set_target(self, from, change->pair, false);
+    if (self->home[change->pair] == from->id && to != NULL)
+        self->home[change->pair] = to->id;
+}
+
+static int begin_change(struct coordinator *self, enum operation_kind kind, uint32_t pair,
+                        actor_id from, actor_id to, uint64_t now_ns, uint64_t *ret_id,
+                        struct failure *failure) {
+    struct operation *operation = add(self, kind, now_ns, failure);
+    if (operation == NULL)
+        return ERR_BUSY;
+    operation->change = allocate(1, sizeof *operation->change);
+    operation->change[0] = (struct change){pair, from, to};
+    operation->changes = 1;
+    apply(self, operation, operation->change);
+    *ret_id = operation->id;
+    return 0;
+}
+
+int operation_replicate(struct coordinator *self, uint32_t layer, uint32_t expert, actor_id to,
+                        uint64_t now_ns, uint64_t *ret_id, struct failure *failure) {
+    uint32_t pair;
+    int error = check_pair(self, layer, expert, &pair, failure);
+    if (error < 0)
+        return error;
+    if (self->targets[pair] >= REPLICAS_MAX)
+        return fail(failure, ERR_TOO_LARGE, "expert %u of layer %u has %u copies already", expert,
+                    layer, self->targets[pair]);
+    if (to == 0)
+        to = emptiest(self, pair);
+    if (to == 0)
+        return fail(failure, ERR_TOO_LARGE,
+                    "no other expert process has room for a copy of about %llu bytes",
+                    (unsigned long long)self->expert_bytes);
+    error = check_taker(self, to, pair, failure);
+    return error < 0 ? error
+                     : begin_change(self, OPERATION_REPLICATE, pair, 0, to, now_ns, ret_id, failure);
+}
+
+int operation_move(struct coordinator *self, uint32_t layer, uint32_t expert, actor_id from,
+                   actor_id to, uint64_t now_ns, uint64_t *ret_id, struct failure *failure) {
+    uint32_t pair;
+    int error = check_pair(self, layer, expert, &pair, failure);
+    if (error < 0)
+        return error;
+    const struct seat *seat = seat_find(self, from);
+    if (seat == NULL || seat->role != ROLE_EXPERT || (seat->copy[pair] & COPY_TARGET) == 0) {
+        const struct seat *home = seat_find(self, self->home[pair]);
+        return fail(failure, ERR_NOT_FOUND, "%s does not hold expert %u of layer %u; %s does",
+                    seat != NULL ? seat->name : "that process", expert, layer,
+                    home != NULL ? home->name : "nobody");
+    }
+    error = check_taker(self, to, pair, failure);
+    return error < 0 ? error
+                     : begin_change(self, OPERATION_MOVE, pair, from, to, now_ns, ret_id, failure);
+}
+
+/* ---- asking for processes ---- */
+
+static bool counts(const struct seat *seat, enum role role) {
+    return seat->role == role && !seat->draining;
+}
+
+static uint32_t count_seats(const struct coordinator *self, enum role role) {
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < self->seats; i++)
+        count += counts(&self->seat[i], role);
+    return count;
+}
+
+/* The one that came last: an earlier one may still be waited for. */
+static struct seat *supervisor(const struct coordinator *self) {
+    for (uint32_t i = self->seats; i-- > 0;)
+        if (self->seat[i].role == ROLE_CONTROL && strcmp(self->seat[i].name, "supervisor") == 0)
+            return &self->seat[i];
+    return NULL;
+}
+
+/* Would everything still have a place without the processes marked in `leaves` (by seat)? */
+static int check_room(const struct coordinator *self, const bool *leaves, struct failure *failure) {
+    uint64_t room = 0;
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (counts(&self->seat[i], ROLE_EXPERT) && !leaves[i]) {
+            room += self->seat[i].capacity;
+            left++;
+        }
+    if (left == 0 && self->moe_pairs > 0)
+        return fail(failure, ERR_STATE,
+                    "nobody would be left to hold the %u experts: start another expert process first",
+                    self->moe_pairs);
+    if (room < self->moe_pairs)
+        return fail(failure, ERR_TOO_LARGE,
+                    "not enough slots for all experts: the %u expert processes that would be left "
+                    "have room for %llu experts (of about %llu bytes), the model has %u",
+                    left, (unsigned long long)room, (unsigned long long)self->expert_bytes,
+                    self->moe_pairs);
+    return 0;
+}
+
+static int check_leaving(const struct coordinator *self, enum role role, const bool *leaves,
+                         struct failure *failure) {
+    uint32_t left = 0, going = 0;
+    if (role == ROLE_EXPERT)
+        return check_room(self, leaves, failure);
+    for (uint32_t i = 0; i < self->seats; i++) {
+        going += counts(&self->seat[i], role) && leaves[i];
+        left += counts(&self->seat[i], role) && !leaves[i] && self->seat[i].ready;
+    }
+    if (left == 0)
+        return fail(failure, ERR_STATE,
+                    "no ready %s process would be left of %u: start another one first",
+                    role_name(role), going);
+    return 0;
+}
+
+/* Marks the processes as draining; from the next epoch on everybody knows. */
+static void begin_leaving(struct coordinator *self, struct operation *operation, const bool *leaves,
+                          uint64_t now_ns, struct effects *out) {
+    operation->party = allocate(self->seats, sizeof *operation->party);
+    for (uint32_t i = 0; i < self->seats; i++) {
+        struct seat *seat = &self->seat[i];
+        if (!leaves[i])
+            continue;
+        struct party *party = &operation->party[operation->parties++];
+        party->id = seat->id;
+        snprintf(party->name, sizeof party->name, "%s", seat->name);
+        seat->draining = seat->dirty = true;
+        seat->draining_epoch = self->epoch + 1;
+        seat->drained_ns = seat->leave_sent_ns = 0;
+    }
+    operation->epoch = self->epoch + 1;
+    operation->told = false;
+    operation->tell_at_ns = now_ns;
+    self->changed = true;
+    copies_plan(self, now_ns, out);
+}
+
+int operation_drain(struct coordinator *self, actor_id id, uint64_t now_ns, struct effects *out,
+                    uint64_t *ret_id, struct failure *failure) {
+    const struct seat *seat = seat_find(self, id);
+    bool leaves[ACTORS_MAX] = {false};
+    if (seat == NULL)
+        return fail(failure, ERR_NOT_FOUND, "there is no actor %u", id);
+    if (seat->role != ROLE_EXPERT && seat->role != ROLE_ATTENTION && seat->role != ROLE_SAMPLER)
+        return fail(failure, ERR_UNSUPPORTED,
+                    "%s is a %s: experts, attention and samplers can be drained", seat->name,
+                    role_name(seat->role));
+    if (seat->draining)
+        return fail(failure, ERR_EXISTS, "%s is being drained already", seat->name);
+    leaves[seat - self->seat] = true;
+    int error = check_leaving(self, seat->role, leaves, failure);
+    if (error < 0)
+        return error;
+    struct operation *operation = add(self, OPERATION_DRAIN, now_ns, failure);
+    if (operation == NULL)
+        return ERR_BUSY;
+    operation->role = seat->role;
+    *ret_id = operation->id;
+    begin_leaving(self, operation, leaves, now_ns, out);
+    return 0;
+}
+
+static int scale_down(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
+                      struct effects *out, uint64_t *ret_id, struct failure *failure) {
+    bool leaves[ACTORS_MAX] = {false};
+    uint32_t excess = count_seats(self, role) - count;
+    for (uint32_t i = self->seats; i-- > 0 && excess > 0;) /* the youngest first */
+        if (counts(&self->seat[i], role)) {
+            leaves[i] = true;
+            excess--;
+        }
+    int error = check_leaving(self, role, leaves, failure);
+    if (error < 0)
+        return error;
+    struct operation *operation = add(self, OPERATION_SCALE, now_ns, failure);
+    if (operation == NULL)
+        return ERR_BUSY;
+    operation->role = role;
+    operation->count = count;
+    *ret_id = operation->id;
+    begin_leaving(self, operation, leaves, now_ns, out);
+    return 0;
+}
+
+static int scale_up(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
+                    uint64_t *ret_id, struct failure *failure) {
+    uint32_t here = count_seats(self, role);
+    if (supervisor(self) == NULL && count > here)
+        return fail(failure, ERR_UNSUPPORTED,
+                    "no supervisor (troupe serve) is here to start %u more: start them by hand, "
+                    "troupe %s joins by itself",
+                    count - here, role_name(role));
+    struct operation *operation = add(self, OPERATION_SCALE, now_ns, failure);
+    if (operation == NULL)
+        return ERR_BUSY;
+    operation->role = role;
+    operation->count = count;
+    operation->starting = true;
+    operation->told = count == here;
+    operation->tell_at_ns = now_ns;
+    *ret_id = operation->id;
+    return 0;
+}
+
+int operation_scale(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
+                    struct effects *out, uint64_t *ret_id, struct failure *failure) {
+    if (role != ROLE_EXPERT && role != ROLE_ATTENTION && role != ROLE_SAMPLER)
+        return fail(failure, ERR_UNSUPPORTED, "experts, attention and samplers can be scaled");
+    uint32_t limit = ACTORS_MAX / 2;
+    if (count < 1 || count > limit)
+        return fail(failure, ERR_INVALID, "%s: 1 to %u processes expected, found %u",
+                    role_name(role), limit, count);
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
+        const struct operation *other = &self->operation[i];
+        if (!operation_ended(other) && other->kind == OPERATION_SCALE && other->role == role &&
+            other->starting)
+            return fail(failure, ERR_BUSY,
+                        "operation %llu is scaling %s to %u; wait for it or cancel it",
+                        (unsigned long long)other->id, role_name(role), other->count);
+    }
+    if (self->learn_until_ns != NEVER)
+        return fail(failure, ERR_STATE, "the coordinator is still learning who is there");
+    return count < count_seats(self, role)
+               ? scale_down(self, role, count, now_ns, out, ret_id, failure)
+               : scale_up(self, role, count, now_ns, ret_id, failure);
+}
+
+/* ---- ending early ---- */
+
+/* What was to come is wanted no more, what was to go is wanted again. */
+static void revert(struct coordinator *self, const struct operation *operation) {
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        const struct change *change = &operation->change[i];
+        struct seat *to = seat_find(self, change->to), *from = seat_find(self, change->from);
+        if (self->owner[change->pair] != operation->id)
+            continue;
+        if (from != NULL && !from->draining) {
+            copy_set_target(self, from, change->pair, true);
+            if (self->home[change->pair] == 0)
+                self->home[change->pair] = from->id;
+        }
+        bool other = self->targets[change->pair] >
+                     (to != NULL && (to->copy[change->pair] & COPY_TARGET) != 0);
+        if (to == NULL || !other) /* the last one stays */
+            continue;
+        copy_set_target(self, to, change->pair, false);
+        if (self->home[change->pair] == change->to && from != NULL)
+            self->home[change->pair] = from->id;
+    }
+}
+
+static void abort_operation(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                            struct effects *out) {
+    revert(self, operation);
+    disown(self, operation);
+    enter(operation, PHASE_ABORTED, now_ns, out);
+}
+
+void operation_supersede(struct coordinator *self, uint64_t id, uint64_t now_ns,
+                         struct effects *out) {
+    struct operation *operation = find(self, id);
+    ASSERT(operation != NULL && !operation_ended(operation));
+    snprintf(operation->reason, sizeof operation->reason,
+             "superseded: processes came or went, and experts are placed anew");
+    disown(self, operation);
+    enter(operation, PHASE_ABORTED, now_ns, out);
+}
+
+void operation_failed(struct coordinator *self, uint64_t id, const struct seat *seat,
+                      const char *error, uint64_t now_ns, struct effects *out) {
+    struct operation *operation = find(self, id);
+    ASSERT(operation != NULL && !operation_ended(operation));
+    snprintf(operation->reason, sizeof operation->reason, "%s could not load it: %.200s",
+             seat->name, error);
+    abort_operation(self, operation, now_ns, out);
+}
+
+/* Those that have not been told to end stay after all. */
+static void stay(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                 struct effects *out) {
+    for (uint32_t i = 0; i < operation->parties; i++) {
+        struct seat *seat = seat_find(self, operation->party[i].id);
+        if (seat == NULL || seat->leave_sent_ns != 0)
+            continue;
+        seat->draining = false;
+        seat->dirty = self->changed = true;
+    }
+    copies_plan(self, now_ns, out);
+}
+
+/* Those that it has started leave again, also those that have not joined yet (operations_joined). */
+static void send_away(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                      struct effects *out) {
+    actor_id id[ACTORS_MAX];
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < operation->parties && count < ACTORS_MAX; i++)
+        id[count++] = operation->party[i].id;
+    for (uint32_t i = 0; i < count; i++) { /* each may take the place of `operation` in the list */
+        const struct seat *seat = seat_find(self, id[i]);
+        uint64_t drain;
+        struct failure failure;
+        if (seat != NULL && !seat->draining &&
+            operation_drain(self, seat->id, now_ns, out, &drain, &failure) < 0)
+            effects_trace(out, TRACE_WARNING, "%s stays: %s", seat->name, failure.text);
+    }
+}
+
+int operation_cancel(struct coordinator *self, uint64_t id, uint64_t now_ns, struct effects *out,
+                     struct failure *failure) {
+    struct operation *operation = find(self, id);
+    if (operation == NULL)
+        return fail(failure, ERR_NOT_FOUND, "there is no operation %llu", (unsigned long long)id);
+    if (operation_ended(operation))
+        return fail(failure, ERR_STATE, "operation %llu has ended already: it is %s",
+                    (unsigned long long)id, PHASES[operation->phase]);
+    bool leaving = operation->parties > 0 && !operation->starting, all_told = leaving;
+    for (uint32_t i = 0; i < operation->parties && leaving; i++) {
+        const struct seat *seat = seat_find(self, operation->party[i].id);
+        all_told = all_told && (seat == NULL || seat->leave_sent_ns != 0);
+    }
+    if (all_told)
+        return fail(failure, ERR_STATE, "operation %llu cannot be cancelled any more: %s",
+                    (unsigned long long)id, "its processes are ending");
+    snprintf(operation->reason, sizeof operation->reason, "cancelled");
+    abort_operation(self, operation, now_ns, out);
+    if (leaving)
+        stay(self, operation, now_ns, out);
+    else if (operation->starting)
+        send_away(self, operation, now_ns, out);
+    return 0;
+}
+
+/* ---- what others do meanwhile ---- */
+
+void operations_joined(struct coordinator *self, struct seat *seat, uint64_t now_ns) {
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
+        struct operation *operation = &self->operation[i];
+        for (uint32_t j = 0; operation->starting && j < operation->parties; j++) {
+            struct party *party = &operation->party[j];
+            if (strcmp(party->name, seat->name) != 0 || party->gone)
+                continue;
+            party->id = seat->id;
+            if (operation->phase == PHASE_ABORTED) /* nobody waits for it any more */
+                seat->draining = true;
+        }
+    }
+}
+
+void operations_lost(struct coordinator *self, actor_id id, uint64_t now_ns, struct effects *out) {
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
+        struct operation *operation = &self->operation[i];
+        bool needed = false;
+        for (uint32_t j = 0; j < operation->parties; j++)
+            if (operation->party[j].id == id) {
+                operation->party[j].gone = !operation->starting;
+                operation->party[j].id = operation->starting ? 0 : id;
+            }
+        for (uint32_t j = 0; j < operation->changes && !operation_ended(operation); j++)
+            needed = needed || (operation->change[j].to == id && operation->phase < PHASE_RELEASE);
+        if (!needed)
+            continue;
+        snprintf(operation->reason, sizeof operation->reason,
+                 "actor %u, which was to take a copy, is gone", id);
+        abort_operation(self, operation, now_ns, out);
+    }
+}
+
+void operations_on_scaled(struct coordinator *self, const Troupe__Scaled *scaled, uint64_t now_ns,
+                          struct effects *out) {
+    struct operation *operation = find(self, scaled->operation);
+    if (operation == NULL || operation->told)
+        return;
+    operation->told = true;
+    operation->tell_at_ns = NEVER;
+    if (!operation->starting || operation_ended(operation))
+        return;
+    if (scaled->error[0] != '\0') {
+        snprintf(operation->reason, sizeof operation->reason, "%.400s", scaled->error);
+        abort_operation(self, operation, now_ns, out);
+        return;
+    }
+    operation->party = allocate(scaled->n_started, sizeof *operation->party);
+    operation->parties = (uint32_t)scaled->n_started;
+    for (uint32_t i = 0; i < operation->parties; i++) {
+        struct party *party = &operation->party[i];
+        snprintf(party->name, sizeof party->name, "%.63s", scaled->started[i]->name);
+        for (uint32_t j = 0; j < self->seats; j++) /* faster than this answer */
+            if (strcmp(self->seat[j].name, party->name) == 0 && counts(&self->seat[j], operation->role))
+                party->id = self->seat[j].id;
+    }
+}
+
+/* ---- time ---- */
+
+static void tell_supervisor(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                            struct effects *out) {
+    const struct seat *seat = supervisor(self);
+    if (operation->told || now_ns < operation->tell_at_ns)
+        return;
+    operation->tell_at_ns = now_ns + 2 * self->retry_ns;
+    if (seat == NULL)
+        return;
+    Troupe__Scale scale = TROUPE__SCALE__INIT;
+    scale.operation = operation->id;
+    scale.role = (Troupe__Role)operation->role;
+    if (operation->starting) {
+        uint32_t here = count_seats(self, operation->role);
+        scale.start = operation->count > here ? operation->count - here : 0;
+    } else {
+        scale.n_leaving = operation->parties;
+        scale.leaving = effects_alloc(out, operation->parties * sizeof *scale.leaving);
+        for (uint32_t i = 0; i < operation->parties; i++) {
+            scale.leaving[i] = effects_alloc(out, sizeof *scale.leaving[i]);
+            troupe__process__init(scale.leaving[i]);
+            scale.leaving[i]->name = operation->party[i].name;
+        }
+    }
+    message envelope = coordinator_envelope(self);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_SCALE;
+    envelope.scale = &scale;
+    effects_send(out, seat->id, &envelope);
+}
+
+static bool all_held(const struct coordinator *self, const struct operation *operation) {
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        const struct change *change = &operation->change[i];
+        const struct seat *to = seat_find(self, change->to);
+        if (change->to != 0 &&
+            (to == NULL || !to->ready || to->assigned[change->pair] != ASSIGNED_HELD))
+            return false;
+    }
+    return true;
+}
+
+static void commit_changes(struct coordinator *self, struct operation *operation) {
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        struct seat *to = seat_find(self, operation->change[i].to);
+        if (to != NULL)
+            copy_activate(self, to, operation->change[i].pair);
+    }
+    operation->epoch = self->epoch + 1;
+    self->changed = true;
+}
+
+static bool adopted(const struct coordinator *self, uint64_t epoch, enum role role) {
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].role == role && self->seat[i].acknowledged_epoch < epoch)
+            return false;
+    return self->epoch >= epoch;
+}
+
+static bool dropped(const struct coordinator *self, const struct operation *operation) {
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        const struct seat *from = seat_find(self, operation->change[i].from);
+        if (from != NULL && from->copy[operation->change[i].pair] == 0 &&
+            from->assigned[operation->change[i].pair] != ASSIGNED_NO)
+            return false;
+    }
+    return true;
+}
+
+static void step_changes(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                         struct effects *out) {
+    if (operation->phase == PHASE_PREPARE && all_held(self, operation)) {
+        enter(operation, PHASE_READY, now_ns, out);
+        commit_changes(self, operation);
+        enter(operation, PHASE_COMMIT, now_ns, out);
+    }
+    if (operation->phase == PHASE_COMMIT && self->epoch >= operation->epoch)
+        enter(operation, PHASE_DRAIN, now_ns, out);
+    if (operation->phase == PHASE_DRAIN && adopted(self, operation->epoch, ROLE_ATTENTION))
+        enter(operation, PHASE_RELEASE, now_ns, out);
+    if (operation->phase == PHASE_RELEASE && dropped(self, operation)) {
+        disown(self, operation);
+        enter(operation, PHASE_DONE, now_ns, out);
+    }
+}
+
+/* Nothing is placed at it, and nobody who used it does so any more. */
+static bool unused(const struct coordinator *self, const struct seat *seat, uint64_t epoch) {
+    if (seat->acknowledged_epoch < epoch)
+        return false;
+    switch (seat->role) {
+    case ROLE_EXPERT:
+        return copies_none(self, seat);
+    case ROLE_SAMPLER:
+        return adopted(self, epoch, ROLE_ATTENTION);
+    default:
+        return adopted(self, epoch, ROLE_GATEWAY) && seat->heartbeat.epoch >= epoch &&
+               seat->heartbeat.sequences_running == 0 && seat->heartbeat.sequences_waiting == 0;
+    }
+}
+
+static void dismiss(struct coordinator *self, struct seat *seat, uint64_t now_ns,
+                    struct effects *out) {
+    if (seat->leave_sent_ns != 0 && now_ns < seat->leave_sent_ns + 2 * self->retry_ns)
+        return;
+    seat->leave_sent_ns = now_ns;
+    Troupe__Shutdown shutdown = TROUPE__SHUTDOWN__INIT;
+    shutdown.reason = "drained";
+    message envelope = coordinator_envelope(self);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_SHUTDOWN;
+    envelope.shutdown = &shutdown;
+    effects_send(out, seat->id, &envelope);
+}
+
+/* Also for processes that an earlier coordinator was draining. */
+static void step_leaving(struct coordinator *self, struct seat *seat, uint64_t now_ns,
+                         struct effects *out) {
+    uint64_t epoch = seat->draining_epoch > seat->introduced_epoch ? seat->draining_epoch
+                                                                  : seat->introduced_epoch;
+    if (!unused(self, seat, epoch))
+        seat->drained_ns = 0;
+    else if (seat->drained_ns == 0)
+        seat->drained_ns = now_ns;
+    if (seat->drained_ns != 0 &&
+        now_ns >= seat->drained_ns + (uint64_t)self->settings.drain_linger_ms * 1000000u)
+        dismiss(self, seat, now_ns, out);
+}
+
+static enum operation_phase leaving_phase(const struct coordinator *self, const struct seat *seat,
+                                          const struct operation *operation) {
+    if (seat->drained_ns != 0)
+        return PHASE_RELEASE;
+    for (uint32_t pair = 0; seat->role == ROLE_EXPERT && pair < self->pairs; pair++)
+        if (seat->copy[pair] != 0)
+            return PHASE_PREPARE;
+    return seat->role == ROLE_EXPERT && copies_drained(self, seat) &&
+                   self->epoch >= operation->epoch
+               ? PHASE_RELEASE
+               : PHASE_DRAIN;
+}
+
+static void step_parties(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                         struct effects *out) {
+    enum operation_phase phase = PHASE_DONE;
+    for (uint32_t i = 0; i < operation->parties; i++) {
+        struct seat *seat = seat_find(self, operation->party[i].id);
+        if (operation->party[i].gone || seat == NULL)
+            continue;
+        enum operation_phase its = leaving_phase(self, seat, operation);
+        phase = its < phase ? its : phase;
+    }
+    while (operation->phase < phase) /* every phase is seen */
+        enter(operation, operation->phase + 1, now_ns, out);
+}
+
+static void step_starting(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                          struct effects *out) {
+    bool all = operation->told;
+    for (uint32_t i = 0; i < operation->parties; i++) {
+        const struct seat *seat = seat_find(self, operation->party[i].id);
+        all = all && seat != NULL && seat->ready;
+        for (uint32_t pair = 0; all && seat->role == ROLE_EXPERT && pair < self->pairs; pair++)
+            all = seat->copy[pair] != COPY_TARGET;
+    }
+    while (all && operation->phase < PHASE_DONE)
+        enter(operation, operation->phase + 1, now_ns, out);
+}
+
+static void check_time(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+                       struct effects *out) {
+    uint64_t limit_ns = (uint64_t)self->settings.operation_timeout_ms * 1000000u;
+    uint32_t here = 0;
+    if (operation->phase != PHASE_PREPARE || now_ns < operation->began_ns + limit_ns)
+        return;
+    for (uint32_t i = 0; i < operation->parties; i++) {
+        const struct seat *seat = seat_find(self, operation->party[i].id);
+        here += seat != NULL && seat->ready;
+    }
+    if (operation->starting)
+        snprintf(operation->reason, sizeof operation->reason,
+                 "%u of %u new processes are ready after %u ms", here,
+                 operation->parties > 0 ? operation->parties : operation->count,
+                 self->settings.operation_timeout_ms);
+    else
+        snprintf(operation->reason, sizeof operation->reason,
+                 "copies are not loaded after %u ms", self->settings.operation_timeout_ms);
+    abort_operation(self, operation, now_ns, out);
+    if (operation->starting)
+        send_away(self, operation, now_ns, out);
+    else if (operation->parties > 0)
+        stay(self, operation, now_ns, out);
+}
+
+void operations_step(struct coordinator *self, uint64_t now_ns, struct effects *out) {
+    if (self->learn_until_ns != NEVER)
+        return;
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
+        struct operation *operation = &self->operation[i];
+        if (operation->id == 0)
+            continue;
+        tell_supervisor(self, operation, now_ns, out);
+        if (operation_ended(operation)) {
+            operation->told = operation->told || supervisor(self) == NULL;
+            continue;
+        }
+        if (operation->starting)
+            step_starting(self, operation, now_ns, out);
+        else if (operation->changes > 0)
+            step_changes(self, operation, now_ns, out);
+        else
+            step_parties(self, operation, now_ns, out);
+        check_time(self, operation, now_ns, out);
+    }
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].draining && self->seat[i].ready && self->seat[i].introduced_epoch > 0)
+            step_leaving(self, &self->seat[i], now_ns, out);
+}
+
+uint64_t operations_deadline(const struct coordinator *self) {
+    uint64_t deadline = NEVER;
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
+        const struct operation *operation = &self->operation[i];
+        if (operation->id != 0 && !operation->told && operation->tell_at_ns < deadline)
+            deadline = operation->tell_at_ns;
+        uint64_t limit_ns =
+            operation->began_ns + (uint64_t)self->settings.operation_timeout_ms * 1000000u;
+        if (!operation_ended(operation) && operation->phase == PHASE_PREPARE && limit_ns < deadline)
+            deadline = limit_ns;
+    }
+    for (uint32_t i = 0; i < self->seats; i++) {
+        const struct seat *seat = &self->seat[i];
+        uint64_t at_ns = NEVER;
+        if (seat->draining && seat->drained_ns != 0)
+            at_ns = seat->leave_sent_ns != 0
+                        ? seat->leave_sent_ns + 2 * self->retry_ns
+                        : seat->drained_ns + (uint64_t)self->settings.drain_linger_ms * 1000000u;
+        if (at_ns < deadline)
+            deadline = at_ns;
+    }
+    return deadline;
+}
