@@ -249,6 +249,8 @@ static int check_counts(const struct checkers *self, enum role role, const char 
                         struct failure *failure) {
     for (uint32_t i = 0; world_has(self->world, (struct place){role, i}); i++) {
         struct actor *actor = world_actor(self->world, role, i);
+        if (world_lost_for_good(self->world, (struct place){role, i}))
+            continue;
         if (actor == NULL)
             return fail(failure, ERR_STATE, "%s-%u is not alive", role_name(role), i);
         const char *text = actor->class->describe(actor);
@@ -263,6 +265,8 @@ static int check_counts(const struct checkers *self, enum role role, const char 
 static int check_copies(const struct checkers *self, struct failure *failure) {
     for (uint32_t i = 0; world_has(self->world, (struct place){ROLE_EXPERT, i}); i++) {
         const struct life *life = NULL;
+        if (world_lost_for_good(self->world, (struct place){ROLE_EXPERT, i}))
+            continue;
         for (uint32_t l = 0; l < self->lives; l++)
             if (place_matches(self->life[l].place, (struct place){ROLE_EXPERT, i}))
                 life = &self->life[l];

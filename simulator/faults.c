@@ -89,7 +89,9 @@ void fault_print(const struct fault *fault, char ret[FAULT_LINE_BYTES]) {
         put_place(&writer, " from", fault->from);
         put_place(&writer, " to", fault->to);
     }
-    if (kind->lasts) {
+    if (kind->lasts && fault->for_ns == FOR_GOOD) {
+        put(&writer, " for good");
+    } else if (kind->lasts) {
         put(&writer, " for ");
         put_time(&writer, fault->for_ns);
     }
@@ -186,8 +188,12 @@ static int take_place(struct reader *self, struct place *ret) {
 static int take_option(struct reader *self, struct fault *ret) {
     double number = 0;
     int result = 0;
-    if (take_if(self, "for"))
-        return take_time(self, "for", &ret->for_ns);
+    if (take_if(self, "for")) {
+        if (ret->kind != FAULT_CRASH || !take_if(self, "good"))
+            return take_time(self, "for", &ret->for_ns);
+        ret->for_ns = FOR_GOOD;
+        return 0;
+    }
     if (take_if(self, "from"))
         return take_place(self, &ret->from);
     if (take_if(self, "to"))
@@ -335,9 +341,28 @@ static void draw_one(struct faults *self, const struct fault_field *field, struc
     fault->silent = fault->kind == FAULT_CRASH && random_chance(random, 0.4);
 }
 
+/* One process of the role falls for good. */
+static void draw_loss(struct faults *self, enum role role, uint32_t count, uint64_t until_ns,
+                      struct random *random) {
+    if (count < 2 || !random_chance(random, 0.1))
+        return;
+    struct fault *loss = add(self, FAULT_CRASH, draw_time(random, 0, until_ns));
+    loss->from = (struct place){role, (uint32_t)random_between(random, 0, count - 1)};
+    loss->for_ns = FOR_GOOD;
+    loss->silent = random_chance(random, 0.4);
+}
+
 void faults_draw(struct faults *ret, const struct fault_field *field, struct random *random) {
     ret->count = 0;
     uint32_t wanted = (uint32_t)random_between(random, FAULTS_DRAWN_MIN, 14);
+    if (field->experts > 1 && random_chance(random, 0.25)) {
+        struct fault *late = add(ret, FAULT_CRASH, 0);
+        late->from = (struct place){ROLE_EXPERT, (uint32_t)random_between(random, 0, field->experts - 1)};
+        late->for_ns = draw_time(random, 1 * MS, field->until_ns);
+    }
+    draw_loss(ret, ROLE_EXPERT, field->experts, field->until_ns, random);
+    draw_loss(ret, ROLE_ATTENTION, field->attention, field->until_ns, random);
+    draw_loss(ret, ROLE_SAMPLER, field->samplers, field->until_ns, random);
     while (ret->count < wanted) {
         if (random_chance(random, 0.08))
             draw_group(ret, field, draw_time(random, 0, field->until_ns), random);

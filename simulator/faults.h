@@ -2,6 +2,7 @@
  *
  *   at 120ms crash expert 1 for 40ms              the process ends; it is started again after 40 ms (`silent`: its supervisor and its
  *                                                 peers are not told, so only missed heartbeats and deadlines show it)
+ *   at 120ms crash expert 1 for good              never started again
  *   at 120ms pause attention 0 for 200ms          SIGSTOP, SIGCONT
  *   at 120ms slow sampler 0 for 1s by 20          computes and loads take 20 times as long
  *   at 120ms delay data from expert 0 for 1s by 5ms        up to 5 ms more for each frame, so that frames overtake each other
@@ -21,6 +22,7 @@
 #include "simulator/random.h"
 
 #define FAULTS_MAX      64u
+#define FOR_GOOD        UINT64_MAX
 #define FAULT_LINE_BYTES 160u
 
 enum fault_kind {
@@ -84,7 +86,8 @@ struct fault_field {
     uint32_t attention, experts, samplers, clients;
     uint64_t until_ns;
 };
-/* Draws at least FAULTS_DRAWN_MIN faults of all kinds, some in groups: two or three crashes at once, a crash while others load. */
+/* Draws at least FAULTS_DRAWN_MIN faults of all kinds, some in groups: two or three crashes at once, a crash while others load. Some
+ * processes come late (a crash at the start), some never come back, but never the last of their role. */
 #define FAULTS_DRAWN_MIN 5u
 void faults_draw(struct faults *ret, const struct fault_field *field, struct random *random);
 

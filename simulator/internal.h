@@ -31,6 +31,7 @@ struct node {
     bool alive;
     uint64_t busy_until_ns, paused_until_ns;
     uint64_t restart_at_ns; /* while not alive; NEVER: stays so */
+    bool for_good;          /* nothing starts it again */
     struct connection peer[ACTORS_MAX]; /* by actor id, modulo the table: ids grow, few are alive */
     struct program_result computed[COMPUTED_MAX];
     uint32_t computed_first, computed_count;

@@ -67,6 +67,11 @@ bool world_has(const struct world *self, struct place place) {
     return world_node(self, place) != NULL;
 }
 
+bool world_lost_for_good(const struct world *self, struct place place) {
+    const struct node *node = world_node(self, place);
+    return node != NULL && node->for_good && !node->alive;
+}
+
 bool world_holds(const struct world *self, uint32_t expert_process, uint32_t layer, uint32_t expert) {
     const struct node *node = world_node(self, (struct place){ROLE_EXPERT, expert_process});
     return node != NULL && node->alive && engine_expert_held(node->engine, layer, expert);
@@ -135,10 +140,16 @@ void world_restart(struct world *self, enum role role, uint32_t index) {
 
 void world_crash(struct world *self, struct place place, uint64_t for_ns, bool silent) {
     struct node *node = world_node(self, place);
-    if (node == NULL || !node->alive)
+    if (node == NULL)
+        return;
+    if (for_ns == FOR_GOOD)
+        node->for_good = true;
+    if (node->for_good)
+        node->restart_at_ns = NEVER;
+    if (!node->alive)
         return;
     end(self, node, silent ? "crashes, and nobody is told" : "crashes");
-    node->restart_at_ns = self->now_ns + for_ns;
+    node->restart_at_ns = node->for_good ? NEVER : self->now_ns + for_ns;
     if (silent)
         return;
     outside_tell_end(self, node);

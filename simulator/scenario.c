@@ -129,7 +129,8 @@ void scenario_make_quiet(struct scenario *self) {
 uint64_t scenario_calm_ns(const struct scenario *self) {
     uint64_t calm_ns = 0;
     for (uint32_t i = 0; i < self->faults.count; i++) {
-        uint64_t end_ns = self->faults.list[i].at_ns + self->faults.list[i].for_ns;
+        const struct fault *fault = &self->faults.list[i];
+        uint64_t end_ns = fault->at_ns + (fault->for_ns == FOR_GOOD ? 0 : fault->for_ns);
         calm_ns = end_ns > calm_ns ? end_ns : calm_ns;
     }
     return calm_ns;

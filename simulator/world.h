@@ -62,11 +62,12 @@ void world_client_gone(struct world *self, uint64_t client);
 struct actor *world_actor(struct world *self, enum role role, uint32_t index); /* probe: ROLE_GATEWAY 0; NULL: not alive */
 /* The process of this role and number: there is one, alive or not. */
 bool world_has(const struct world *self, struct place place);
+bool world_lost_for_good(const struct world *self, struct place place);
 bool world_holds(const struct world *self, uint32_t expert_process, uint32_t layer, uint32_t expert);
 /* Crash (memory gone) and restart under a new incarnation. */
 void world_kill(struct world *self, enum role role, uint32_t index);
 void world_restart(struct world *self, enum role role, uint32_t index);
-/* As world_kill, started again after `for_ns`. `silent`: nobody is told. */
+/* As world_kill, started again after `for_ns`, unless that is FOR_GOOD. `silent`: nobody is told. */
 void world_crash(struct world *self, struct place place, uint64_t for_ns, bool silent);
 /* SIGSTOP, and SIGCONT at `until_ns`. */
 void world_pause(struct world *self, struct place place, uint64_t until_ns);
