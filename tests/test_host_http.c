@@ -60,7 +60,7 @@ static struct http_event *next_event(void) {
         struct http_event *event = http_receive(http);
         if (event != NULL)
             return event;
-        bell_wait(&bell, seen, 100000000, 0);
+        bell_wait(&bell, seen, 1, 100000000, 0);
     }
     fail_msg("no event has come");
     return NULL;

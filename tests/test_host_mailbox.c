@@ -68,7 +68,7 @@ static void *take(struct box *box, unsigned timeout_ms) {
         uint64_t now = clock_now_ns();
         if (item != NULL || now >= until)
             return item;
-        bell_wait(&box->bell, seen, until - now, 0);
+        bell_wait(&box->bell, seen, 1, until - now, 0);
     }
 }
 
@@ -271,7 +271,7 @@ static void test_frames(void **state) {
         uint32_t seen = bell_seen(&bell_b);
         struct incoming incoming;
         if (!b->class->receive(b, &incoming)) {
-            bell_wait(&bell_b, seen, 100000000, 0);
+            bell_wait(&bell_b, seen, 1, 100000000, 0);
             continue;
         }
         assert_int_equal(incoming.frame.header->batch, expected++);

@@ -63,21 +63,56 @@ static void test_bell(void **state) {
     uint32_t seen = bell_seen(&bell);
     assert_false(bell_ring(&bell)); /* nobody sleeps */
     uint64_t start = clock_now_ns();
-    bell_wait(&bell, seen, 5000000000u, 0);
+    bell_wait(&bell, seen, 1, 5000000000u, 0);
     assert_true(clock_now_ns() - start < 1000000000u);
 
     pthread_t thread;
     pthread_create(&thread, NULL, ring_later, &bell);
     seen = bell_seen(&bell);
     start = clock_now_ns();
-    bell_wait(&bell, seen, 5000000000u, 0);
+    bell_wait(&bell, seen, 1, 5000000000u, 0);
     assert_true(clock_now_ns() - start < 4000000000u);
     pthread_join(thread, NULL);
 
     seen = bell_seen(&bell);
     start = clock_now_ns();
-    bell_wait(&bell, seen, 20000000, 5000000);
+    bell_wait(&bell, seen, 1, 20000000, 5000000);
     assert_true(clock_now_ns() - start >= 15000000);
+    bell_close(&bell);
+}
+
+static void *ring_gently_later(void *argument) {
+    static bool woke[3];
+    struct bell *bell = argument;
+    while (atomic_load(&bell->page->sleeping) == 0)
+        usleep(1000);
+    usleep(20000); /* it really sleeps now, or the first ring ends its wait */
+    for (int i = 0; i < 3; i++)
+        woke[i] = bell_ring_gently(bell);
+    return woke;
+}
+
+/* Who waits for three rings sleeps through two gentle ones, but not through an ordinary one. */
+static void test_gentle_rings(void **state) {
+    struct bell bell;
+    pthread_t thread;
+    void *result;
+    assert_int_equal(bell_create(&bell, NULL, 7, NULL), 0);
+    pthread_create(&thread, NULL, ring_gently_later, &bell);
+    uint64_t start = clock_now_ns();
+    bell_wait(&bell, bell_seen(&bell), 3, 5000000000u, 0);
+    assert_true(clock_now_ns() - start < 4000000000u);
+    pthread_join(thread, &result);
+    const bool *woke = result;
+    assert_false(woke[0]);
+    assert_false(woke[1]);
+    assert_true(woke[2]);
+
+    pthread_create(&thread, NULL, ring_later, &bell);
+    start = clock_now_ns();
+    bell_wait(&bell, bell_seen(&bell), 3, 5000000000u, 0);
+    assert_true(clock_now_ns() - start < 4000000000u);
+    pthread_join(thread, NULL);
     bell_close(&bell);
 }
 
@@ -135,6 +170,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_part_once),
         cmocka_unit_test(test_bell),
+        cmocka_unit_test(test_gentle_rings),
         cmocka_unit_test(test_bell_by_name),
         cmocka_unit_test(test_queue),
     };

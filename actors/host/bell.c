@@ -93,19 +93,31 @@ void bell_close(struct bell *self) {
     self->page = NULL;
 }
 
-bool bell_ring(struct bell *self) {
-    atomic_fetch_add(&self->page->rung, 1);
+static bool wake(struct bell *self) {
     if (atomic_load(&self->page->sleeping) == 0 || atomic_exchange(&self->page->sleeping, 0) == 0)
         return false;
     futex_wake(&self->page->rung, 1, 1);
     return true;
 }
 
+bool bell_ring(struct bell *self) {
+    atomic_fetch_add(&self->page->rung, 1);
+    return wake(self);
+}
+
+bool bell_ring_gently(struct bell *self) {
+    uint32_t rung = atomic_fetch_add(&self->page->rung, 1) + 1;
+    if (atomic_load(&self->page->sleeping) == 0)
+        return false;
+    return (int32_t)(rung - atomic_load(&self->page->wake_at)) >= 0 && wake(self);
+}
+
 uint32_t bell_seen(const struct bell *self) {
     return atomic_load(&self->page->rung);
 }
 
-void bell_wait(struct bell *self, uint32_t seen, uint64_t timeout_ns, uint64_t spin_ns) {
+void bell_wait(struct bell *self, uint32_t seen, uint32_t rings, uint64_t timeout_ns,
+               uint64_t spin_ns) {
     if (spin_ns > 0) {
         uint64_t until = clock_now_ns() + (spin_ns < timeout_ns ? spin_ns : timeout_ns);
         do {
@@ -116,6 +128,7 @@ void bell_wait(struct bell *self, uint32_t seen, uint64_t timeout_ns, uint64_t s
         } while (clock_now_ns() < until);
         timeout_ns = timeout_ns > spin_ns ? timeout_ns - spin_ns : 0;
     }
+    atomic_store(&self->page->wake_at, seen + (rings > 0 ? rings : 1));
     atomic_store(&self->page->sleeping, 1);
     futex_wait(&self->page->rung, seen, timeout_ns, 1);
     atomic_store(&self->page->sleeping, 0);

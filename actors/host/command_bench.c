@@ -247,8 +247,14 @@ static int run_figure(struct bench *self, struct bench_figure *figure, struct be
 
 static int run_all(struct bench *self, struct failure *failure) {
     struct bench_sample warm;
-    int error = run_decode(self, 8, &warm, failure); /* touches all memory, and scales the load */
-    self->load_base_rate = warm.rate;
+    int error = 0;
+    bool load = false;
+    for (uint32_t i = 0; i < self->figures; i++)
+        load |= self->figure[i].kind == FIGURE_LOAD;
+    if (load || self->options->url == NULL) {
+        error = run_decode(self, 8, &warm, failure); /* touches all memory, and scales the load */
+        self->load_base_rate = warm.rate;
+    }
     for (uint64_t run = 0; run < self->options->runs && error == 0; run++) {
         for (uint32_t i = 0; i < self->figures && error == 0; i++) {
             struct bench_figure *figure = &self->figure[i];

@@ -18,6 +18,7 @@
 
 #define FRAMES_PER_TURN   64
 #define EVENTS_PER_TURN   256
+#define TOGETHER_MAX_NS   5000000u /* for answers that are awaited together */
 #define SLEEP_MAX_NS      1000000000u
 #define SHUTDOWN_GRACE_NS 10000000000u /* an actor that does not EXIT in this time is ended */
 
@@ -305,6 +306,21 @@ static bool drain_loaded(struct process *self) {
     return any;
 }
 
+/* While answers of several peers are due, one wake-up for all of them; but not for long, should one be lost or late. */
+static void sleep_until_rung(struct process *self, uint32_t seen, uint64_t sleep_ns, uint64_t spin_ns) {
+    struct transport *shm = self->shm;
+    uint32_t awaited = shm != NULL ? shm->awaited : 0;
+    if (awaited <= 1) {
+        bell_wait(&self->bell, seen, 1, sleep_ns, spin_ns);
+        return;
+    }
+    uint64_t begin = clock_now_ns();
+    bool cut = sleep_ns > TOGETHER_MAX_NS;
+    bell_wait(&self->bell, seen, awaited, cut ? TOGETHER_MAX_NS : sleep_ns, spin_ns);
+    if (cut && bell_seen(&self->bell) - seen < awaited && clock_now_ns() - begin >= TOGETHER_MAX_NS)
+        shm->class->await_none(shm);
+}
+
 static void loop(struct process *self) {
     uint64_t spin_ns = (uint64_t)self->options->settings.spin_us * 1000u, end_ns = NEVER;
     int signals = 0;
@@ -336,7 +352,7 @@ static void loop(struct process *self) {
             continue;
         uint64_t until = due < end_ns ? due : end_ns;
         uint64_t sleep_ns = until - now < SLEEP_MAX_NS ? until - now : SLEEP_MAX_NS;
-        bell_wait(&self->bell, seen, sleep_ns, spin_ns);
+        sleep_until_rung(self, seen, sleep_ns, spin_ns);
     }
 }
 

@@ -58,6 +58,7 @@ struct transport_options {
 struct transport {
     const struct transport_class *class;
     struct transport_counters counters;
+    uint32_t awaited; /* peers that owe an answer to small frames: the actor need not be woken for each of them. 0: not known */
     char address[ADDRESS_BYTES_MAX]; /* its part of the data address in HELLO */
 };
 
@@ -84,6 +85,8 @@ struct transport_class {
     /* Moves what waits: deferred frames, edges half made. Called on every turn of the actor's loop.
      * Returns whether anything moved. */
     bool (*progress)(struct transport *self);
+    /* The answers did not come together: `awaited` becomes 0. NULL: it is always 0. */
+    void (*await_none)(struct transport *self);
     void (*close)(struct transport **self);
 };
 

@@ -24,6 +24,7 @@
 #define RING_BYTES_MIN (64u << 10) /* a smaller one is not worth having */
 #define STEM_BYTES     100
 #define FRAME_NEED     4 /* a ring made for a large frame holds this many of them */
+#define AWAITED_BYTES  32768 /* frames so small that their answers are awaited together */
 
 struct waiting_frame {
     struct waiting_frame *next;
@@ -42,6 +43,7 @@ struct shm_edge {
     bool dirty;    /* has frames that the peer was not yet woken for */
     bool detached; /* disconnected while one of its frames was out */
     unsigned remakes;
+    uint32_t awaited; /* answers to small frames sent to the peer */
     struct waiting_frame *first, **last;
     size_t waiting_bytes;
 };
@@ -118,6 +120,7 @@ static bool open_in(struct shm *self, struct shm_edge *edge) {
 
 static void remove_edge(struct shm *self, size_t index) {
     struct shm_edge *edge = self->edge[index];
+    self->base.awaited -= edge->awaited > 0;
     for (struct waiting_frame *frame = edge->first; frame != NULL; frame = frame->next)
         self->base.counters.dropped++;
     self->edge[index] = self->edge[--self->edges];
@@ -228,6 +231,27 @@ static void count_sent(struct shm *self, struct shm_edge *edge, size_t bytes) {
     self->base.counters.bytes_sent += bytes;
 }
 
+/* An actor that sends rows to several peers goes on when all have answered. Large frames are left out: it pays to take their answers
+ * one by one, while the others still work. */
+static void await_answer(struct shm *self, struct shm_edge *edge, const struct outgoing *frame) {
+    if ((frame->header.kind == FRAME_DISPATCH || frame->header.kind == FRAME_SAMPLE) &&
+        frame->bytes <= AWAITED_BYTES && edge->awaited++ == 0)
+        self->base.awaited++;
+}
+
+static void take_answer(struct shm *self, struct shm_edge *edge, const struct frame_header *header) {
+    if ((header->kind == FRAME_COMBINE || header->kind == FRAME_MOVED || header->kind == FRAME_SAMPLED) &&
+        edge->awaited > 0 && --edge->awaited == 0)
+        self->base.awaited--;
+}
+
+static void shm_await_none(struct transport *base) {
+    struct shm *self = (struct shm *)base;
+    for (size_t i = 0; i < self->edges; i++)
+        self->edge[i]->awaited = 0;
+    base->awaited = 0;
+}
+
 static int shm_post_send(struct transport *base, actor_id to, const struct outgoing *frame) {
     struct shm *self = (struct shm *)base;
     struct shm_edge *edge = find(self, to);
@@ -241,6 +265,7 @@ static int shm_post_send(struct transport *base, actor_id to, const struct outgo
         outgoing_write(frame, memory);
         ring_commit(&edge->out);
         count_sent(self, edge, frame->bytes);
+        await_answer(self, edge, frame);
         return 0;
     }
     if (error != ERR_BUSY || frame->bytes > self->options.waiting_bytes_max - edge->waiting_bytes) {
@@ -293,7 +318,7 @@ static void shm_flush(struct transport *base) {
     struct shm *self = (struct shm *)base;
     for (size_t i = 0; i < self->edges; i++) {
         struct shm_edge *edge = self->edge[i];
-        if (edge->dirty && bell_ring(&edge->bell))
+        if (edge->dirty && bell_ring_gently(&edge->bell))
             base->counters.wakes++;
         edge->dirty = false;
     }
@@ -354,6 +379,7 @@ static bool shm_receive(struct transport *base, struct incoming *ret) {
                 self->cursor = (self->cursor + i + 1) % self->edges;
                 self->held = edge;
                 base->counters.frames_received++;
+                take_answer(self, edge, header);
                 base->counters.bytes_received += size;
                 *ret = (struct incoming){{header, (const uint8_t *)bytes + sizeof *header}, edge};
                 return true;
@@ -401,6 +427,7 @@ static const struct transport_class shm_class = {
     .receive = shm_receive,
     .release = shm_release,
     .progress = shm_progress,
+    .await_none = shm_await_none,
     .close = shm_close,
 };
 
