@@ -104,6 +104,15 @@ sim: $(BUILD)/troupe ## simulate clusters with faults: SEEDS=1..2000 JOBS=2, or 
 sim-mutants: ## introduce each deliberate bug of tests/mutants alone; the simulator must catch it
 	@CC="$(CC)" MAKE="$(MAKE)" sh tests/mutants/run.sh $(BUILD) $(SEEDS) $(JOBS) $(MUTANTS)
 
+.PHONY: soak-elastic soak-cycles
+SECONDS ?= 60
+CYCLES ?= 200
+soak-elastic: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## grow and shrink under 32 streams for SECONDS, print what clients noticed
+	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/test_live_elastic soak $(SECONDS)
+
+soak-cycles: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## scale up and down CYCLES times: nothing may be left behind
+	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/test_live_elastic cycles $(CYCLES)
+
 format: ## clang-format every source
 	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h'))
 

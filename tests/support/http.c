@@ -93,6 +93,16 @@ static void finish(struct http_call *call, uint64_t began_ns, bool closed) {
     call->state = CALL_DONE;
 }
 
+static void note_time(struct http_call *call, uint64_t time_ns) {
+    if (!call->keep_times)
+        return;
+    if (call->times == call->times_capacity) {
+        call->times_capacity = call->times_capacity * 2 + 64;
+        call->time_ns = realloc(call->time_ns, call->times_capacity * sizeof *call->time_ns);
+    }
+    call->time_ns[call->times++] = time_ns;
+}
+
 static void receive(struct http_call *call, uint64_t began_ns) {
     for (;;) {
         if (call->raw_capacity < call->raw_bytes + 65536) {
@@ -110,6 +120,7 @@ static void receive(struct http_call *call, uint64_t began_ns) {
         if (call->raw_bytes == 0)
             call->first_byte_ns = now_ns() - began_ns;
         call->raw_bytes += (size_t)got;
+        note_time(call, now_ns() - began_ns);
         if (call->hang_up_after > 0 && call->raw_bytes >= call->hang_up_after) {
             finish(call, began_ns, false);
             return;
@@ -145,6 +156,11 @@ void http_run(uint16_t port, struct http_call *calls, uint32_t count, uint32_t p
         for (uint32_t i = 0; i < count; i++)
             open += calls[i].state == CALL_OPEN;
         for (uint32_t i = 0; i < count; i++) {
+            if (calls[i].state == CALL_NEW && calls[i].start_before_ms > 0 &&
+                elapsed_ms >= calls[i].start_before_ms) {
+                calls[i].skipped = true;
+                calls[i].state = CALL_DONE;
+            }
             if (calls[i].state == CALL_NEW && open < parallel && elapsed_ms >= calls[i].start_after_ms) {
                 open_call(&calls[i], port);
                 open++;
@@ -174,6 +190,7 @@ void http_run(uint16_t port, struct http_call *calls, uint32_t count, uint32_t p
 }
 
 void http_call_free(struct http_call *call) {
+    free(call->time_ns);
     free(call->text);
     free(call->raw);
     free(call->request);

@@ -11,12 +11,17 @@ struct http_call {
     const char *body;          /* NULL: none */
     size_t hang_up_after;      /* close once this many bytes of the answer have come; 0: never */
     uint32_t start_after_ms;   /* open the connection this long after http_run began */
+    uint32_t start_before_ms;  /* not at all once so much has passed; 0: no limit */
+    bool keep_times;           /* note when each piece of the answer came */
     /* answer */
     int status;                /* 0: no answer */
     char *text;                /* body, chunked coding removed, zero-terminated; owned, http_call_free */
     size_t text_bytes;
     bool complete;             /* the whole answer has come */
     uint64_t first_byte_ns, end_ns; /* since http_run began */
+    uint64_t *time_ns;              /* [times] likewise, of each piece; owned */
+    uint32_t times, times_capacity;
+    bool skipped;                   /* its time to start had passed */
     /* private */
     int fd;
     int state;

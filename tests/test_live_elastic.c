@@ -1,0 +1,413 @@
+/* A troupe of real processes that grows and shrinks under load, and nobody notices: 32 streams run while experts go 4, 8, 2, 5, 4,
+ * attention 1, 2, 1 and samplers 1, 2, 1; each stream must equal the same request alone. Also what ctl refuses, and why.
+ *   test_live_elastic                a short form of it, in make test
+ *   test_live_elastic soak SECONDS   make soak-elastic: prints and holds the longest gap between two tokens
+ *   test_live_elastic cycles N       make soak-cycles: N times up and down; memory, descriptors, shared memory as before */
+#include <dirent.h>
+#include <jansson.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "simulator/random.h"
+#include "tests/support/cluster.h"
+#include "tests/support/http.h"
+
+#define MODEL     "models/demo"
+#define STREAMS   32
+#define KINDS     16
+#define CALLS_MAX 4096
+#define SEED      977
+
+static const char *const openings[] = {"And it came to pass", "Enter KING HENRY", "import os",
+                                       "river: a natural stream"};
+
+/* ---- ctl ---- */
+
+/* Output of `troupe ctl WORDS`, and its exit code. */
+static int ctl(const struct cluster *cluster, const char *words, char *ret, size_t room) {
+    char line[512];
+    const char *build = getenv("TROUPE_BUILD");
+    snprintf(line, sizeof line, "%s/troupe ctl %s --run-dir %s 2>&1", build != NULL ? build : "build",
+             words, cluster->run_dir);
+    FILE *pipe = popen(line, "r");
+    size_t got = pipe != NULL ? fread(ret, 1, room - 1, pipe) : 0;
+    ret[got] = 0;
+    int status = pipe != NULL ? pclose(pipe) : -1;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+/* Waits until no operation is under way; false: one was aborted, or half a minute was not enough. */
+static bool settled(const struct cluster *cluster) {
+    static char text[1 << 18];
+    for (int i = 0; i < 600; i++) {
+        bool busy = false;
+        if (ctl(cluster, "operations --json", text, sizeof text) != 0)
+            return false;
+        json_t *answer = json_loads(text, 0, NULL), *operation;
+        size_t index;
+        json_array_foreach(json_object_get(answer, "operations"), index, operation) {
+            const char *phase = json_string_value(json_object_get(operation, "phase"));
+            if (strcmp(phase, "aborted") == 0) {
+                fprintf(stderr, "%s\n", text);
+                return false;
+            }
+            busy = busy || strcmp(phase, "done") != 0;
+        }
+        json_decref(answer);
+        if (!busy)
+            return true;
+        usleep(50000);
+    }
+    fprintf(stderr, "not settled: %s\n", text);
+    return false;
+}
+
+static bool change(const struct cluster *cluster, const char *words) {
+    char text[4096];
+    if (ctl(cluster, words, text, sizeof text) != 0) {
+        fprintf(stderr, "ctl %s: %s\n", words, text);
+        return false;
+    }
+    return settled(cluster);
+}
+
+/* ---- streams ---- */
+
+static char *make_body(uint32_t kind, bool stream) {
+    struct random random = {SEED + kind};
+    char prompt[1024] = "";
+    uint32_t repeats = 1 + (uint32_t)random_between(&random, 0, 6);
+    for (uint32_t i = 0; i < repeats; i++) {
+        strcat(prompt, openings[random_between(&random, 0, 3)]);
+        strcat(prompt, " ");
+    }
+    json_t *body = json_pack("{s:s, s:i, s:f, s:i, s:b, s:b}", "prompt", prompt, "max_tokens",
+                             (int)random_between(&random, 100, 220), "temperature", 0.8, "seed",
+                             (int)kind, "stream", stream, "ignore_eos", 1);
+    char *text = json_dumps(body, 0);
+    json_decref(body);
+    return text;
+}
+
+/* Joined text of a streamed completion; NULL unless it ended with [DONE]. */
+static char *joined(const char *events) {
+    char *text = calloc(1, strlen(events) + 1);
+    for (const char *at = events; (at = strstr(at, "data: ")) != NULL;) {
+        at += 6;
+        const char *end = strstr(at, "\n\n");
+        if (end == NULL)
+            break;
+        if (strncmp(at, "[DONE]", 6) == 0)
+            return text;
+        json_t *chunk = json_loadb(at, (size_t)(end - at), 0, NULL);
+        const char *piece = json_string_value(json_object_get(
+            json_array_get(json_object_get(chunk, "choices"), 0), "text"));
+        if (piece != NULL)
+            strcat(text, piece);
+        json_decref(chunk);
+    }
+    free(text);
+    return NULL;
+}
+
+static void ask_alone(const struct cluster *cluster, char **expected) {
+    for (uint32_t kind = 0; kind < KINDS; kind++) {
+        struct http_call call = {.method = "POST", .path = "/v1/completions",
+                                 .body = make_body(kind, true)};
+        http_run(cluster->port, &call, 1, 1, 60000);
+        assert_int_equal(call.status, 200);
+        expected[kind] = joined(call.text);
+        assert_non_null(expected[kind]);
+        free((char *)call.body);
+        http_call_free(&call);
+    }
+}
+
+struct figures {
+    uint32_t requests, failed, refused, different;
+    double p99_ms, longest_ms, longest_at_s; /* since the streams began */
+};
+
+static int compare(const void *a, const void *b) {
+    double left = *(const double *)a, right = *(const double *)b;
+    return left < right ? -1 : left > right;
+}
+
+static void judge(const struct http_call *call, const char *expected, struct figures *figures) {
+    char *text = call->status == 200 && call->text != NULL ? joined(call->text) : NULL;
+    figures->requests++;
+    figures->refused += call->status == 429 || call->status == 503;
+    figures->failed += text == NULL;
+    figures->different += text != NULL && strcmp(text, expected) != 0;
+    if (text == NULL || strcmp(text, expected) != 0)
+        fprintf(stderr, "status %d, complete %d\n  expected %s\n  found    %s\n", call->status,
+                call->complete, expected, text != NULL ? text : call->text != NULL ? call->text : "-");
+    free(text);
+}
+
+/* 32 streams at a time for so long. */
+static struct figures run_streams(const struct cluster *cluster, uint32_t seconds, char **expected) {
+    struct figures figures = {0};
+    struct http_call *calls = calloc(CALLS_MAX, sizeof *calls);
+    for (uint32_t i = 0; i < CALLS_MAX; i++)
+        calls[i] = (struct http_call){.method = "POST", .path = "/v1/completions",
+                                      .body = make_body(i % KINDS, true), .keep_times = true,
+                                      .start_before_ms = seconds * 1000};
+    http_run(cluster->port, calls, CALLS_MAX, STREAMS, (seconds + 120) * 1000);
+    size_t gaps = 0, room = 0;
+    for (uint32_t i = 0; i < CALLS_MAX; i++)
+        room += calls[i].times;
+    double *gap = calloc(room + 1, sizeof *gap);
+    for (uint32_t i = 0; i < CALLS_MAX; i++) {
+        for (uint32_t j = 1; j < calls[i].times; j++) {
+            gap[gaps] = (double)(calls[i].time_ns[j] - calls[i].time_ns[j - 1]) / 1e6;
+            if (gap[gaps] > figures.longest_ms) {
+                figures.longest_ms = gap[gaps];
+                figures.longest_at_s = (double)calls[i].time_ns[j - 1] / 1e9;
+            }
+            gaps++;
+        }
+        if (!calls[i].skipped)
+            judge(&calls[i], expected[i % KINDS], &figures);
+        free((char *)calls[i].body);
+        http_call_free(&calls[i]);
+    }
+    qsort(gap, gaps, sizeof *gap, compare);
+    figures.p99_ms = gaps > 0 ? gap[gaps * 99 / 100] : 0;
+    free(gap);
+    free(calls);
+    return figures;
+}
+
+/* ---- up and down under load ---- */
+
+static const char *const STEPS[] = {"scale experts 8", "scale attention 2", "scale samplers 2",
+                                    "scale experts 2", "scale attention 1", "scale samplers 1",
+                                    "scale experts 5", "scale experts 4"};
+#define STEPS_COUNT (sizeof STEPS / sizeof STEPS[0])
+
+static double seconds_since(const struct timespec *began) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)(now.tv_sec - began->tv_sec) + (double)(now.tv_nsec - began->tv_nsec) / 1e9;
+}
+
+static void take_steps(const struct cluster *cluster, uint32_t seconds) {
+    struct timespec began;
+    clock_gettime(CLOCK_MONOTONIC, &began);
+    for (size_t i = 0; i < STEPS_COUNT; i++) {
+        usleep(seconds * 1000000u / (STEPS_COUNT + 1) * 8 / 10);
+        double at_s = seconds_since(&began);
+        if (!change(cluster, STEPS[i]))
+            _exit(1);
+        printf("  %-20s from %5.1f s to %5.1f s\n", STEPS[i], at_s, seconds_since(&began));
+        fflush(stdout);
+    }
+    _exit(0);
+}
+
+static void show(const char *what, const struct figures *figures) {
+    printf("%s: %u streams, %u failed, %u refused, %u different; gaps between tokens: p99 %.1f ms, longest %.1f ms (after %.1f s)\n",
+           what, figures->requests, figures->failed, figures->refused, figures->different, figures->p99_ms,
+           figures->longest_ms, figures->longest_at_s);
+    fflush(stdout);
+}
+
+static void assert_size(const struct cluster *cluster, const char *role, uint32_t wanted) {
+    pid_t pid[64];
+    uint32_t count = 0;
+    for (int i = 0; i < 100 && (count = cluster_pids(cluster, role, pid, 64)) != wanted; i++)
+        usleep(50000);
+    assert_int_equal(count, wanted);
+}
+
+static void run_elastic(uint32_t steady_seconds, uint32_t seconds, bool hold_gap) {
+    struct cluster cluster;
+    char *expected[KINDS];
+    int status = -1;
+    assert_true(cluster_start(&cluster, MODEL, "--experts 4"));
+    ask_alone(&cluster, expected);
+    struct figures steady = run_streams(&cluster, steady_seconds, expected);
+    show("steady", &steady);
+    pid_t steps = fork();
+    if (steps == 0)
+        take_steps(&cluster, seconds);
+    struct figures elastic = run_streams(&cluster, seconds, expected);
+    show("experts 4-8-2-5-4, attention 1-2-1, samplers 1-2-1", &elastic);
+    waitpid(steps, &status, 0);
+    double limit_ms = 2 * steady.p99_ms > 100 ? 2 * steady.p99_ms : 100;
+    printf("limit of the longest gap: %.1f ms\n", limit_ms);
+    assert_int_equal(status, 0);
+    assert_int_equal(steady.failed + steady.refused + steady.different, 0);
+    assert_int_equal(elastic.failed + elastic.refused + elastic.different, 0);
+    assert_true(elastic.requests >= STREAMS);
+    assert_size(&cluster, "expert", 4);
+    assert_size(&cluster, "attention", 1);
+    assert_size(&cluster, "sampler", 1);
+    if (hold_gap)
+        assert_true(elastic.longest_ms <= limit_ms);
+    assert_true(cluster_stop(&cluster));
+    for (uint32_t kind = 0; kind < KINDS; kind++)
+        free(expected[kind]);
+}
+
+static void test_growing_and_shrinking_changes_no_stream(void **state) {
+    (void)state;
+    run_elastic(2, 9, false);
+}
+
+/* ---- what is refused ---- */
+
+static void assert_refused(const struct cluster *cluster, const char *words, const char *why) {
+    char text[4096];
+    int code = ctl(cluster, words, text, sizeof text);
+    if (code == 0 || strstr(text, why) == NULL)
+        fail_msg("ctl %s: code %d, \"%s\" is not in \"%s\"", words, code, why, text);
+}
+
+static void test_what_makes_no_sense_is_refused(void **state) {
+    (void)state;
+    struct cluster cluster;
+    static char text[1 << 16];
+    assert_true(cluster_start(&cluster, MODEL, "--experts 2 --memory-mib 12"));
+    assert_refused(&cluster, "scale experts 0", "1 to 512 processes expected, found 0");
+    assert_refused(&cluster, "scale experts 100000", "found 100000");
+    assert_refused(&cluster, "scale experts x", "a whole number expected");
+    assert_refused(&cluster, "scale gateways 2", "experts, attention or samplers expected");
+    assert_refused(&cluster, "scale experts 1", "not enough slots for all experts");
+    assert_refused(&cluster, "drain expert-0", "not enough slots for all experts");
+    assert_refused(&cluster, "drain attention-0", "no ready attention process would be left");
+    assert_refused(&cluster, "drain gateway", "can be drained");
+    assert_refused(&cluster, "drain nobody", "there is no actor nobody");
+    assert_refused(&cluster, "move 1 99 expert-0 expert-1", "there is no expert 99 in layer 1");
+    assert_refused(&cluster, "move 0 0 expert-0 expert-1", "there is no expert 0 in layer 0");
+    assert_int_equal(ctl(&cluster, "placement --layer 1", text, sizeof text), 0);
+    bool first = strstr(text, "layer   1 expert   0  expert-0") != NULL; /* whoever joined first has it */
+    assert_refused(&cluster, first ? "move 1 0 expert-1 expert-0" : "move 1 0 expert-0 expert-1",
+                   first ? "expert-1 does not hold expert 0 of layer 1; expert-0 does"
+                         : "expert-0 does not hold expert 0 of layer 1; expert-1 does");
+    assert_refused(&cluster, "cancel 77", "there is no operation 77");
+    assert_refused(&cluster, "placement --layer 0", "has no routed experts");
+    assert_refused(&cluster, "dance", "usage");
+    assert_true(change(&cluster, "replicate 1 0"));
+    assert_int_equal(ctl(&cluster, "placement --layer 1", text, sizeof text), 0);
+    assert_non_null(strstr(text, first ? "layer   1 expert   0  expert-0 expert-1"
+                                       : "layer   1 expert   0  expert-1 expert-0"));
+    assert_refused(&cluster, "replicate 1 0 expert-1", "holds expert 0 of layer 1 already");
+    assert_refused(&cluster, "cancel 1", "has ended already: it is done");
+    assert_int_equal(http_one(cluster.port, "GET", "/status", NULL, NULL), 404); /* not on the public port */
+    assert_true(cluster_stop(&cluster));
+}
+
+/* ---- many cycles ---- */
+
+static uint64_t resident_kib(pid_t pid) {
+    char path[64], line[256];
+    unsigned long long kib = 0;
+    snprintf(path, sizeof path, "/proc/%d/status", (int)pid);
+    FILE *file = fopen(path, "r");
+    while (file != NULL && fgets(line, sizeof line, file) != NULL)
+        sscanf(line, "VmRSS: %llu", &kib);
+    if (file != NULL)
+        fclose(file);
+    return kib;
+}
+
+static uint32_t entries(const char *path, const char *beginning) {
+    uint32_t count = 0;
+    DIR *folder = opendir(path);
+    for (struct dirent *entry; folder != NULL && (entry = readdir(folder)) != NULL;)
+        count += strncmp(entry->d_name, beginning, strlen(beginning)) == 0;
+    if (folder != NULL)
+        closedir(folder);
+    return count;
+}
+
+struct usage {
+    uint64_t kib;
+    uint32_t files, segments, processes;
+};
+
+/* Of the supervisor and everything that it has started. */
+static struct usage measure(const struct cluster *cluster) {
+    static const char *const roles[] = {"coordinator", "gateway", "attention", "expert", "sampler"};
+    struct usage usage = {.kib = resident_kib(cluster->pid)};
+    pid_t pid[64];
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/fd", (int)cluster->pid);
+    usage.files = entries(path, "");
+    for (size_t i = 0; i < sizeof roles / sizeof *roles; i++) {
+        uint32_t count = cluster_pids(cluster, roles[i], pid, 64);
+        for (uint32_t j = 0; j < count; j++) {
+            snprintf(path, sizeof path, "/proc/%d/fd", (int)pid[j]);
+            usage.files += entries(path, "");
+            usage.kib += resident_kib(pid[j]);
+            snprintf(path, sizeof path, "/proc/%d/cwd/../../dev/shm", (int)pid[j]);
+        }
+        usage.processes += count;
+    }
+    usage.segments = entries(cluster->run_dir, "") - 2;
+    return usage;
+}
+
+static void run_cycles(uint32_t cycles) {
+    struct cluster cluster;
+    char text[4096];
+    assert_true(cluster_start(&cluster, MODEL, "--experts 2"));
+    for (uint32_t i = 0; i < 5; i++) { /* memory that is kept for good is there by then */
+        assert_true(change(&cluster, "scale experts 4"));
+        assert_true(change(&cluster, "scale experts 2"));
+        assert_int_equal(http_one(cluster.port, "POST", "/v1/completions",
+                                  "{\"prompt\":\"once\",\"max_tokens\":8}", NULL), 200);
+    }
+    sleep(1);
+    struct usage before = measure(&cluster);
+    for (uint32_t i = 0; i < cycles; i++) {
+        assert_true(change(&cluster, "scale experts 4"));
+        if (i % 10 == 0)
+            assert_true(change(&cluster, "scale attention 2") && change(&cluster, "scale samplers 2"));
+        assert_int_equal(http_one(cluster.port, "POST", "/v1/completions",
+                                  "{\"prompt\":\"once\",\"max_tokens\":8}", NULL), 200);
+        if (i % 10 == 0)
+            assert_true(change(&cluster, "scale attention 1") && change(&cluster, "scale samplers 1"));
+        assert_true(change(&cluster, "scale experts 2"));
+    }
+    sleep(1);
+    struct usage after = measure(&cluster);
+    printf("%u cycles: processes %u -> %u, resident %llu -> %llu KiB, descriptors %u -> %u, sockets and files %u -> %u\n",
+           cycles, before.processes, after.processes, (unsigned long long)before.kib,
+           (unsigned long long)after.kib, before.files, after.files, before.segments, after.segments);
+    ctl(&cluster, "status", text, sizeof text);
+    printf("%s", text);
+    assert_int_equal(before.processes, after.processes);
+    assert_true(after.files <= before.files + 2);
+    assert_true(after.kib <= before.kib + before.kib / 10);
+    assert_true(cluster_stop(&cluster));
+}
+
+int main(int argc, char **argv) {
+    if (argc == 3 && strcmp(argv[1], "soak") == 0) {
+        uint32_t seconds = (uint32_t)atoi(argv[2]);
+        run_elastic(10, seconds, true);
+        return 0;
+    }
+    if (argc == 3 && strcmp(argv[1], "cycles") == 0) {
+        run_cycles((uint32_t)atoi(argv[2]));
+        return 0;
+    }
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_growing_and_shrinking_changes_no_stream),
+        cmocka_unit_test(test_what_makes_no_sense_is_refused),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
