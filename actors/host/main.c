@@ -57,6 +57,8 @@ static const struct command {
      "how fast is it here: decode, prefill and mixed load, beside the machine's limits"},
     {"sim", FOR_SIM, command_sim, "[--seed N | --seeds A..B | --scenario FILE] [OPTIONS]",
      "whole clusters on virtual time, with faults drawn from a seed: is every token the same?"},
+    {"plan", FOR_PLAN, command_plan, "--load FILE --processes P [OPTIONS]",
+     "place experts on processes from recorded loads, and what that would give and cost"},
     {"ctl", FOR_CONTROL, command_ctl,
      "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
      "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump [OPTIONS]",

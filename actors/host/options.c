@@ -113,6 +113,20 @@ static const struct option_row table[] = {
      "load: requests a second, 0: half of what 8 streams sustain (default 0)"},
     TEXT("json", json, "FILE", FOR_BENCH,
          "write everything that was measured there, -: to the terminal instead of the table"),
+    TEXT("load", load, "FILE", FOR_PLAN, "recorded loads: safetensors with expert_load [window, layer, expert]"),
+    NUMBER("processes", processes, 1, 1024, FOR_PLAN, "processes to place the experts on"),
+    NUMBER("hosts", hosts, 1, 1024, FOR_PLAN, "hosts, each with an equal run of the processes (default 1)"),
+    NUMBER("spare", spare, 0, 65536, FOR_PLAN, "copies in each layer beyond one of each expert (default 0)"),
+    TEXT("previous", previous, "PLAN.json", FOR_PLAN, "what is held now, as --json printed it"),
+    TEXT("policy", policy, "troupe|eplb", FOR_PLAN, "who plans (default troupe)"),
+    FLAG("hierarchical", hierarchical, FOR_PLAN, "keep a copy of each expert of a group in one host"),
+    NUMBER("groups", groups, 1, 1024, FOR_PLAN, "expert groups of the router (default 8 if they divide the experts, else 1)"),
+    TEXT("capacity", capacity, "N[,N...]", FOR_PLAN, "copies that each process has memory for, all layers together (default: equal)"),
+    TEXT("speed", speed, "X[,X...]", FOR_PLAN, "speed of each process, relative (default: equal)"),
+    NUMBER("window", window, 1, 1048576, FOR_PLAN, "plan from the first N windows and score on the next (default: from all)"),
+    NUMBER("expert-bytes", expert_bytes, 1, UINT64_C(1) << 40, FOR_PLAN, "weights of one expert (default 44040192, DeepSeek-V3 in FP8)"),
+    NUMBER("horizon", horizon, 0, 1u << 30, FOR_PLAN, "windows that the plan is expected to last: how much moves may cost (default 400)"),
+    FLAG("json", as_json, FOR_PLAN, "print placement and figures as JSON"),
     FLAG("help", help, ~0u, "this text"),
 };
 #define ROWS (sizeof table / sizeof table[0])
@@ -270,6 +284,7 @@ static int check_words(const struct options *self, struct failure *failure) {
     static const char *const numerics[] = {"f32", "bf16", NULL};
     static const char *const isas[] = {"best", "scalar", "avx512", "amx", NULL};
     static const char *const transports[] = {"auto", "shm", "zmq", NULL};
+    static const char *const policies[] = {"troupe", "eplb", NULL};
     static const char *const views[] = {"on", "off", NULL};
     int error = check_word("view", self->view, views, "on or off", failure);
     if (error == 0)
@@ -278,6 +293,8 @@ static int check_words(const struct options *self, struct failure *failure) {
         error = check_word("isa", self->isa, isas, "best, scalar, avx512 or amx", failure);
     if (error == 0)
         error = check_word("transport", self->transport, transports, "auto, shm or zmq", failure);
+    if (error == 0)
+        error = check_word("policy", self->policy, policies, "troupe or eplb", failure);
     return error;
 }
 
@@ -297,6 +314,10 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         .listen_fd = UINT64_MAX,
         .layer = UINT64_MAX,
         .max_tokens = 64,
+        .policy = "troupe",
+        .hosts = 1,
+        .expert_bytes = 44040192,
+        .horizon = 400,
         .runs = 5,
     };
     settings_default(&self.settings);
