@@ -113,6 +113,10 @@ soak-elastic: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## grow and shrin
 soak-cycles: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## scale up and down CYCLES times: nothing may be left behind
 	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/test_live_elastic cycles $(CYCLES)
 
+.PHONY: bench-planner
+bench-planner: $(BUILD)/tests/bench/planner ## the placement planner against EPLB on recorded loads (TRACES=FILES)
+	$< $(or $(TRACES),$(wildcard ../shared/traces/*.safetensors))
+
 format: ## clang-format every source
 	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h'))
 

@@ -54,9 +54,11 @@ static const struct option_row table[] = {
          "directory of sockets, pid files and logs (serve: default a new one under "
          "XDG_RUNTIME_DIR)"),
     TEXT("admin", admin, "ADDRESS", FOR_SERVE | FOR_COORDINATOR,
-         "where the admin interface listens, a path or host:port (default: admin.sock in --run-dir)"),
+         "where the admin interface listens, a path or host:port (default: admin.sock in "
+         "--run-dir)"),
     TEXT("admin-token-file", admin_token_file, "FILE", FOR_SERVE | FOR_COORDINATOR | FOR_CONTROL,
-         "file with the bearer token of the admin interface in its first line; needed for host:port"),
+         "file with the bearer token of the admin interface in its first line; needed for "
+         "host:port"),
     TEXT("address", address, "ADMIN", FOR_CONTROL,
          "admin interface to ask, a path or host:port (default: the one in --run-dir)"),
     TEXT("output", to_file, "FILE", FOR_CONTROL, "where 'record dump' writes the trace"),
@@ -113,19 +115,28 @@ static const struct option_row table[] = {
      "load: requests a second, 0: half of what 8 streams sustain (default 0)"},
     TEXT("json", json, "FILE", FOR_BENCH,
          "write everything that was measured there, -: to the terminal instead of the table"),
-    TEXT("load", load, "FILE", FOR_PLAN, "recorded loads: safetensors with expert_load [window, layer, expert]"),
+    TEXT("load", load, "FILE", FOR_PLAN,
+         "recorded loads: safetensors with expert_load [window, layer, expert]"),
     NUMBER("processes", processes, 1, 1024, FOR_PLAN, "processes to place the experts on"),
-    NUMBER("hosts", hosts, 1, 1024, FOR_PLAN, "hosts, each with an equal run of the processes (default 1)"),
-    NUMBER("spare", spare, 0, 65536, FOR_PLAN, "copies in each layer beyond one of each expert (default 0)"),
+    NUMBER("hosts", hosts, 1, 1024, FOR_PLAN,
+           "hosts, each with an equal run of the processes (default 1)"),
+    NUMBER("spare", spare, 0, 65536, FOR_PLAN,
+           "copies in each layer beyond one of each expert (default 0)"),
     TEXT("previous", previous, "PLAN.json", FOR_PLAN, "what is held now, as --json printed it"),
     TEXT("policy", policy, "troupe|eplb", FOR_PLAN, "who plans (default troupe)"),
-    FLAG("hierarchical", hierarchical, FOR_PLAN, "keep a copy of each expert of a group in one host"),
-    NUMBER("groups", groups, 1, 1024, FOR_PLAN, "expert groups of the router (default 8 if they divide the experts, else 1)"),
-    TEXT("capacity", capacity, "N[,N...]", FOR_PLAN, "copies that each process has memory for, all layers together (default: equal)"),
+    FLAG("hierarchical", hierarchical, FOR_PLAN,
+         "keep a copy of each expert of a group in one host"),
+    NUMBER("groups", groups, 1, 1024, FOR_PLAN,
+           "expert groups of the router (default 8 if they divide the experts, else 1)"),
+    TEXT("capacity", capacity, "N[,N...]", FOR_PLAN,
+         "copies that each process has memory for, all layers together (default: equal)"),
     TEXT("speed", speed, "X[,X...]", FOR_PLAN, "speed of each process, relative (default: equal)"),
-    NUMBER("window", window, 1, 1048576, FOR_PLAN, "plan from the first N windows and score on the next (default: from all)"),
-    NUMBER("expert-bytes", expert_bytes, 1, UINT64_C(1) << 40, FOR_PLAN, "weights of one expert (default 44040192, DeepSeek-V3 in FP8)"),
-    NUMBER("horizon", horizon, 0, 1u << 30, FOR_PLAN, "windows that the plan is expected to last: how much moves may cost (default 400)"),
+    NUMBER("window", window, 1, 1048576, FOR_PLAN,
+           "plan from the first N windows and score on the next (default: from all)"),
+    NUMBER("expert-bytes", expert_bytes, 1, UINT64_C(1) << 40, FOR_PLAN,
+           "weights of one expert (default 44040192, DeepSeek-V3 in FP8)"),
+    NUMBER("horizon", horizon, 0, 1u << 30, FOR_PLAN,
+           "windows that the plan is expected to last: how much moves may cost (default 400)"),
     FLAG("json", as_json, FOR_PLAN, "print placement and figures as JSON"),
     FLAG("help", help, ~0u, "this text"),
 };
@@ -259,7 +270,8 @@ static int read_secret(const char *path, char ret[static API_KEY_BYTES], struct 
     size_t size = end != NULL ? (size_t)(end - (const char *)file.bytes) : file.size;
     if (size == 0 || size >= API_KEY_BYTES)
         error = fail(failure, ERR_INVALID,
-                     "%s: expected a key of 1 to %d bytes in the first line, found %zu", path, API_KEY_BYTES - 1, size);
+                     "%s: expected a key of 1 to %d bytes in the first line, found %zu", path,
+                     API_KEY_BYTES - 1, size);
     else
         memcpy(ret, file.bytes, size);
     mapped_close(&file);
