@@ -35,7 +35,8 @@ start() {
     eval "pid_$(echo "$name" | tr - _)=$!"
 }
 
-start coordinator coordinator --bind 'tcp://127.0.0.1:*' --expected-experts 2
+echo a-token-of-this-test >"$scratch/token"
+start coordinator coordinator --bind 'tcp://127.0.0.1:*' --expected-experts 2 --admin "$scratch/admin.sock" --admin-token-file "$scratch/token"
 eventually grep -q 'listening at tcp' "$scratch/coordinator.log"
 address=$(sed -n 's/.*listening at \(tcp:[^ ]*\).*/\1/p' "$scratch/coordinator.log")
 join="--coordinator $address --bind tcp://127.0.0.1:*"
@@ -48,7 +49,8 @@ done
 eventually grep -q 'HTTP on port' "$scratch/gateway.log"
 url=http://127.0.0.1:$(sed -n 's/.*HTTP on port \([0-9]*\).*/\1/p' "$scratch/gateway.log")
 eventually curl -sf "$url/ready"
-"$troupe" ctl status --coordinator "$address" >"$scratch/status.log" || fail "ctl status over TCP"
+"$troupe" ctl status --address "$scratch/admin.sock" --admin-token-file "$scratch/token" >"$scratch/status.log" || fail "ctl status"
+"$troupe" ctl status --address "$scratch/admin.sock" >"$scratch/stranger.log" 2>&1 && fail "ctl was answered without the token"
 grep -q 'sampler-0 .*ready' "$scratch/status.log" || fail "status: $(cat "$scratch/status.log")"
 
 ask() { curl -sf "$url/v1/completions" -d '{"prompt": "And it came to pass", "max_tokens": 32, "temperature": 0}' | sed 's/.*"text":"\([^"]*\)".*/\1/'; }

@@ -143,7 +143,7 @@ static void test_rubbish_on_every_socket(void **state) {
     }
     closedir(directory);
     zmq_ctx_term(context);
-    assert_int_equal(sockets, 10); /* six inboxes, four data planes */
+    assert_int_equal(sockets, 11); /* seven inboxes, the supervisor's among them, four data planes */
     for (int i = 0; i < 5; i++) {
         char *text = ask(&cluster);
         assert_string_equal(text, before);

@@ -70,7 +70,7 @@ static void test_refused(void **state) {
         {FOR_SERVE, "serve --api-key-file /dev/null", "/dev/null"},
         {FOR_GENERATE, "generate --temperature nan", "found 'nan'"},
         {FOR_GENERATE, "generate --temperature 3", "from 0 to 2"},
-        {FOR_INSPECT, "inspect a b c d e", "unexpected argument 'e'"},
+        {FOR_INSPECT, "inspect a b c d e f g", "unexpected argument 'g'"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         if (parse(cases[i].command, cases[i].line) >= 0 ||
