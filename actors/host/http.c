@@ -1,12 +1,24 @@
 /* Requests and their responses.
  *
  * States of a request, all changes in the HTTP thread:
- *   READING   headers and body arrive; over HTTP_BODY_MAX the rest is read and thrown away,
- * answered by 413 POSTED    the actor has it; the connection is suspended ANSWERING the first
- * STREAM has come; pieces are sent as they come, suspended whenever there are none GONE      the
- * client hung up, or took too little too slowly; whatever the actor still streams is thrown away A
- * request leaves memory when libmicrohttpd says that it has completed. CLIENT_GONE is sent at most
- * once, only from POSTED or ANSWERING. */
+ *
+ *   READING    headers and body arrive; what goes over HTTP_BODY_MAX is read and thrown away, and
+ *              answered by 413
+ *
+ *   POSTED     the actor has it; the connection is suspended
+ *
+ *   ANSWERING  the first STREAM has come; pieces are sent as they come, the connection is suspended
+ *              whenever there are none
+ *
+ *   GONE       the client hung up, or took too little too slowly; whatever the actor still streams
+ *              is thrown away
+ *
+ * A request leaves memory when libmicrohttpd says that it has completed. CLIENT_GONE is sent at
+ * most once, only from POSTED or ANSWERING.
+ *
+ * Every connection is watched for hang-up from its first moment, beside libmicrohttpd: a suspended
+ * one is read by nobody, and libmicrohttpd overlooks an end that arrives together with the last
+ * bytes of an unfinished request, until the idle timeout. */
 #include "actors/host/http.h"
 
 #include <errno.h>
@@ -50,12 +62,19 @@ struct piece {
     char bytes[];
 };
 
+/* A connection. Its address is what the watch knows it by. */
+struct peer {
+    int socket;
+    bool hung_up;
+    struct request *request; /* being read or answered; NULL between two */
+};
+
 struct request {
     struct request *next; /* in its bucket */
     struct http *http;
     uint64_t client;
     struct MHD_Connection *connection;
-    int socket;
+    struct peer *peer;
     char *uri;
     char *body;
     size_t body_bytes, body_capacity, swallowed;
@@ -230,33 +249,25 @@ static void give_up(struct request *request) {
     if (request->posted)
         post_gone(request);
     drop_pieces(request);
-    shutdown(request->socket, SHUT_RDWR); /* also when it is stuck in a send */
+    shutdown(request->peer->socket, SHUT_RDWR); /* also when it is stuck in a send */
     resume(request);
-}
-
-static void watch(struct request *request) {
-    struct epoll_event event = {.events = EPOLLRDHUP, .data.u64 = request->client};
-    epoll_ctl(request->http->watch_file, EPOLL_CTL_ADD, request->socket, &event);
-}
-
-static void unwatch(struct request *request) {
-    epoll_ctl(request->http->watch_file, EPOLL_CTL_DEL, request->socket, NULL);
 }
 
 /* The whole URI is known before anything else of a request: its context begins here. */
 static void *begin_request(void *context, const char *uri, struct MHD_Connection *connection) {
     struct http *self = context;
     const union MHD_ConnectionInfo *info =
-        MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD);
+        MHD_get_connection_info(connection, MHD_CONNECTION_INFO_SOCKET_CONTEXT);
     struct request *request = calloc(1, sizeof *request);
-    if (request == NULL || info == NULL) {
+    if (request == NULL || info == NULL || info->socket_context == NULL) {
         free(request);
         return NULL;
     }
     request->http = self;
     request->client = ++self->next_client;
     request->connection = connection;
-    request->socket = info->connect_fd;
+    request->peer = info->socket_context;
+    request->peer->request = request;
     request->uri = strndup(uri, URI_BYTES_MAX);
     request->last = &request->first;
     request->next = self->bucket[request->client % BUCKETS];
@@ -273,8 +284,8 @@ static void end_request(void *context, struct MHD_Connection *connection, void *
     if (request == NULL)
         return;
     *con_cls = NULL;
+    request->peer->request = NULL;
     if (request->posted) {
-        unwatch(request);
         self->posted--;
         if (!request->gone && (code != MHD_REQUEST_TERMINATED_COMPLETED_OK || !request->complete))
             post_gone(request);
@@ -404,6 +415,8 @@ static enum MHD_Result handle(void *context, struct MHD_Connection *connection, 
     (void)context, (void)connection, (void)url, (void)version;
     if (request == NULL || request->uri == NULL || request->gone)
         return MHD_NO;
+    if (request->peer->hung_up && !request->posted)
+        return MHD_NO; /* nobody would take the answer */
     if (request->posted) {
         if (request->first != NULL)
             return queue_response(request);
@@ -425,7 +438,6 @@ static enum MHD_Result handle(void *context, struct MHD_Connection *connection, 
     request->posted = true;
     request->http->posted++;
     post_request(request, method);
-    watch(request);
     request->suspended = true;
     MHD_suspend_connection(connection);
     return MHD_YES;
@@ -468,15 +480,18 @@ static void take_all_pieces(struct http *self) {
     }
 }
 
+/* The sockets are still open here: libmicrohttpd closes them in MHD_run only. */
 static void take_hang_ups(struct http *self) {
     struct epoll_event events[64];
     int count = epoll_wait(self->watch_file, events, 64, 0);
     for (int i = 0; i < count; i++) {
-        struct request *request = find(self, events[i].data.u64);
-        if (request == NULL)
-            continue;
-        unwatch(request);
-        if (!request->complete)
+        struct peer *peer = events[i].data.ptr;
+        struct request *request = peer->request;
+        epoll_ctl(self->watch_file, EPOLL_CTL_DEL, peer->socket, NULL);
+        peer->hung_up = true;
+        if (request == NULL || !request->posted)
+            shutdown(peer->socket, SHUT_RDWR); /* libmicrohttpd sees an end and cleans up */
+        else if (!request->complete)
             give_up(request);
     }
 }
@@ -543,19 +558,37 @@ static void *run(void *argument) {
     return NULL;
 }
 
-static void connection_changed(void *context, struct MHD_Connection *connection,
-                               void **socket_context, enum MHD_ConnectionNotificationCode code) {
-    (void)context, (void)socket_context;
-    if (code != MHD_CONNECTION_NOTIFY_STARTED)
-        return;
+static void begin_connection(struct http *self, struct MHD_Connection *connection,
+                             void **socket_context) {
     const union MHD_ConnectionInfo *info =
         MHD_get_connection_info(connection, MHD_CONNECTION_INFO_CONNECTION_FD);
+    struct peer *peer = calloc(1, sizeof *peer);
     int one = 1, idle_s = 60;
-    if (info == NULL)
-        return;
-    setsockopt(info->connect_fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    setsockopt(info->connect_fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
-    setsockopt(info->connect_fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+    if (peer == NULL || info == NULL) {
+        free(peer);
+        return; /* begin_request refuses what comes */
+    }
+    peer->socket = info->connect_fd;
+    setsockopt(peer->socket, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    setsockopt(peer->socket, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+    setsockopt(peer->socket, IPPROTO_TCP, TCP_KEEPIDLE, &idle_s, sizeof idle_s);
+    struct epoll_event event = {.events = EPOLLRDHUP, .data.ptr = peer};
+    epoll_ctl(self->watch_file, EPOLL_CTL_ADD, peer->socket, &event);
+    *socket_context = peer;
+}
+
+static void connection_changed(void *context, struct MHD_Connection *connection,
+                               void **socket_context, enum MHD_ConnectionNotificationCode code) {
+    struct http *self = context;
+    struct peer *peer = *socket_context;
+    if (code == MHD_CONNECTION_NOTIFY_STARTED) {
+        begin_connection(self, connection, socket_context);
+    } else if (peer != NULL) {
+        if (!peer->hung_up)
+            epoll_ctl(self->watch_file, EPOLL_CTL_DEL, peer->socket, NULL);
+        free(peer);
+        *socket_context = NULL;
+    }
 }
 
 static void log_daemon(void *context, const char *format, va_list arguments) {

@@ -1,10 +1,13 @@
 /* troupe serve: the local supervisor. Starts one process per actor, restarts what dies within
  * limits, tells the coordinator of every exit at once, and takes everything down again.
  *
- *   STARTING  until /ready answers 200, then the URL is printed
- *   SERVING   children that die are restarted; one that dies more than restart_limit times in
- * restart_window_s ends everything STOPPING  SIGTERM to the gateway, which finishes what it has;
- * then to all others; SIGKILL to what is left after a while
+ *   STARTING   until /ready answers 200, then the URL is printed
+ *
+ *   SERVING    children that die are restarted; one that dies more than restart_limit times in
+ *              restart_window_s ends everything
+ *
+ *   STOPPING   SIGTERM to the gateway, which finishes what it has; then to all others; SIGKILL to
+ *              what is left after a while
  *
  * Invariant: whatever ends the supervisor short of SIGKILL, no process, socket, file or shared
  * memory of the troupe is left. On SIGKILL the kernel sends SIGTERM to the children, which clean up
@@ -128,7 +131,8 @@ static void child_arguments(const struct serve *self, const struct child *child,
         snprintf(text, sizeof text, "%llu", (unsigned long long)options->memory_mib);
         add_argument(list, &count, "--memory-mib", text);
     }
-    if (child->role == ROLE_EXPERT && options->settings.threads == 0) { /* they work at the same time */
+    if (child->role == ROLE_EXPERT &&
+        options->settings.threads == 0) { /* they work at the same time */
         uint64_t share = (uint64_t)pool_processors() / options->experts;
         snprintf(text, sizeof text, "%llu", (unsigned long long)(share > 0 ? share : 1));
         add_argument(list, &count, "--threads", text);
