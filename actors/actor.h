@@ -200,8 +200,10 @@ struct actor_identity {
     const char *name;     /* "expert-2" */
     const char *control_address, *data_address, *host;
     const char *coordinator_address; /* where HELLO goes; the actor emits CONNECT for ACTOR_COORDINATOR with it */
-    const char *model_fingerprint, *numerics;
+    const char *model_fingerprint;
+    const char *numerics; /* profile, and what else changes bits: settings_profile_name */
     uint32_t pid, threads;
+    uint64_t memory_bytes; /* held from birth to death; roles that load and unload add what they hold to it in heartbeats */
 };
 
 #endif

@@ -2,9 +2,9 @@
  *
  *   JOINING   HELLO every hello_retry until WELCOME (or REFUSED: EXIT 1)
  *   JOINED    heartbeats; COMMITs with a larger epoch are adopted, all others ignored
- *   REJOINING a coordinator that was started again did not know the heartbeat (REJOIN): HELLO again,
- *             with all that it must learn, until its WELCOME; work goes on with the adopted epoch,
- *             the old coordinator is not listened to any more
+ *   REJOINING a coordinator that was started again did not know the heartbeat (REJOIN): HELLO
+ * again, with all that it must learn, until its WELCOME; work goes on with the adopted epoch, the
+ * old coordinator is not listened to any more
  *
  * Invariants: 1. the adopted epoch only grows; 2. a peer is known by (id, incarnation) of the
  * adopted epoch, anything from anybody else is ignored; 3. an actor does not adopt an epoch that
@@ -53,7 +53,7 @@ char *identity_copy(struct actor_identity *ret, const struct actor_identity *ide
 }
 
 uint32_t identity_activation_bytes(const struct actor_identity *identity) {
-    return strcmp(identity->numerics, "f32") == 0 ? 4 : 2;
+    return strncmp(identity->numerics, "f32", 3) == 0 ? 4 : 2; /* "f32-p0.6" too */
 }
 
 /* ---- life ---- */
@@ -164,8 +164,8 @@ static uint32_t on_welcome(struct member *self, const message *envelope, uint64_
     return MEMBER_DONE | MEMBER_JOINED;
 }
 
-/* A coordinator that was started again. Until its WELCOME nothing of the old one is taken any more, so
- * that what HELLO tells remains true. */
+/* A coordinator that was started again. Until its WELCOME nothing of the old one is taken any more,
+ * so that what HELLO tells remains true. */
 static uint32_t on_rejoin(struct member *self, const message *envelope, uint64_t now_ns,
                           struct effects *out) {
     if (self->id == 0 || envelope->rejoin->incarnation != self->identity.incarnation ||
@@ -402,6 +402,7 @@ uint32_t member_step(struct member *self, const struct event *event, uint64_t no
 void member_heartbeat(struct member *self, Troupe__Heartbeat *heartbeat, uint64_t now_ns,
                       struct effects *out) {
     heartbeat->epoch = self->epoch;
+    heartbeat->memory_bytes += self->identity.memory_bytes;
     heartbeat->control_address = (char *)self->identity.control_address;
     heartbeat->coordinator_incarnation = self->coordinator_incarnation;
     message envelope = member_envelope(self);

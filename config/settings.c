@@ -331,3 +331,18 @@ char *settings_help(void) {
         at += help_line(&knobs[k], text + at, bytes - at);
     return text;
 }
+
+void settings_profile_name(const struct settings *self, const char *numerics,
+                           char ret[PROFILE_NAME_BYTES]) {
+    float gate_top_p = (float)self->gate_top_p; /* as the engines take it */
+    int used = snprintf(ret, PROFILE_NAME_BYTES, "%.8s", numerics);
+    if (gate_top_p == 0)
+        return;
+    for (int digits = 1; digits <= 9;
+         digits++) { /* the shortest that tells it from its neighbours */
+        snprintf(ret + used, PROFILE_NAME_BYTES - (size_t)used, "-p%.*g", digits,
+                 (double)gate_top_p);
+        if (strtof(ret + used + 2, NULL) == gate_top_p)
+            return;
+    }
+}

@@ -27,6 +27,10 @@ int settings_set(struct settings *self, const char *name, const char *value, str
 int settings_parse_yaml(struct settings *self, const char *text, size_t size, struct failure *failure);
 /* Seeded values within each knob's simulation range. */
 void settings_randomise(struct settings *self, uint64_t seed);
+/* The name of what decides the bits, for HELLO and system_fingerprint: the numerics profile, and the knobs that change what is
+ * computed where they are not at their defaults ("bf16", "bf16-p0.6"). Actors that differ in it never serve together. */
+#define PROFILE_NAME_BYTES 40
+void settings_profile_name(const struct settings *self, const char *numerics, char ret[PROFILE_NAME_BYTES]);
 /* Help text: one line per knob. malloc'd. */
 char *settings_help(void);
 

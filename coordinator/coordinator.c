@@ -252,7 +252,7 @@ static bool allocate(struct coordinator *self) {
 
 static uint64_t estimate_expert_bytes(const struct coordinator *self) {
     uint64_t elements = 3 * (uint64_t)self->config.hidden * self->config.expert_width;
-    if (strcmp(self->identity.numerics, "f32") == 0)
+    if (strncmp(self->identity.numerics, "f32", 3) == 0)
         return elements * 4 + 1;
     return elements * (self->config.fp8 ? 1 : 2) + 1;
 }

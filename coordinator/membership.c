@@ -12,8 +12,8 @@
  *
  * Invariants: 1. ids are never given twice; 2. an epoch is never changed once published, its number
  * only grows; 3. an incarnation that this coordinator removed never becomes a member again (it
- * is told to end); 4. `serving` is true only if every (layer, expert) has a ready holder and a ready attention
- * actor and sampler exist. */
+ * is told to end); 4. `serving` is true only if every (layer, expert) has a ready holder and a
+ * ready attention actor and sampler exist. */
 #include "coordinator/coordinator.h"
 
 #include <stdio.h>
@@ -206,8 +206,8 @@ static void take_past(struct coordinator *self, struct seat *seat, const Troupe_
         copies_learn(self, seat, hello);
 }
 
-/* A member that came as a new process, then took a late WELCOME of the earlier coordinator and followed
- * that one for a while. */
+/* A member that came as a new process, then took a late WELCOME of the earlier coordinator and
+ * followed that one for a while. */
 static void take_more_past(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
                            uint64_t now_ns, struct effects *out) {
     if (hello->epoch > self->epoch) {
@@ -269,15 +269,16 @@ static int check_hello(const struct coordinator *self, const message *envelope,
         strcmp(hello->numerics, self->identity.numerics) != 0)
         return fail(failure, ERR_VERSION,
                     "the troupe computes in %s, found %s: start every actor with "
-                    "the same --numerics",
+                    "the same --numerics and --gate-top-p",
                     self->identity.numerics, hello->numerics);
     if (self->seats == ACTORS_MAX - 2)
         return fail(failure, ERR_BUSY, "the troupe has %u members already", self->seats);
     return 0;
 }
 
-/* Two of one name: the one that was started later stays. A process that says HELLO for the first time is
- * the later one; among those that had ids before, the larger id is. Returns 0 or why `hello` loses. */
+/* Two of one name: the one that was started later stays. A process that says HELLO for the first
+ * time is the later one; among those that had ids before, the larger id is. Returns 0 or why
+ * `hello` loses. */
 static int replace_namesake(struct coordinator *self, const Troupe__Hello *hello, uint64_t now_ns,
                             struct effects *out, struct failure *failure) {
     if (hello->name[0] == '\0' || hello->role == TROUPE__ROLE__ROLE_CONTROL)
@@ -320,8 +321,7 @@ void membership_on_hello(struct coordinator *self, const message *envelope, uint
     struct failure failure = {0};
     struct seat seat;
     if (check_hello(self, envelope, &failure) == 0 &&
-        replace_namesake(self, hello, now_ns, out, &failure) == 0 &&
-        !seat_fill(self, &seat, hello))
+        replace_namesake(self, hello, now_ns, out, &failure) == 0 && !seat_fill(self, &seat, hello))
         fail(&failure, ERR_NO_MEMORY, "the coordinator has no memory for another member");
     if (failure.code < 0) {
         effects_trace(out, TRACE_ERROR, "refused %s: %s", hello->name, failure.text);
@@ -517,6 +517,7 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
     seat->heartbeat.control_address = (char *)protobuf_c_empty_string;
     seat->heartbeat.base.n_unknown_fields = 0;
     seat->heartbeat.base.unknown_fields = NULL;
-    if (self->learn_until_ns == NEVER && heartbeat->epoch < self->epoch && now_ns - seat->commit_sent_ns >= self->retry_ns)
+    if (self->learn_until_ns == NEVER && heartbeat->epoch < self->epoch &&
+        now_ns - seat->commit_sent_ns >= self->retry_ns)
         send_commit(self, seat, membership_commit(self, out), now_ns, out);
 }

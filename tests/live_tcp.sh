@@ -51,13 +51,20 @@ url=http://127.0.0.1:$(sed -n 's/.*HTTP on port \([0-9]*\).*/\1/p' "$scratch/gat
 eventually curl -sf "$url/ready"
 "$troupe" ctl status --address "$scratch/admin.sock" --admin-token-file "$scratch/token" >"$scratch/status.log" || fail "ctl status"
 "$troupe" ctl status --address "$scratch/admin.sock" >"$scratch/stranger.log" 2>&1 && fail "ctl was answered without the token"
-grep -q 'sampler-0 .*ready' "$scratch/status.log" || fail "status: $(cat "$scratch/status.log")"
+grep -q 'sampler-0 .*ready' "$scratch/status.log" && ! grep -qE '(sampler|attention)-0 .* 0 MB' "$scratch/status.log" || fail "status: $(cat "$scratch/status.log")"
 
 ask() { curl -sf "$url/v1/completions" -d '{"prompt": "And it came to pass", "max_tokens": 32, "temperature": 0}' | sed 's/.*"text":"\([^"]*\)".*/\1/'; }
 far=$(ask)
 near=$("$troupe" generate --prompt "And it came to pass" --max-tokens 32 | tr '\n' ' ')
 [ -n "$far" ] || fail "no answer"
 case "$near" in "And it came to pass$far"*) ;; *) fail "over TCP '$far', in one process '$near'" ;; esac
+
+# An actor that would compute something else is refused, and says why.
+# shellcheck disable=SC2086
+if timeout 20 "$troupe" attention $join --gate-top-p 0.5 --name stranger >"$scratch/stranger.log" 2>&1; then
+    fail "an attention actor with another gate was let in"
+fi
+grep -q 'computes in bf16, found bf16-p0.5' "$scratch/stranger.log" || fail "why was the stranger refused?"
 
 # Without a supervisor a dead process is noticed by its missing heartbeats, and a new one of its name takes its place at once.
 kill -KILL "$pid_expert_1"

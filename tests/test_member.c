@@ -37,6 +37,7 @@ static void test_hello_is_repeated_until_welcome(void **state) {
     const message *heartbeat = stage_sent(&stage, TROUPE__ENVELOPE__BODY_HEARTBEAT);
     assert_int_equal(heartbeat->from, 40);
     assert_true(heartbeat->heartbeat->epoch == 0);
+    assert_int_equal(heartbeat->heartbeat->memory_bytes, 5000); /* of the identity */
     uint64_t interval = (uint64_t)stage.settings.heartbeat_ms * MS;
     assert_true(actor_deadline(stage.actor) == stage.now_ns + interval);
     stage_timer(&stage, stage.now_ns + interval);

@@ -219,6 +219,25 @@ static void example_file_shows_the_defaults(void **state) {
     assert_memory_equal(&settings, &expected, sizeof settings);
 }
 
+static void profile_names_tell_apart_what_changes_bits(void **state) {
+    struct settings settings;
+    char name[PROFILE_NAME_BYTES];
+    settings_default(&settings);
+    settings_profile_name(&settings, "bf16", name);
+    assert_string_equal(name, "bf16");
+    settings.prefill_chunk = 7;
+    settings.threads = 3;
+    settings_profile_name(&settings, "f32", name);
+    assert_string_equal(name, "f32");
+    settings.gate_top_p = 0.6;
+    settings_profile_name(&settings, "bf16", name);
+    assert_string_equal(name, "bf16-p0.6");
+    char other[PROFILE_NAME_BYTES];
+    settings.gate_top_p = 0.6000001;
+    settings_profile_name(&settings, "bf16", other);
+    assert_string_not_equal(name, other);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(defaults_are_the_tables),
@@ -229,6 +248,7 @@ int main(void) {
         cmocka_unit_test(random_values_stay_in_range_and_repeat),
         cmocka_unit_test(help_has_a_line_for_each_knob),
         cmocka_unit_test(example_file_shows_the_defaults),
+        cmocka_unit_test(profile_names_tell_apart_what_changes_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -135,7 +135,8 @@ static const struct {
     bool wide; /* uint64_t, else uint32_t */
     double scale;
 } ACTOR_METRICS[] = {
-    {"troupe_actor_memory_bytes", "gauge", "Weights held, as the actor reports it.", EVERYBODY,
+    {"troupe_actor_memory_bytes", "gauge",
+     "Memory held: weights, work space, latent cache, as the actor reports it.", EVERYBODY,
      AT(memory_bytes), true, 1},
     {"troupe_actor_epoch", "gauge", "Newest epoch adopted.", EVERYBODY, AT(epoch), true, 1},
     {"troupe_sequences_running", "gauge", "Sequences in the running batch.", ATTENTION,

@@ -221,6 +221,8 @@ static int open_engine(struct process *self, struct failure *failure) {
     error = engine_open(&self->engine, self->directory.model, &engine, failure);
     if (error == 0 && self->role == ROLE_EXPERT)
         error = loader_open(&self->loader, &self->directory, self->kernels, &self->bell, failure);
+    if (error == 0 && self->role != ROLE_EXPERT) /* an expert actor counts what it is assigned */
+        self->identity.memory_bytes = engine_memory_bytes(self->engine);
     model_directory_forget(&self->directory);
     return error;
 }
@@ -357,7 +359,8 @@ int process_open(struct process *self, struct failure *failure) {
     self->identity.host = self->host;
     self->identity.coordinator_address = self->coordinator;
     self->identity.model_fingerprint = model_fingerprint(self->directory.model);
-    self->identity.numerics = options->numerics;
+    settings_profile_name(&options->settings, options->numerics, self->profile);
+    self->identity.numerics = self->profile;
     self->identity.pid = (uint32_t)getpid();
     return create_actor(self, failure);
 }

@@ -23,7 +23,7 @@ struct process {
     struct actor_identity identity;
     char name[64], host[ADDRESS_BYTES_MAX], stem[STEM_BYTES], coordinator[ADDRESS_BYTES_MAX],
         data_address[ADDRESS_BYTES_MAX], control_bind[ADDRESS_BYTES_MAX],
-        data_bind[ADDRESS_BYTES_MAX];
+        data_bind[ADDRESS_BYTES_MAX], profile[PROFILE_NAME_BYTES];
     void *zmq;
     struct bell bell;
     struct model_directory directory;

@@ -45,6 +45,7 @@ void stage_init(struct stage *self, enum role role) {
         .coordinator_address = "test://coordinator",
         .model_fingerprint = "fingerprint",
         .numerics = "f32",
+        .memory_bytes = 5000,
         .pid = 1,
         .threads = 1,
     };
