@@ -120,6 +120,7 @@ static void an_api_key_is_asked_for(void **state) {
                  {"/v1/models", "Bearer sesames", 401},
                  {"/v1/models", "sesame", 401},
                  {"/v1/models", "Bearer sesame", 200},
+                 {"/v1/models", "bearer sesame", 200},
                  {"/tokenizer_info", NULL, 401},
                  {"/health", NULL, 200},
                  {"/live", NULL, 200}};
@@ -525,7 +526,12 @@ static void chat_may_fill_the_context_and_no_more(void **state) {
         strcat(body, ",1");
     strcat(body, "]}");
     expect_error(rig, "/v1/completions", body, 400, "BadRequestError",
-                 "(71 in the prompt, 0 in the completion)");
+                 "the prompt has 71 tokens, which leaves no room for an answer: at most 63");
+    strcpy(body, "{\"prompt\":[1");
+    for (int i = 0; i < 63; i++)
+        strcat(body, ",1");
+    strcat(body, "],\"max_tokens\":1}"); /* exactly as many as the context holds */
+    expect_error(rig, "/v1/completions", body, 400, "BadRequestError", "the prompt has 64 tokens");
     expect_error(rig, "/v1/completions", "{\"prompt\":\"Hello\",\"min_tokens\":17}", 400,
                  "BadRequestError", "min_tokens must be at most max_tokens = 16");
     rig_close(rig);

@@ -321,7 +321,8 @@ static bool has_key(const struct gateway *self, const struct http_request *http)
     static const char SCHEME[] = "Bearer ";
     if (self->api_key == NULL)
         return true;
-    if (http->authorization == NULL || strncmp(http->authorization, SCHEME, sizeof SCHEME - 1) != 0)
+    if (http->authorization == NULL ||
+        strncasecmp(http->authorization, SCHEME, sizeof SCHEME - 1) != 0) /* schemes know no case */
         return false;
     const char *given = http->authorization + sizeof SCHEME - 1;
     size_t given_bytes = strlen(given), key_bytes = strlen(self->api_key);

@@ -110,12 +110,18 @@ static int check_length(const struct gateway *self, const struct generation_requ
     uint64_t wanted = input->max_tokens == ABSENT ? 0 : (uint64_t)input->max_tokens;
     if (prompt->tokens == 0)
         return http_fail(error, 400, what, "%s must have at least one token, found none", what);
-    if (prompt->tokens + (wanted == 0 ? 1 : wanted) > self->context)
+    if (prompt->tokens >= self->context)
         return http_fail(
-            error, 400, prompt->tokens >= self->context ? what : "max_tokens",
+            error, 400, what,
+            "This model's maximum context length is %u tokens. However, the %s %s %u tokens, which "
+            "leaves no room for an answer: at most %u were expected. Please reduce the length.",
+            self->context, what, chat ? "have" : "has", prompt->tokens, self->context - 1);
+    if (prompt->tokens + wanted > self->context)
+        return http_fail(
+            error, 400, "max_tokens",
             "This model's maximum context length is %u tokens. However, you requested %llu tokens "
-            "(%u "
-            "in the %s, %llu in the completion). Please reduce the length of the %s or completion.",
+            "(%u in the %s, %llu in the completion). Please reduce the length of the %s or "
+            "completion.",
             self->context, (unsigned long long)(prompt->tokens + wanted), prompt->tokens, what,
             (unsigned long long)wanted, what);
     uint32_t rest = self->context - prompt->tokens;

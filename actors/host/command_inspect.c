@@ -34,7 +34,6 @@ int command_inspect(const struct options *options) {
     char *text = model_describe(directory.model);
     printf("%s", text != NULL ? text : "");
     free(text);
-    printf("fingerprint  %s\n", model_fingerprint(directory.model));
     describe_tokenizer(options->positional[0]);
     model_directory_close(&directory);
     return 0;
