@@ -29,7 +29,7 @@ SOURCES := $(filter-out %_sse42.c %_avx512.c %_amx.c,$(SOURCES))
 endif
 MAIN := actors/host/main.c
 LIBRARY_SOURCES := $(filter-out $(MAIN),$(SOURCES))
-OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o
+OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o $(BUILD)/web/page.o
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
 
@@ -68,6 +68,16 @@ $(BUILD)/libtroupe.a: $(OBJECTS)
 $(BUILD)/proto/troupe.pb-c.c $(BUILD)/proto/troupe.pb-c.h &: proto/troupe.proto
 	@mkdir -p $(BUILD)/proto
 	protoc-c --c_out=$(BUILD)/proto -Iproto proto/troupe.proto
+
+# The live view's page becomes one string of C, a line of it for each line.
+$(BUILD)/web/page.c: web/index.html Makefile
+	@mkdir -p $(@D)
+	@{ echo '#include "actors/gateway/page.h"'; echo 'const char page_html[] ='; \
+	  sed -e 's/[\\"]/\\&/g' -e 's/^/"/' -e 's/$$/\\n"/' $<; \
+	  echo ';'; echo 'const size_t page_html_bytes = sizeof page_html - 1;'; } >$@
+
+$(BUILD)/web/page.o: $(BUILD)/web/page.c
+	@$(CC) $(CPPFLAGS) $(CFLAGS_BASE) $(CFLAGS) -MMD -MP -c -o $@ $<
 
 # Which commit was built, for reports of failures; rewritten only when it changes.
 $(BUILD)/commit.h: always

@@ -213,6 +213,14 @@ static void the_key_is_asked_for_and_listeners_are_limited(void **state) {
     struct rig *rig =
         rig_open(&(struct rig_options){.chat = CHAT_DEMO, .view = true, .api_key = "k"}, NULL);
     json_decref(rig_get(rig, "/troupe/events", 401));
+    /* The page itself holds nothing secret: it asks for the key. */
+    uint64_t page = rig_http(rig, "GET", "/", NULL, NULL);
+    assert_int_equal(rig_answer(rig, page)->status, 200);
+    assert_string_equal(rig_answer(rig, page)->content_type, "text/html; charset=utf-8");
+    assert_memory_equal(rig_answer(rig, page)->header, "Content-Security-Policy: default-src", 36);
+    assert_memory_equal(rig_answer(rig, page)->text, "<!doctype html>\n", 16);
+    assert_non_null(strstr(rig_answer(rig, page)->text, "\"\\n\\n\"")); /* escapes survive */
+    assert_non_null(strstr(rig_answer(rig, page)->text, "</html>\n"));
     uint64_t first = 0;
     for (int i = 0; i < 16; i++) {
         uint64_t client = rig_http(rig, "GET", "/troupe/events", "Bearer k", NULL);

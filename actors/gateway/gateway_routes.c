@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "actors/gateway/gateway.h"
+#include "actors/gateway/page.h"
 
 static const char JSON[] = "application/json";
 
@@ -260,6 +261,16 @@ struct event_source gateway_event_source(const struct gateway *self) {
     return source;
 }
 
+/* It loads nothing from anywhere, and a browser holds it to that. */
+static void page(struct gateway *self, const struct http_request *http, uint64_t now_ns,
+                 struct effects *out) {
+    text_append(&self->line, page_html, page_html_bytes);
+    gateway_answer(self, http->client, 200, "text/html; charset=utf-8",
+                   "Content-Security-Policy: default-src 'none'; script-src 'unsafe-inline'; "
+                   "style-src 'unsafe-inline'; img-src data:; connect-src 'self'; frame-ancestors 'none'",
+                   &self->line, out);
+}
+
 static void events(struct gateway *self, const struct http_request *http, uint64_t now_ns,
                    struct effects *out) {
     if (strcmp(http->method, "HEAD") == 0) {
@@ -301,6 +312,7 @@ static const struct route {
     {"/health", false, false, true, false, ready},
     {"/version", false, false, true, false, version},
     {"/metrics", false, false, true, false, metrics},
+    {"/", false, false, true, true, page},
     {"/troupe/events", false, false, false, true, events},
 };
 
