@@ -2,10 +2,11 @@
 """troupe and llama.cpp on the same weights, taking turns, as ratios of medians.
 
 usage: compare.py --model DIR --gguf FILE [--llama BIN_DIR] [--troupe BINARY] [--rounds 5] [--figures LIST] [--json OUT]
-                  [--peer-options "--no-repack"] [-- OPTIONS OF troupe serve]
+                  [--peer-options "--no-repack"] [--peer-threads 1,2] [-- OPTIONS OF troupe serve]
 
 troupe is measured through HTTP by `troupe bench`, llama.cpp without any server by llama-bench and llama-batched-bench. The peer runs
-with one thread and with all, and its better median counts: with threads that spin it suffers more than troupe from whatever else runs.
+with one thread and with all unless told otherwise, and its better median counts: with threads that spin it suffers more than troupe
+from whatever else runs.
 """
 import argparse
 import json
@@ -55,8 +56,12 @@ def measure_llama(options, figure, threads):
     if kind == "decode" and int(size) > 1:
         command = [f"{options.llama}/llama-batched-bench", *common, *extra, "-c", str(160 * int(size)), "-npp", "32",
                    "-ntg", "128", "-npl", size, "--output-format", "jsonl"]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        return [json.loads(line) for line in out.splitlines() if line.startswith("{")][0]["speed_tg"]
+        for _ in range(3):  # now and then it ends without a result, and without an error
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+            if rows:
+                return rows[0]["speed_tg"]
+        sys.exit(f"{' '.join(command)}: no result\n{done.stderr[-2000:]}")
     work = ["-p", "0", "-n", "128"] if kind == "decode" else ["-p", size, "-n", "0"]
     extra = ["--repack" if e == "--no-repack" else e for e in extra]
     extra = [v for e in extra for v in ([e, "0"] if e == "--repack" else [e])]
@@ -74,20 +79,22 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--figures", default="decode-1,decode-8,decode-32,prefill-512")
     parser.add_argument("--peer-options", default="")
+    parser.add_argument("--peer-threads", default=f"1,{len(os.sched_getaffinity(0))}")
     parser.add_argument("--json")
     parser.add_argument("rest", nargs="*")
     options = parser.parse_args()
-    figures, all_threads = options.figures.split(","), len(os.sched_getaffinity(0))
+    figures, widths = options.figures.split(","), sorted({int(t) for t in options.peer_threads.split(",")})
     ours = {f: [] for f in figures}
-    peer = {(f, t): [] for f in figures for t in {1, all_threads}}
+    peer = {(f, t): [] for f in figures for t in widths}
     process, url = start_troupe(options, options.rest)
     try:
-        measure_troupe(options, url, "decode-8")  # touches all memory
+        for figure in ("decode-8", "prefill-512"):  # touch all memory
+            measure_troupe(options, url, figure)
         for _ in range(options.rounds):
             for figure in figures:
                 rate, machine = measure_troupe(options, url, figure)
                 ours[figure].append(rate)
-                for threads in {1, all_threads}:
+                for threads in widths:
                     peer[figure, threads].append(measure_llama(options, figure, threads))
     finally:
         process.send_signal(signal.SIGTERM)
@@ -96,10 +103,10 @@ def main():
     print(f"{'':13}{'troupe':>10}{'llama.cpp':>11}  threads   ratio   (medians of {options.rounds} alternating runs)")
     for figure in figures:
         mine = statistics.median(ours[figure])
-        best = max((statistics.median(peer[figure, t]), t) for t in {1, all_threads})
+        best = max((statistics.median(peer[figure, t]), t) for t in widths)
         print(f"{figure:13}{mine:10.1f}{best[0]:11.1f}{best[1]:9}{mine / best[0]:8.2f}")
         result["figures"][figure] = {"troupe": ours[figure], "ratio": mine / best[0],
-                                     "llama.cpp": {str(t): peer[figure, t] for t in {1, all_threads}}}
+                                     "llama.cpp": {str(t): peer[figure, t] for t in widths}}
     if options.json:
         with open(options.json, "w") as file:
             json.dump(result, file, indent=1)
