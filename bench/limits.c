@@ -1,5 +1,5 @@
-/* Measures the two limits that every figure of a benchmark leans on: how fast memory can be read, and how fast the instruction that
- * matrix products are made of can go. */
+/* Measures the two limits that every figure of a benchmark leans on: how fast memory can be read,
+ * and how fast the instruction that matrix products are made of can go. */
 #include "bench/limits.h"
 
 #include <stdlib.h>
@@ -84,7 +84,8 @@ void limits_measure(struct machine_limits *ret, enum isa isa, const struct paral
         ret->peak_flops = measure_peak(peak_amx, PEAK_AMX_FLOPS, PEAK_LOOPS, parallel, now_ns);
     } else if (isa_available(ISA_AVX512) && (best || isa == ISA_AVX512)) {
         ret->peak_name = "AVX-512 FP32 FMA";
-        ret->peak_flops = measure_peak(peak_avx512, PEAK_AVX512_FLOPS, PEAK_LOOPS, parallel, now_ns);
+        ret->peak_flops =
+            measure_peak(peak_avx512, PEAK_AVX512_FLOPS, PEAK_LOOPS, parallel, now_ns);
     }
 #else
     (void)isa;

@@ -1,4 +1,5 @@
-/* The canonical product is chains of FP32 FMA on BF16 values widened in registers (kernels/ops.h): this is their limit. */
+/* The canonical product is chains of FP32 FMA on BF16 values widened in registers (kernels/ops.h):
+ * this is their limit. */
 #include <immintrin.h>
 
 #include "bench/limits.h"
@@ -9,8 +10,8 @@ float peak_avx512(uint32_t loops) {
     for (int i = 0; i < 16; i++)
         sum[i] = _mm512_set1_ps((float)i);
     for (uint32_t loop = 0; loop < loops; loop++) {
-        _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++)
-            sum[i] = _mm512_fmadd_ps(sum[i], a, b);
+        _Pragma("GCC unroll 16") for (int i = 0; i < 16; i++) sum[i] =
+            _mm512_fmadd_ps(sum[i], a, b);
     }
     for (int i = 1; i < 16; i++)
         sum[0] = _mm512_add_ps(sum[0], sum[i]);

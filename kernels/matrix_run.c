@@ -2,8 +2,9 @@
  * order, so the cut shows in no result. */
 #include "kernels/internal.h"
 
-/* Below this much work per part another thread costs more (tens of microseconds to wake, more where processors are scarce) than it
- * saves. Work: multiplications, and bringing the weights here counts as one row more. */
+/* Below this much work per part another thread costs more (tens of microseconds to wake, more where
+ * processors are scarce) than it saves. Work: multiplications, and bringing the weights here counts
+ * as one row more. */
 #define WORK_PER_PART_MIN (1280u * 1024)
 
 struct run {

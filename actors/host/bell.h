@@ -19,8 +19,8 @@ struct bell_page {
     uint64_t incarnation;               /* of the owner */
     _Alignas(64) _Atomic uint32_t rung; /* the futex: how often it was rung */
     _Atomic uint32_t sleeping;
-    _Atomic uint32_t wake_at;    /* peers wake the sleeper once `rung` has come so far */
-    _Atomic uint32_t gone; /* the owner has closed it */
+    _Atomic uint32_t wake_at; /* peers wake the sleeper once `rung` has come so far */
+    _Atomic uint32_t gone;    /* the owner has closed it */
     _Atomic uint32_t
         rings_made; /* how often a peer made a new ring for the owner (transport_shm.c) */
 };
@@ -43,8 +43,9 @@ bool bell_ring(struct bell *self);
 bool bell_ring_gently(struct bell *self);
 /* Take before looking for work; bell_wait returns at once if it was rung since. */
 uint32_t bell_seen(const struct bell *self);
-/* `rings`: how many gentle rings since `seen` it takes to be woken, 0 as 1. One that comes before it really sleeps ends the wait
- * whatever `rings` says, so who needs several looks again. */
-void bell_wait(struct bell *self, uint32_t seen, uint32_t rings, uint64_t timeout_ns, uint64_t spin_ns);
+/* `rings`: how many gentle rings since `seen` it takes to be woken, 0 as 1. One that comes before
+ * it really sleeps ends the wait whatever `rings` says, so who needs several looks again. */
+void bell_wait(struct bell *self, uint32_t seen, uint32_t rings, uint64_t timeout_ns,
+               uint64_t spin_ns);
 
 #endif

@@ -1,6 +1,8 @@
-/* See bench_client.h. One thread, one poll: a client that disturbs what it measures as little as it can.
+/* See bench_client.h. One thread, one poll: a client that disturbs what it measures as little as it
+ * can.
  *
- * An answer passes through: status line and headers -> chunk sizes -> chunk bytes -> lines; a line "data: {" is one piece of text. */
+ * An answer passes through: status line and headers -> chunk sizes -> chunk bytes -> lines; a line
+ * "data: {" is one piece of text. */
 #include "actors/host/bench_client.h"
 
 #include <errno.h>
@@ -28,7 +30,7 @@ struct connection {
     char *request;
     size_t request_bytes, sent;
     enum reading state;
-    char line[64];        /* start of the line being read: status, header or chunk size */
+    char line[64]; /* start of the line being read: status, header or chunk size */
     size_t line_bytes;
     uint64_t chunk_left;
     size_t body_line; /* bytes of the present line of the body */
@@ -59,17 +61,18 @@ static int make_request(struct connection *self, const struct bench_target *targ
     for (uint32_t i = 0; i < call->prompt_tokens; i++)
         used += (size_t)snprintf(body + used, room - used, "%s%u", i > 0 ? "," : "",
                                  16 + (uint32_t)(next_random(&random) % (target->vocabulary - 16)));
-    used += (size_t)snprintf(body + used, room - used,
-                             "],\"max_tokens\":%u,\"temperature\":0,\"ignore_eos\":true,\"stream\":true}",
-                             call->max_tokens);
+    used += (size_t)snprintf(
+        body + used, room - used,
+        "],\"max_tokens\":%u,\"temperature\":0,\"ignore_eos\":true,\"stream\":true}",
+        call->max_tokens);
     char key[600] = "";
     if (target->api_key != NULL)
         snprintf(key, sizeof key, "Authorization: Bearer %s\r\n", target->api_key);
-    self->request_bytes =
-        (size_t)snprintf(self->request, room + 1024,
-                         "POST /v1/completions HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n"
-                         "%sConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
-                         target->host, key, used, body);
+    self->request_bytes = (size_t)snprintf(
+        self->request, room + 1024,
+        "POST /v1/completions HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\n"
+        "%sConnection: close\r\nContent-Length: %zu\r\n\r\n%s",
+        target->host, key, used, body);
     free(body);
     return 0;
 }
@@ -221,7 +224,8 @@ int bench_calls_run(const struct bench_target *target, struct bench_call *calls,
     struct pollfd *files = calloc(count, sizeof *files);
     uint64_t begin = clock_now_ns();
     uint32_t left = list != NULL && files != NULL ? count : 0;
-    int error = left == 0 && count > 0 ? fail(failure, ERR_NO_MEMORY, "no memory for %u calls", count) : 0;
+    int error =
+        left == 0 && count > 0 ? fail(failure, ERR_NO_MEMORY, "no memory for %u calls", count) : 0;
     for (uint32_t i = 0; i < left; i++)
         list[i] = (struct connection){.call = &calls[i], .file = -1};
     while (left > 0 && clock_now_ns() - begin < timeout_ns) {
@@ -256,8 +260,9 @@ int bench_get(const struct bench_target *target, const char *path) {
     int status = 0, file = open_socket(target);
     if (file < 0)
         return 0;
-    int length = snprintf(text, sizeof text, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", path,
-                          target->host);
+    int length =
+        snprintf(text, sizeof text, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n",
+                 path, target->host);
     struct pollfd ready = {.fd = file, .events = POLLIN};
     if (length < (int)sizeof text && send(file, text, (size_t)length, MSG_NOSIGNAL) == length &&
         poll(&ready, 1, 1000) == 1) {

@@ -1,4 +1,5 @@
-/* Many streaming completions at once over loopback, and when each piece of each answer came. For `troupe bench`. */
+/* Many streaming completions at once over loopback, and when each piece of each answer came. For
+ * `troupe bench`. */
 #ifndef TROUPE_HOST_BENCH_CLIENT_H
 #define TROUPE_HOST_BENCH_CLIENT_H
 
@@ -15,9 +16,9 @@ struct bench_call {
     uint64_t seed; /* of the prompt's tokens */
 
     bool done;
-    int status;           /* HTTP; 0: no answer */
-    uint64_t start_ns;    /* when it was sent */
-    uint64_t *event_ns;   /* [events]: when each piece of text came; malloc'd */
+    int status;         /* HTTP; 0: no answer */
+    uint64_t start_ns;  /* when it was sent */
+    uint64_t *event_ns; /* [events]: when each piece of text came; malloc'd */
     uint32_t events, events_room;
 };
 
@@ -28,8 +29,8 @@ struct bench_target {
     uint32_t vocabulary;
 };
 
-/* Runs all calls to their ends, or until `timeout_ns`: what is not done then stays so. Prompts are random tokens; answers are greedy
- * and have exactly max_tokens tokens. */
+/* Runs all calls to their ends, or until `timeout_ns`: what is not done then stays so. Prompts are
+ * random tokens; answers are greedy and have exactly max_tokens tokens. */
 int bench_calls_run(const struct bench_target *target, struct bench_call *calls, uint32_t count,
                     uint64_t timeout_ns, struct failure *failure);
 void bench_calls_free(struct bench_call *calls, uint32_t count);

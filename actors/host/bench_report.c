@@ -1,4 +1,5 @@
-/* See bench_report.h. Of the runs of a figure the one with the median rate speaks for it, with its own counters. */
+/* See bench_report.h. Of the runs of a figure the one with the median rate speaks for it, with its
+ * own counters. */
 #include "actors/host/bench_report.h"
 
 #include <errno.h>
@@ -7,7 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const enum role roles[] = {ROLE_ATTENTION, ROLE_EXPERT, ROLE_SAMPLER, ROLE_GATEWAY, ROLE_COORDINATOR};
+static const enum role roles[] = {ROLE_ATTENTION, ROLE_EXPERT, ROLE_SAMPLER, ROLE_GATEWAY,
+                                  ROLE_COORDINATOR};
 #define ROLES (sizeof roles / sizeof roles[0])
 
 int bench_compare_doubles(const void *a, const void *b) {
@@ -35,8 +37,10 @@ double bench_median_rate(const struct bench_figure *figure) {
     return sample != NULL ? sample->rate : 0;
 }
 
-/* The share of what binds this kind of work: bytes of weights for decode, operations for prefill. */
-static double limit_share(const struct bench_report *report, const struct bench_figure *figure, double rate) {
+/* The share of what binds this kind of work: bytes of weights for decode, operations for prefill.
+ */
+static double limit_share(const struct bench_report *report, const struct bench_figure *figure,
+                          double rate) {
     if (figure->kind == FIGURE_DECODE && report->limits.stream_bytes_per_s > 0)
         return rate / figure->clipped * cost_step_bytes(&report->cost, figure->clipped) /
                report->limits.stream_bytes_per_s;
@@ -62,14 +66,16 @@ static void print_figure(const struct bench_report *report, const struct bench_f
         return;
     }
     char range[32];
-    snprintf(range, sizeof range, "%.0f-%.0f", sample_at(figure, 0)->rate, sample_at(figure, 1)->rate);
+    snprintf(range, sizeof range, "%.0f-%.0f", sample_at(figure, 0)->rate,
+             sample_at(figure, 1)->rate);
     double share = limit_share(report, figure, sample->rate);
     printf("%-13s %9.1f %13s %6.1f%% |", figure->name, sample->rate, range, 100 * share);
     for (size_t r = 0; r < ROLES; r++)
         printf(" %6.0f", 1e6 * sample->used.role[roles[r]].cpu_s / sample->tokens);
     printf(" %6.0f | %7.2f %7.2f %6.0f%%\n", 1e6 * sample->used.client_cpu_s / sample->tokens,
            (double)sample->used.role[ROLE_NONE].sleeps / sample->tokens,
-           (double)sample->used.role[ROLE_NONE].preempted / sample->tokens, 100 * others_share(sample));
+           (double)sample->used.role[ROLE_NONE].preempted / sample->tokens,
+           100 * others_share(sample));
 }
 
 static void print_spread(const char *name, const struct bench_spread *spread) {
@@ -80,14 +86,16 @@ static void print_spread(const char *name, const struct bench_spread *spread) {
 void bench_print(const struct bench_report *report) {
     const struct options *options = report->options;
     printf("model %s, %s, %llu attention, %llu expert, %llu sampler processes; ready after %.2f s, "
-           "%.0f MB resident\n", options->model, options->numerics, (unsigned long long)options->attention,
-           (unsigned long long)options->experts, (unsigned long long)options->samplers, report->ready_s,
-           (double)report->resident_bytes / 1e6);
+           "%.0f MB resident\n",
+           options->model, options->numerics, (unsigned long long)options->attention,
+           (unsigned long long)options->experts, (unsigned long long)options->samplers,
+           report->ready_s, (double)report->resident_bytes / 1e6);
     printf("machine: %d processors, memory %.1f GB/s, %s %.0f GFLOP/s\n", report->limits.threads,
            report->limits.stream_bytes_per_s / 1e9, report->limits.peak_name,
            report->limits.peak_flops / 1e9);
     printf("%-13s %9s %13s %7s | %s | %s\n", "", "tokens/s", "of all runs", "limit",
-           "processor us a token: att, exp, samp, gw, coord, bench", "sleeps, preempted a token, others");
+           "processor us a token: att, exp, samp, gw, coord, bench",
+           "sleeps, preempted a token, others");
     for (uint32_t i = 0; i < report->figures; i++) {
         const struct bench_figure *figure = &report->figure[i];
         print_figure(report, figure);
@@ -133,7 +141,8 @@ static json_t *figure_json(const struct bench_report *report, const struct bench
     const struct bench_sample *sample = sample_at(figure, 0.5);
     if (sample != NULL) {
         json_object_set_new(out, "tokens_per_s", json_real(sample->rate));
-        json_object_set_new(out, "limit_share", json_real(limit_share(report, figure, sample->rate)));
+        json_object_set_new(out, "limit_share",
+                            json_real(limit_share(report, figure, sample->rate)));
         put_usage(out, sample);
     }
     if (figure->kind == FIGURE_LOAD) {
@@ -152,18 +161,21 @@ int bench_write_json(const struct bench_report *report, const char *path, struct
     const struct options *options = report->options;
     json_t *figures = json_object();
     for (uint32_t i = 0; i < report->figures; i++)
-        json_object_set_new(figures, report->figure[i].name, figure_json(report, &report->figure[i]));
+        json_object_set_new(figures, report->figure[i].name,
+                            figure_json(report, &report->figure[i]));
     json_t *out = json_pack(
-        "{s:s,s:s,s:{s:I,s:I,s:I},s:{s:i,s:f,s:f,s:s},s:f,s:I,s:o}", "model", options->model, "numerics",
-        options->numerics, "processes", "attention", (json_int_t)options->attention, "experts",
-        (json_int_t)options->experts, "samplers", (json_int_t)options->samplers, "machine", "processors",
-        report->limits.threads, "stream_bytes_per_s", report->limits.stream_bytes_per_s, "peak_flops",
-        report->limits.peak_flops, "peak_of", report->limits.peak_name, "ready_s", report->ready_s,
-        "resident_bytes", (json_int_t)report->resident_bytes, "figures", figures);
+        "{s:s,s:s,s:{s:I,s:I,s:I},s:{s:i,s:f,s:f,s:s},s:f,s:I,s:o}", "model", options->model,
+        "numerics", options->numerics, "processes", "attention", (json_int_t)options->attention,
+        "experts", (json_int_t)options->experts, "samplers", (json_int_t)options->samplers,
+        "machine", "processors", report->limits.threads, "stream_bytes_per_s",
+        report->limits.stream_bytes_per_s, "peak_flops", report->limits.peak_flops, "peak_of",
+        report->limits.peak_name, "ready_s", report->ready_s, "resident_bytes",
+        (json_int_t)report->resident_bytes, "figures", figures);
     ASSERT(out != NULL);
     bool to_stdout = strcmp(path, "-") == 0;
     FILE *file = to_stdout ? stdout : fopen(path, "we");
-    int error = file == NULL ? fail(failure, ERR_IO, "cannot write %s: %s", path, strerror(errno)) : 0;
+    int error =
+        file == NULL ? fail(failure, ERR_IO, "cannot write %s: %s", path, strerror(errno)) : 0;
     if (error == 0 && (json_dumpf(out, file, JSON_INDENT(1)) != 0 || fputc('\n', file) == EOF))
         error = fail(failure, ERR_IO, "cannot write %s", path);
     if (file != NULL && !to_stdout && fclose(file) != 0 && error == 0)

@@ -1,4 +1,5 @@
-/* See bench_server.h. Roles and processes are told from the pid files in the run directory ("expert-2.pid"), usage from /proc. */
+/* See bench_server.h. Roles and processes are told from the pid files in the run directory
+ * ("expert-2.pid"), usage from /proc. */
 #include "actors/host/bench_server.h"
 
 #include <arpa/inet.h>
@@ -48,7 +49,8 @@ static void add_number(char **list, int *count, const char *name, uint64_t value
     add(list, count, name, text);
 }
 
-static void make_arguments(const struct bench_server *self, const struct options *options, char **list) {
+static void make_arguments(const struct bench_server *self, const struct options *options,
+                           char **list) {
     int count = 0;
     list[count++] = strdup("troupe");
     list[count++] = strdup("serve");
@@ -79,7 +81,8 @@ static bool wait_ready(struct bench_server *self) {
     return false;
 }
 
-int bench_server_start(struct bench_server *ret, const struct options *options, struct failure *failure) {
+int bench_server_start(struct bench_server *ret, const struct options *options,
+                       struct failure *failure) {
     struct bench_server self = {.port = free_port()};
     char *list[ARGUMENTS_MAX];
     snprintf(self.run_dir, sizeof self.run_dir, "/tmp/troupe-bench-XXXXXX");
@@ -101,7 +104,8 @@ int bench_server_start(struct bench_server *ret, const struct options *options, 
         free(list[i]);
     if (self.pid < 0 || !wait_ready(&self)) {
         bench_server_stop(&self);
-        return fail(failure, ERR_STATE, "the troupe did not become ready; try: troupe serve --model %s",
+        return fail(failure, ERR_STATE,
+                    "the troupe did not become ready; try: troupe serve --model %s",
                     options->model);
     }
     *ret = self;
@@ -138,7 +142,8 @@ static uint64_t number_after(const char *text, const char *name) {
     return at != NULL ? strtoull(at + strlen(name), NULL, 10) : 0;
 }
 
-static void add_thread(const char *directory, const char *thread, enum role role, struct bench_usage *ret) {
+static void add_thread(const char *directory, const char *thread, enum role role,
+                       struct bench_usage *ret) {
     char path[512], text[4096];
     unsigned long long ran_ns, queued_ns;
     snprintf(path, sizeof path, "%.200s/%.200s/schedstat", directory, thread);
@@ -181,8 +186,8 @@ static void read_machine(struct bench_usage *ret) {
     double v[8] = {0};
     double tick = (double)sysconf(_SC_CLK_TCK);
     if (read_text("/proc/stat", text, sizeof text) &&
-        sscanf(text, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", &v[0], &v[1], &v[2], &v[3], &v[4], &v[5],
-               &v[6], &v[7]) == 8) {
+        sscanf(text, "cpu %lf %lf %lf %lf %lf %lf %lf %lf", &v[0], &v[1], &v[2], &v[3], &v[4],
+               &v[5], &v[6], &v[7]) == 8) {
         ret->machine_busy_s = (v[0] + v[1] + v[2] + v[5] + v[6] + v[7]) / tick;
         ret->machine_idle_s = (v[3] + v[4]) / tick;
     }

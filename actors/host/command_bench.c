@@ -1,11 +1,13 @@
 /* troupe bench: how fast is it, on this machine, with this model, through HTTP as a client sees it?
  *
- *   decode-N     N streams at once, each its own random prompt; tokens/s of all together while all of them generate
- *   prefill-N    one prompt of N tokens and one token of answer; prompt tokens/s until that token arrives
- *   load         requests of mixed lengths arriving at random (Poisson); TTFT, TPOT and goodput
+ *   decode-N     N streams at once, each its own random prompt; tokens/s of all together while all
+ * of them generate prefill-N    one prompt of N tokens and one token of answer; prompt tokens/s
+ * until that token arrives load         requests of mixed lengths arriving at random (Poisson);
+ * TTFT, TPOT and goodput
  *
- * Figures take turns, run by run, so that what disturbs the machine meanwhile falls on all of them; medians are shown, beside the
- * machine's own limits and the processor time, sleeps and preemptions that the troupe's processes counted meanwhile. */
+ * Figures take turns, run by run, so that what disturbs the machine meanwhile falls on all of them;
+ * medians are shown, beside the machine's own limits and the processor time, sleeps and preemptions
+ * that the troupe's processes counted meanwhile. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,8 +20,10 @@
 #include "actors/host/files.h"
 #include "actors/host/pool.h"
 
-#define FIGURES_MAX     32
-#define DEFAULT_PLAN    "decode-1,decode-2,decode-4,decode-8,decode-16,decode-32,prefill-128,prefill-512,prefill-2048,load"
+#define FIGURES_MAX 32
+#define DEFAULT_PLAN                                                                               \
+    "decode-1,decode-2,decode-4,decode-8,decode-16,decode-32,prefill-128,prefill-512,prefill-"     \
+    "2048,load"
 #define DECODE_PROMPT   32
 #define DECODE_TOKENS   128
 #define CALL_TIMEOUT_NS 300000000000u
@@ -37,7 +41,7 @@ struct bench {
     struct bench_report report;
     struct bench_figure figure[FIGURES_MAX];
     uint32_t figures;
-    double load_base_rate; /* tokens/s of 8 streams: what the load is scaled by */
+    double load_base_rate;       /* tokens/s of 8 streams: what the load is scaled by */
     double *ttft, *tpot, *total; /* of all load requests */
     uint32_t load_requests;
     double load_seconds;
@@ -54,7 +58,8 @@ static int add_figure(struct bench *self, const char *name, struct failure *fail
     else if (sscanf(name, "prefill-%u%c", &size, &rest) == 1)
         figure.kind = FIGURE_PREFILL;
     else if (strcmp(name, "load") != 0)
-        return fail(failure, ERR_INVALID, "--figures: expected decode-N, prefill-N or load, found '%s'", name);
+        return fail(failure, ERR_INVALID,
+                    "--figures: expected decode-N, prefill-N or load, found '%s'", name);
     if (figure.kind != FIGURE_LOAD && (size == 0 || size > CONTEXT_MAX))
         return fail(failure, ERR_INVALID, "--figures: '%s' is out of range", name);
     if (self->figures == FIGURES_MAX)
@@ -111,7 +116,8 @@ static int check_call(const struct bench_call *call, struct failure *failure) {
                 call->done ? "" : " and did not end");
 }
 
-/* Tokens/s in the window in which every stream generates. Pieces of text stand for tokens / pieces tokens each. */
+/* Tokens/s in the window in which every stream generates. Pieces of text stand for tokens / pieces
+ * tokens each. */
 static double window_rate(const struct bench_call *calls, uint32_t count) {
     uint64_t begin = 0, end = UINT64_MAX;
     for (uint32_t i = 0; i < count; i++) {
@@ -134,9 +140,11 @@ static int run_decode(struct bench *self, uint32_t streams, struct bench_sample 
     struct bench_call *calls = calloc(streams, sizeof *calls);
     ASSERT(calls != NULL);
     uint32_t prompt = self->context / 4 < DECODE_PROMPT ? self->context / 4 : DECODE_PROMPT;
-    uint32_t tokens = self->context - prompt < DECODE_TOKENS ? self->context - prompt : DECODE_TOKENS;
+    uint32_t tokens =
+        self->context - prompt < DECODE_TOKENS ? self->context - prompt : DECODE_TOKENS;
     for (uint32_t i = 0; i < streams; i++)
-        calls[i] = (struct bench_call){.prompt_tokens = prompt, .max_tokens = tokens, .seed = ++self->seed};
+        calls[i] = (struct bench_call){
+            .prompt_tokens = prompt, .max_tokens = tokens, .seed = ++self->seed};
     int error = run_calls(self, calls, streams, ret, failure);
     for (uint32_t i = 0; i < streams && error == 0; i++)
         error = check_call(&calls[i], failure);
@@ -177,14 +185,15 @@ static double next_uniform(uint64_t *state) {
 static const uint32_t load_prompt[] = {16, 64, 256}, load_answer[] = {16, 64, 128};
 #define LOAD_ANSWER_MEAN ((16 + 64 + 128) / 3.0)
 
-static void take_load(struct bench *self, struct bench_figure *figure, const struct bench_call *call,
-                      uint64_t begin_ns) {
+static void take_load(struct bench *self, struct bench_figure *figure,
+                      const struct bench_call *call, uint64_t begin_ns) {
     figure->requests++;
     if (!call->done || call->status != 200 || call->events == 0) {
         figure->failed++;
         return;
     }
-    uint64_t due = begin_ns + call->start_after_ns; /* a late client counts against the server too */
+    uint64_t due =
+        begin_ns + call->start_after_ns; /* a late client counts against the server too */
     double ttft = (double)(call->event_ns[0] - due) / 1e9;
     double total = (double)(call->event_ns[call->events - 1] - due) / 1e9;
     double tpot = (total - ttft) / (call->max_tokens - 1);
@@ -208,8 +217,10 @@ static int run_load(struct bench *self, struct bench_figure *figure, struct benc
         prompt = prompt < self->context / 2 ? prompt : self->context / 2;
         answer = answer < self->context / 2 ? answer : self->context / 2;
         at += -log(1 - next_uniform(&random)) / rate;
-        calls[i] = (struct bench_call){.start_after_ns = (uint64_t)(at * 1e9), .prompt_tokens = prompt,
-                                       .max_tokens = answer, .seed = ++self->seed};
+        calls[i] = (struct bench_call){.start_after_ns = (uint64_t)(at * 1e9),
+                                       .prompt_tokens = prompt,
+                                       .max_tokens = answer,
+                                       .seed = ++self->seed};
         tokens += answer;
     }
     uint64_t begin = clock_now_ns();
@@ -230,7 +241,8 @@ static struct bench_spread spread_of(double *values, uint32_t count) {
     if (count == 0)
         return (struct bench_spread){0};
     qsort(values, count, sizeof *values, bench_compare_doubles);
-    return (struct bench_spread){values[(size_t)(0.5 * (count - 1))], values[(size_t)(0.9 * (count - 1))],
+    return (struct bench_spread){values[(size_t)(0.5 * (count - 1))],
+                                 values[(size_t)(0.9 * (count - 1))],
                                  values[(size_t)(0.99 * (count - 1))]};
 }
 
@@ -306,8 +318,9 @@ static int open_model(struct bench *self, struct failure *failure) {
     self->target.vocabulary = config->vocabulary;
     cost_of_model(&self->report.cost, directory.model);
     if (config->vocabulary <= 16 || self->context < 64)
-        error = fail(failure, ERR_UNSUPPORTED, "a vocabulary of %u and a context of %u are too small",
-                     config->vocabulary, self->context);
+        error =
+            fail(failure, ERR_UNSUPPORTED, "a vocabulary of %u and a context of %u are too small",
+                 config->vocabulary, self->context);
     model_directory_close(&directory);
     return error;
 }
@@ -325,9 +338,10 @@ static int open_target(struct bench *self, struct failure *failure) {
         self->target.port = self->server.port;
         return error;
     }
-    if (sscanf(self->options->url, "http://%127[^:/]:%u%c", self->host, &port, &end) < 2 || port > 65535 ||
-        (end != 0 && end != '/'))
-        return fail(failure, ERR_INVALID, "--url: expected http://HOST:PORT, found '%s'", self->options->url);
+    if (sscanf(self->options->url, "http://%127[^:/]:%u%c", self->host, &port, &end) < 2 ||
+        port > 65535 || (end != 0 && end != '/'))
+        return fail(failure, ERR_INVALID, "--url: expected http://HOST:PORT, found '%s'",
+                    self->options->url);
     self->target.port = (uint16_t)port;
     return bench_get(&self->target, "/ready") == 200
                ? 0
@@ -338,7 +352,8 @@ static int bench(struct bench *self, struct failure *failure) {
     const struct options *options = self->options;
     int error = open_model(self, failure);
     if (error == 0)
-        error = make_plan(self, options->figures != NULL ? options->figures : DEFAULT_PLAN, failure);
+        error =
+            make_plan(self, options->figures != NULL ? options->figures : DEFAULT_PLAN, failure);
     if (error == 0)
         error = measure_limits(self, failure);
     if (error == 0)

@@ -23,7 +23,7 @@
 #define REMAKES_MAX    16 /* a peer that breaks rings again and again gets no more of them */
 #define RING_BYTES_MIN (64u << 10) /* a smaller one is not worth having */
 #define STEM_BYTES     100
-#define FRAME_NEED     4 /* a ring made for a large frame holds this many of them */
+#define FRAME_NEED     4     /* a ring made for a large frame holds this many of them */
 #define AWAITED_BYTES  32768 /* frames so small that their answers are awaited together */
 
 struct waiting_frame {
@@ -231,16 +231,18 @@ static void count_sent(struct shm *self, struct shm_edge *edge, size_t bytes) {
     self->base.counters.bytes_sent += bytes;
 }
 
-/* An actor that sends rows to several peers goes on when all have answered. Large frames are left out: it pays to take their answers
- * one by one, while the others still work. */
+/* An actor that sends rows to several peers goes on when all have answered. Large frames are left
+ * out: it pays to take their answers one by one, while the others still work. */
 static void await_answer(struct shm *self, struct shm_edge *edge, const struct outgoing *frame) {
     if ((frame->header.kind == FRAME_DISPATCH || frame->header.kind == FRAME_SAMPLE) &&
         frame->bytes <= AWAITED_BYTES && edge->awaited++ == 0)
         self->base.awaited++;
 }
 
-static void take_answer(struct shm *self, struct shm_edge *edge, const struct frame_header *header) {
-    if ((header->kind == FRAME_COMBINE || header->kind == FRAME_MOVED || header->kind == FRAME_SAMPLED) &&
+static void take_answer(struct shm *self, struct shm_edge *edge,
+                        const struct frame_header *header) {
+    if ((header->kind == FRAME_COMBINE || header->kind == FRAME_MOVED ||
+         header->kind == FRAME_SAMPLED) &&
         edge->awaited > 0 && --edge->awaited == 0)
         self->base.awaited--;
 }
