@@ -187,7 +187,7 @@ static void attention_step(struct actor *actor, const struct event *event, uint6
     dispatch_timer(self, now_ns, out);
     sample_timer(self, now_ns, out);
     if (self->member.draining && self->batch.phase == BATCH_IDLE)
-        attention_hand_over(self, out);
+        attention_hand_over(self, now_ns, out);
     batch_start(self, now_ns, out);
     if ((news & MEMBER_HEARTBEAT) != 0)
         send_heartbeat(self, now_ns, out);

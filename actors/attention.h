@@ -190,6 +190,7 @@ struct attention {
     struct sequence **running; /* [max_sequences], NULL: number is free */
     uint32_t runnings, done_max;
     uint32_t decode_cursor, prefill_cursor;
+    uint64_t hand_over_at_ns; /* drained: when the next running sequence may go */
 
     struct batch batch;
     uint64_t last_batch, last_tag;
@@ -217,7 +218,7 @@ void attention_on_poll(struct attention *self, const message *envelope, struct e
 void attention_on_cancel(struct attention *self, const message *envelope);
 void attention_cancel_gateway(struct attention *self, actor_id gateway);
 /* Between batches: some more sequences go back to their gateways, which submit them elsewhere. */
-void attention_hand_over(struct attention *self, struct effects *out);
+void attention_hand_over(struct attention *self, uint64_t now_ns, struct effects *out);
 /* Moves waiting sequences that fit to the running ones; their pages join batch.clear. */
 void attention_admit(struct attention *self);
 void sequence_finish(struct sequence *sequence, Troupe__FinishReason reason, uint32_t stopped_by);

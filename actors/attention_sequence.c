@@ -18,7 +18,6 @@
 #include <string.h>
 
 #define FULL_LOGITS_BYTES_MAX ((uint64_t)1 << 30)
-#define HANDED_OVER_AT_ONCE   1u /* running sequences between two batches of a drained actor */
 
 /* ---- tables ---- */
 
@@ -509,8 +508,9 @@ void attention_cancel_gateway(struct attention *self, actor_id gateway) {
             cancel(self, self->running[i]);
 }
 
-void attention_hand_over(struct attention *self, struct effects *out) {
-    uint32_t left = HANDED_OVER_AT_ONCE;
+/* One running sequence at a time, so that whoever takes it has computed its history before the next comes
+ * and its own streams are not held up. */
+void attention_hand_over(struct attention *self, uint64_t now_ns, struct effects *out) {
     while (self->waiting.first != NULL) { /* nothing has been computed for them */
         struct sequence *sequence = self->waiting.first;
         list_remove(&self->waiting, sequence);
@@ -518,14 +518,15 @@ void attention_hand_over(struct attention *self, struct effects *out) {
         report_sequence(self, sequence, sequence->told_tokens, sequence->told_prompt, out);
         keep_done(self, sequence);
     }
-    for (uint32_t i = 0; i < self->settings.max_sequences && left > 0; i++) {
+    for (uint32_t i = 0; i < self->settings.max_sequences && now_ns >= self->hand_over_at_ns; i++) {
         struct sequence *sequence = self->running[i];
         if (sequence == NULL)
             continue;
         sequence_finish(sequence, TROUPE__FINISH_REASON__FINISH_CANCELLED, 0);
         report_sequence(self, sequence, sequence->told_tokens, sequence->told_prompt, out);
         attention_retire(self, sequence);
-        left--;
+        self->hand_over_at_ns = now_ns + (uint64_t)self->settings.hand_over_ms * 1000000u;
+        return;
     }
 }
 

@@ -338,6 +338,31 @@ static void on_replicate(const struct admin *admin) {
     answer_operation(admin, error, id, &failure);
 }
 
+static void on_rebalance(const struct admin *admin) {
+    struct failure failure = {0};
+    struct rebalance plan = {0};
+    uint32_t spare = 0;
+    bool dry_run = json_is_true(json_object_get(admin->body, "dry_run"));
+    int error = 0;
+    if (json_object_get(admin->body, "spare") != NULL)
+        error = take_number(admin, "spare", &spare, &failure);
+    if (error == 0)
+        error = rebalance(admin->self, spare, dry_run, admin->now_ns, &plan, &failure);
+    if (error < 0) {
+        answer_failure(admin, 0, &failure);
+        return;
+    }
+    json_t *json = json_pack("{s:i, s:f, s:f, s:b}", "moves", (int)plan.moves, "balancedness_before",
+                             plan.before, "balancedness_after", plan.after, "proposed", plan.proposed);
+    if (!plan.proposed)
+        json_object_set_new(json, "note", json_string("what could be gained does not pay for the moves"));
+    for (uint32_t i = 0; i < OPERATIONS_MAX && plan.id != 0; i++)
+        if (admin->self->operation[i].id == plan.id)
+            json_object_set_new(json, "operation",
+                                describe_operation(admin->self, &admin->self->operation[i], admin->now_ns));
+    answer(admin, plan.id != 0 ? 202 : 200, json);
+}
+
 static void on_cancel(const struct admin *admin) {
     struct failure failure = {0};
     uint32_t id = 0;
@@ -431,6 +456,7 @@ static const struct route {
     {"/drain", false, true, on_drain},
     {"/move", false, true, on_move},
     {"/replicate", false, true, on_replicate},
+    {"/rebalance", false, true, on_rebalance},
     {"/cancel", false, true, on_cancel},
     {"/scale_elastic_ep", false, true, on_scale_elastic_ep},
     {"/is_scaling_elastic_ep", true, true, on_is_scaling},

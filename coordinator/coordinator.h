@@ -4,6 +4,7 @@
  *   copies.c       copies of experts: ASSIGN, READY, RELEASE
  *   placement.c    what should be where
  *   operations.c   what people ask for: replicate, move, drain, scale, cancel
+ *   rebalance.c    the planner's view of the troupe, and what its plan changes
  *   admin.c        the same over HTTP
  *   statistics.c   STATS and STATUS */
 #ifndef TROUPE_COORDINATOR_H
@@ -235,6 +236,9 @@ int operation_drain(struct coordinator *self, actor_id id, uint64_t now_ns, stru
                     uint64_t *ret_id, struct failure *failure);
 int operation_scale(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
                     struct effects *out, uint64_t *ret_id, struct failure *failure);
+/* Every change belongs to one pair or another; takes the list, which malloc made. */
+int operation_rebalance(struct coordinator *self, struct change **changes, uint32_t count,
+                        uint64_t now_ns, uint64_t *ret_id, struct failure *failure);
 int operation_cancel(struct coordinator *self, uint64_t id, uint64_t now_ns, struct effects *out,
                      struct failure *failure);
 void operation_supersede(struct coordinator *self, uint64_t id, uint64_t now_ns,
@@ -253,11 +257,22 @@ const char *operation_kind_name(enum operation_kind kind);
 const char *operation_phase_name(enum operation_phase phase);
 bool operation_ended(const struct operation *operation);
 
+/* rebalance.c */
+struct rebalance {
+    uint32_t moves; /* copies that somebody must load */
+    double before, after; /* mean balancedness of the layers */
+    bool proposed;        /* false: nothing pays */
+    uint64_t id;          /* of the operation; 0: none was begun */
+};
+int rebalance(struct coordinator *self, uint32_t spare, bool dry_run, uint64_t now_ns,
+              struct rebalance *ret, struct failure *failure);
+
 /* admin.c */
 void admin_on_request(struct coordinator *self, const struct http_request *request,
                       uint64_t now_ns, struct effects *out);
 
 /* statistics.c */
+uint64_t statistics_load(const struct coordinator *self, uint32_t pair); /* rows since start */
 void statistics_take_loads(struct coordinator *self, struct seat *seat,
                            const Troupe__Heartbeat *heartbeat);
 void statistics_forget(struct coordinator *self, const struct seat *seat);

@@ -218,6 +218,42 @@ int operation_move(struct coordinator *self, uint32_t layer, uint32_t expert, ac
                      : begin_change(self, OPERATION_MOVE, pair, from, to, now_ns, ret_id, failure);
 }
 
+/* A home that is no target any more is another one's. */
+static void settle_home(struct coordinator *self, uint32_t pair) {
+    const struct seat *home = seat_find(self, self->home[pair]);
+    if (home != NULL && (home->copy[pair] & COPY_TARGET) != 0)
+        return;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].copy != NULL && (self->seat[i].copy[pair] & COPY_TARGET) != 0) {
+            self->home[pair] = self->seat[i].id;
+            return;
+        }
+}
+
+int operation_rebalance(struct coordinator *self, struct change **changes, uint32_t count,
+                        uint64_t now_ns, uint64_t *ret_id, struct failure *failure) {
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t pair = (*changes)[i].pair;
+        if (self->owner[pair] != 0)
+            return fail(failure, ERR_BUSY,
+                        "operation %llu is at work on expert %u of layer %u; wait for it or cancel it",
+                        (unsigned long long)self->owner[pair], pair % self->config.experts,
+                        pair / self->config.experts);
+    }
+    struct operation *operation = add(self, OPERATION_REBALANCE, now_ns, failure);
+    if (operation == NULL)
+        return ERR_BUSY;
+    operation->change = *changes;
+    operation->changes = count;
+    *changes = NULL;
+    for (uint32_t i = 0; i < count; i++)
+        apply(self, operation, &operation->change[i]);
+    for (uint32_t i = 0; i < count; i++)
+        settle_home(self, operation->change[i].pair);
+    *ret_id = operation->id;
+    return 0;
+}
+
 /* ---- asking for processes ---- */
 
 static bool counts(const struct seat *seat, enum role role) {

@@ -28,7 +28,7 @@ void statistics_forget(struct coordinator *self, const struct seat *seat) {
         self->load_of_gone[i] += seat->load[i];
 }
 
-static uint64_t total_load(const struct coordinator *self, uint32_t pair) {
+uint64_t statistics_load(const struct coordinator *self, uint32_t pair) {
     uint64_t total = self->load_of_gone[pair];
     for (uint32_t i = 0; i < self->seats; i++)
         if (self->seat[i].load != NULL)
@@ -51,7 +51,7 @@ int recording_start(struct coordinator *self, uint64_t window_ms, uint64_t now_n
     if (recording->before == NULL)
         return fail(failure, ERR_NO_MEMORY, "no memory for a recording of %u loads", self->pairs);
     for (uint32_t pair = 0; pair < self->pairs; pair++)
-        recording->before[pair] = total_load(self, pair);
+        recording->before[pair] = statistics_load(self, pair);
     recording->windows = 0;
     recording->window_ns = window_ms * 1000000u;
     recording->next_ns = now_ns + recording->window_ns;
@@ -86,7 +86,7 @@ void recording_timer(struct coordinator *self, uint64_t now_ns) {
         }
         uint32_t *row = recording->rows + (size_t)recording->windows++ * self->pairs;
         for (uint32_t pair = 0; pair < self->pairs; pair++) {
-            uint64_t total = total_load(self, pair), rows = total - recording->before[pair];
+            uint64_t total = statistics_load(self, pair), rows = total - recording->before[pair];
             row[pair] = rows < INT32_MAX ? (uint32_t)rows : INT32_MAX;
             recording->before[pair] = total;
         }
@@ -131,7 +131,7 @@ static void fill_loads(const struct coordinator *self, Troupe__Stats *stats, str
     stats->load_expert = effects_alloc(out, limit * sizeof(uint32_t));
     stats->load_rows = effects_alloc(out, limit * sizeof(uint64_t));
     for (uint32_t pair = 0; pair < self->pairs && count < limit; pair++) {
-        uint64_t total = total_load(self, pair);
+        uint64_t total = statistics_load(self, pair);
         if (total == 0)
             continue;
         stats->load_layer[count] = pair / self->config.experts;

@@ -367,6 +367,55 @@ static void test_a_process_that_never_becomes_ready_ends_the_scaling(void **stat
     stage_free(&stage);
 }
 
+/* ---- rebalancing ---- */
+
+static void route(struct stage *stage, const struct player *player, uint32_t layer, uint32_t expert, uint64_t rows) {
+    Troupe__Heartbeat body = TROUPE__HEARTBEAT__INIT;
+    body.epoch = epoch_of(stage);
+    body.coordinator_incarnation = stage->identity.incarnation;
+    body.n_load_layer = body.n_load_expert = body.n_load_rows = 1;
+    body.load_layer = &layer;
+    body.load_expert = &expert;
+    body.load_rows = &rows;
+    message envelope = envelope_of(player);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
+    envelope.heartbeat = &body;
+    stage_message(stage, &envelope);
+}
+
+/* Experts 0 and 1 of layer 1, both hot, are at the same process. */
+static void test_rebalancing_parts_hot_experts(void **state) {
+    struct stage stage;
+    struct player player[5];
+    open_troupe(&stage, player);
+    assert_says(request(&stage, "POST", "/rebalance", "{}", 200), "\"proposed\":false");
+    route(&stage, &player[1], 1, 0, 50000000);
+    route(&stage, &player[1], 1, 1, 50000000);
+    uint64_t epoch = epoch_of(&stage);
+    assert_says(request(&stage, "POST", "/rebalance", "{\"dry_run\":true}", 200), "\"proposed\":true");
+    assert_says(request(&stage, "GET", "/operations", NULL, 200), "\"operations\":[]");
+    post(&stage, "/rebalance", "{}");
+    assert_says(request(&stage, "POST", "/rebalance", "{}", 200), "\"proposed\":false"); /* on its way */
+    for (int round = 0; round < 4; round++) {
+        for (int i = 2; i <= 3; i++) {
+            struct order order = last_order(&stage, &player[i]);
+            if (order.operation != 0)
+                ready(&stage, &player[i], order.operation, true);
+        }
+        settle(&stage, player, 5);
+    }
+    assert_phase(&stage, 1, "done");
+    assert_true(epoch_of(&stage) > epoch);
+    const Troupe__Commit *commit = last_commit(&stage);
+    actor_id holder[2] = {0};
+    for (size_t i = 0; i < commit->n_layer; i++)
+        if (commit->layer[i] == 1 && commit->expert[i] < 2)
+            holder[commit->expert[i]] = commit->holder[i];
+    assert_true(holder[0] != 0 && holder[1] != 0 && holder[0] != holder[1]);
+    assert_int_equal(commit->n_layer, 8);
+    stage_free(&stage);
+}
+
 /* ---- recording ---- */
 
 static void test_loads_are_recorded_in_windows(void **state) {
@@ -419,6 +468,7 @@ int main(void) {
         cmocka_unit_test(test_a_drained_attention_actor_ends_when_it_is_empty),
         cmocka_unit_test(test_scaling_up_waits_until_the_new_process_serves),
         cmocka_unit_test(test_a_process_that_never_becomes_ready_ends_the_scaling),
+        cmocka_unit_test(test_rebalancing_parts_hot_experts),
         cmocka_unit_test(test_loads_are_recorded_in_windows),
     };
     return cmocka_run_group_tests_name("operations", tests, NULL, NULL);

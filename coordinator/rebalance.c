@@ -1,0 +1,192 @@
+/* Rebalancing: the troupe as the planner sees it (coordinator/planner.h), and the plan as a list of changes. Only ready
+ * processes that stay take part; layers without routed experts are left out. */
+#include "coordinator/coordinator.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "coordinator/planner.h"
+
+#define LOAD_BYTES_PER_SECOND 1e9 /* one process packs experts at about this rate */
+#define SLOWDOWN              0.2 /* of a process that loads meanwhile */
+#define ROW_NS                1000.0 /* until experts have said how long rows take */
+#define HORIZON               1.0 /* the next stretch of time is taken to be like the one measured */
+
+struct view {
+    struct coordinator *self;
+    struct seat **seat; /* [processes] */
+    uint32_t *host, *capacity;
+    double *load;  /* [layers * experts] */
+    uint32_t *layer; /* [layers] of the model */
+    uint32_t processes, hosts, layers, experts;
+};
+
+static void view_free(struct view *view) {
+    free(view->seat);
+    free(view->host);
+    free(view->capacity);
+    free(view->load);
+    free(view->layer);
+}
+
+static uint32_t host_of(const struct view *view, const struct seat *seat) {
+    for (uint32_t i = 0; i < view->processes; i++)
+        if (strcmp(view->seat[i]->host, seat->host) == 0)
+            return view->host[i];
+    return view->hosts;
+}
+
+static int view_open(struct view *view, struct coordinator *self, struct failure *failure) {
+    view->self = self;
+    view->experts = self->config.experts;
+    view->seat = calloc(ACTORS_MAX, sizeof *view->seat);
+    view->host = calloc(ACTORS_MAX, sizeof *view->host);
+    view->capacity = calloc(ACTORS_MAX, sizeof *view->capacity);
+    view->load = calloc((size_t)self->pairs + 1, sizeof *view->load);
+    view->layer = calloc((size_t)self->config.layers + 1, sizeof *view->layer);
+    if (view->seat == NULL || view->host == NULL || view->capacity == NULL || view->load == NULL ||
+        view->layer == NULL)
+        return fail(failure, ERR_NO_MEMORY, "no memory for a plan of %u experts", self->pairs);
+    for (uint32_t i = 0; i < self->seats; i++) {
+        struct seat *seat = &self->seat[i];
+        if (!seat_serves(self, seat) || seat->draining)
+            continue;
+        uint32_t host = host_of(view, seat);
+        view->hosts += host == view->hosts;
+        view->host[view->processes] = host;
+        view->capacity[view->processes] = seat->capacity;
+        view->seat[view->processes++] = seat;
+    }
+    for (uint32_t layer = 0; layer < self->config.layers; layer++)
+        if (self->is_moe[layer])
+            view->layer[view->layers++] = layer;
+    for (uint32_t pair = 0; pair < view->layers * view->experts; pair++)
+        view->load[pair] = (double)statistics_load(
+            self, view->layer[pair / view->experts] * view->experts + pair % view->experts);
+    return 0;
+}
+
+static uint32_t model_pair(const struct view *view, uint32_t pair) {
+    return view->layer[pair / view->experts] * view->experts + pair % view->experts;
+}
+
+static bool is_target(const struct view *view, uint32_t process, uint32_t pair) {
+    return (view->seat[process]->copy[pair] & COPY_TARGET) != 0;
+}
+
+/* What is wanted now. ERR_STATE: some experts have no copy at a process that takes part. */
+static int current_plan(const struct view *view, struct expert_plan *ret, struct failure *failure) {
+    uint32_t pairs = view->layers * view->experts, at = 0;
+    uint64_t copies = 0;
+    for (uint32_t i = 0; i < view->processes; i++)
+        copies += view->seat[i]->targets;
+    int error = plan_alloc(ret, view->layers, view->experts, view->processes, copies, failure);
+    for (uint32_t pair = 0; error == 0 && pair < pairs; pair++) {
+        ret->first[pair] = at;
+        for (uint32_t i = 0; i < view->processes; i++)
+            if (is_target(view, i, model_pair(view, pair)))
+                ret->holder[at++] = i;
+        if (ret->first[pair] == at) {
+            plan_free(ret);
+            return fail(failure, ERR_STATE,
+                        "expert %u of layer %u is not placed at a ready process yet; try again later",
+                        pair % view->experts, view->layer[pair / view->experts]);
+        }
+    }
+    if (error == 0)
+        ret->first[pairs] = at;
+    return error;
+}
+
+static double row_ns(const struct view *view) {
+    uint64_t busy_ns = 0, rows = 0;
+    for (uint32_t i = 0; i < view->processes; i++) {
+        busy_ns += view->seat[i]->heartbeat.busy_ns;
+        rows += view->seat[i]->heartbeat.rows;
+    }
+    return rows > 0 ? (double)busy_ns / (double)rows : ROW_NS;
+}
+
+static bool in_plan(const struct expert_plan *plan, uint32_t pair, uint32_t process) {
+    for (uint32_t i = plan->first[pair]; i < plan->first[pair + 1]; i++)
+        if (plan->holder[i] == process)
+            return true;
+    return false;
+}
+
+/* Copies that come and copies that go, in twos as far as they reach. */
+static struct change *list_changes(const struct view *view, const struct expert_plan *plan,
+                                   uint32_t *ret_count) {
+    uint32_t pairs = view->layers * view->experts;
+    struct change *list = calloc((size_t)plan_copies(plan) + (size_t)pairs * REPLICAS_MAX + 1, sizeof *list);
+    ASSERT(list != NULL && "memory for changes");
+    *ret_count = 0;
+    for (uint32_t pair = 0; pair < pairs; pair++) {
+        uint32_t model = model_pair(view, pair), come = *ret_count, go = *ret_count;
+        for (uint32_t i = 0; i < view->processes; i++) {
+            bool before = is_target(view, i, model), after = in_plan(plan, pair, i);
+            if (after && !before)
+                list[come++].to = view->seat[i]->id;
+            if (before && !after)
+                list[go++].from = view->seat[i]->id;
+        }
+        for (; *ret_count < come || *ret_count < go; (*ret_count)++)
+            list[*ret_count].pair = model;
+    }
+    return list;
+}
+
+static int plan(struct view *view, const struct expert_plan *previous, uint32_t spare, bool dry_run,
+                uint64_t now_ns, struct rebalance *ret, struct failure *failure) {
+    struct coordinator *self = view->self;
+    struct planner_figures figures = {0};
+    struct expert_plan next;
+    struct planner_task task = {
+        .layers = view->layers,
+        .experts = view->experts,
+        .groups = 1,
+        .load = view->load,
+        .processes = view->processes,
+        .hosts = view->hosts,
+        .host = view->host,
+        .capacity = view->capacity,
+        .spare = spare,
+        .previous = previous,
+        .price = {.expert_bytes = self->expert_bytes,
+                  .bytes_per_second = LOAD_BYTES_PER_SECOND,
+                  .slowdown = SLOWDOWN,
+                  .row_ns = row_ns(view),
+                  .horizon = HORIZON},
+    };
+    int error = planner_plan(&next, &figures, &task, failure);
+    if (error < 0)
+        return error;
+    uint32_t count = 0;
+    struct change *changes = list_changes(view, &next, &count);
+    *ret = (struct rebalance){.moves = plan_moved(previous, &next),
+                              .before = figures.before.mean,
+                              .after = figures.after.mean,
+                              .proposed = figures.proposed && count > 0};
+    if (ret->proposed && !dry_run)
+        error = operation_rebalance(self, &changes, count, now_ns, &ret->id, failure);
+    free(changes);
+    plan_free(&next);
+    return error;
+}
+
+int rebalance(struct coordinator *self, uint32_t spare, bool dry_run, uint64_t now_ns,
+              struct rebalance *ret, struct failure *failure) {
+    struct view view = {0};
+    struct expert_plan previous;
+    if (self->moe_pairs == 0)
+        return fail(failure, ERR_UNSUPPORTED, "the model has no routed experts");
+    int error = view_open(&view, self, failure);
+    if (error == 0)
+        error = current_plan(&view, &previous, failure);
+    if (error == 0) {
+        error = plan(&view, &previous, spare, dry_run, now_ns, ret, failure);
+        plan_free(&previous);
+    }
+    view_free(&view);
+    return error;
+}
