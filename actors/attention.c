@@ -72,8 +72,15 @@ static bool is_gateway(const struct attention *self, actor_id id) {
     return peer != NULL && (peer->role == ROLE_GATEWAY || peer->role == ROLE_CONTROL);
 }
 
+/* A restarted coordinator may give an id again that it never learnt of: the life counts as well. */
+static bool is_orphan(const struct attention *self, const struct sequence *sequence) {
+    const struct peer *peer = member_peer(&self->member, sequence->gateway);
+    return !is_gateway(self, sequence->gateway) ||
+           peer->incarnation != sequence->gateway_incarnation;
+}
+
 static void drop_orphans_of(struct attention *self, const struct sequence *sequence) {
-    if (!is_gateway(self, sequence->gateway))
+    if (is_orphan(self, sequence))
         attention_cancel_gateway(self, sequence->gateway);
 }
 
@@ -84,7 +91,7 @@ static void drop_orphans(struct attention *self) {
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
         struct sequence *sequence = lists[i]->first;
         while (sequence != NULL) {
-            bool orphan = !is_gateway(self, sequence->gateway);
+            bool orphan = is_orphan(self, sequence);
             drop_orphans_of(self, sequence);
             sequence = orphan ? lists[i]->first : sequence->next;
         }

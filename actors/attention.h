@@ -46,6 +46,7 @@ struct sequence {
     struct sequence *previous, *next; /* list of its state */
     uint64_t id;                      /* unique together with the gateway */
     actor_id gateway;
+    uint64_t gateway_incarnation;
     enum sequence_state state;
     bool in_batch;  /* has rows in the batch in flight: neither pages nor memory may go */
     bool cancelled; /* dropped when the batch in flight has ended */

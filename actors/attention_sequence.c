@@ -370,7 +370,9 @@ void attention_on_submit(struct attention *self, const message *envelope, struct
         check_sampling(submit->sampling, self->config.vocabulary, &failure) == 0 &&
         check_room(self, submit, &failure) == 0) {
         sequence = sequence_create(self, envelope->from, submit);
-        if (sequence == NULL)
+        if (sequence != NULL)
+            sequence->gateway_incarnation = envelope->from_incarnation;
+        else
             fail(&failure, ERR_NO_MEMORY, "no memory for a sequence of %zu tokens",
                  submit->n_token);
     }

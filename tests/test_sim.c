@@ -98,7 +98,8 @@ static char *read_file(const char *path, size_t *ret_size) {
 static void test_shipped_scenarios(void **state) {
     (void)state;
     static const char *const FILES[] = {"expert-lost-while-others-load", "coordinator-restart", "one-way-partition",
-                                        "corrupted-frames", "disk-error-while-repairing", "rolling-restart"};
+                                        "corrupted-frames", "disk-error-while-repairing", "rolling-restart",
+                                        "gateway-and-coordinator-at-once"};
     for (size_t i = 0; i < sizeof FILES / sizeof *FILES; i++) {
         char path[128];
         size_t size;
