@@ -117,7 +117,7 @@ struct part {
     uint64_t hedge_at_ns; /* when somebody else is asked as well; NEVER: has been, or not to be */
     /* items: the range of the part that was sent first, of which this one is a hedge or itself */
     uint32_t family_first, family_count;
-    bool hedge;
+    bool hedge, again; /* again: it has been hedged, as far as others could be asked */
     /* samplers: who has been asked as well; 0: nobody */
     actor_id also;
     uint64_t also_incarnation;

@@ -23,6 +23,7 @@
 
 #define HEDGE_QUANTILE       0.95
 #define HEDGE_UNKNOWN_FLOORS 5u /* floors to wait while the usual time is not known */
+#define HEDGE_AGAIN          3u /* times the hedging time until the same process is asked again */
 #define SUSPICION_MIN_NS     100000000u
 
 /* ---- memory ---- */
@@ -304,6 +305,24 @@ static uint32_t plan_range(struct attention *self, uint32_t first, uint32_t coun
 
 /* ---- hedges ---- */
 
+static bool same_family(const struct part *a, const struct part *b) {
+    return a->state == PART_SENT && b->state == PART_SENT && a->family_first == b->family_first &&
+           a->family_count == b->family_count;
+}
+
+/* The item is done, or somebody else of the family is asked for it. */
+static bool covered(const struct flight *flight, const struct part *lost, uint32_t item) {
+    if (flight->item_done[item])
+        return true;
+    for (uint32_t i = 0; i < flight->parts; i++) {
+        const struct part *part = &flight->part[i];
+        if (part != lost && same_family(part, lost) && part->first <= item &&
+            item - part->first < part->count)
+            return true;
+    }
+    return false;
+}
+
 static void hedge_range(struct attention *self, const struct part *late, uint32_t destination,
                         uint32_t first, uint32_t count, uint64_t now_ns, struct effects *out) {
     struct flight *flight = &self->batch.flight;
@@ -343,29 +362,47 @@ static bool holds(const struct attention *self, uint32_t destination, uint32_t e
     return false;
 }
 
-/* Asks others for what is late, in as few frames as the order of the items allows. Items of one expert
+/* Who is asked for an expert as well: the trusted first, then suspects; the late one itself only the
+ * second time, because its frame may have been lost. */
+static uint32_t hedge_destination(struct attention *self, const struct part *late, uint32_t expert,
+                                  uint64_t now_ns) {
+    for (int desperate = 0; desperate < 2; desperate++) {
+        survey(self, late->again ? 0 : late->to, desperate, now_ns);
+        uint32_t destination =
+            replica_choose(&self->placement, self->batch.layer, expert, self->alive, self->queued);
+        if (destination != UINT32_MAX)
+            return destination;
+    }
+    return UINT32_MAX;
+}
+
+/* Asks others for what is late, in as few frames as the order of the items allows: items of one expert
  * lie together, so a run of items ends where its destination does not hold the next expert. */
 static void hedge(struct attention *self, struct part *late, uint64_t now_ns, struct effects *out) {
     struct flight *flight = &self->batch.flight;
-    uint32_t end = late->first + late->count, asked = 0;
-    late->hedge_at_ns = NEVER;
-    survey(self, late->to, false, now_ns);
+    uint32_t end = late->first + late->count, asked = 0, left = 0;
     flight->attempt++;
     for (uint32_t first = late->first, next; first < end; first = next) {
-        uint32_t destination =
-            replica_choose(&self->placement, self->batch.layer, flight->item_expert[first],
-                           self->alive, self->queued);
-        for (next = first + 1; next < end; next++)
-            if (flight->item_expert[next] != flight->item_expert[next - 1] &&
-                (destination == UINT32_MAX || !holds(self, destination, flight->item_expert[next])))
-                break;
-        if (destination == UINT32_MAX)
+        uint32_t destination = UINT32_MAX;
+        next = first + 1;
+        if (covered(flight, late, first))
             continue;
+        destination = hedge_destination(self, late, flight->item_expert[first], now_ns);
+        while (next < end && !covered(flight, late, next) &&
+               (flight->item_expert[next] == flight->item_expert[next - 1] ||
+                (destination != UINT32_MAX && holds(self, destination, flight->item_expert[next]))))
+            next++;
+        if (destination == UINT32_MAX) {
+            left += next - first;
+            continue;
+        }
         hedge_range(self, late, destination, first, next - first, now_ns, out);
         asked += next - first;
     }
+    late->hedge_at_ns = left > 0 && !late->again ? now_ns + HEDGE_AGAIN * self->hedge_ns : NEVER;
+    late->again = true;
     if (asked > 0)
-        effects_trace(out, TRACE_DEBUG, "actor %u is late with %u rows of layer %u, asked others for %u",
+        effects_trace(out, TRACE_DEBUG, "actor %u is late with %u rows of layer %u, asked for %u again",
                       late->to, late->count, self->batch.layer, asked);
 }
 
@@ -427,11 +464,6 @@ static void note_life(struct attention *self, const struct frame_header *header,
         destination->suspect_until_ns = now_ns + destination->suspicion_ns;
 }
 
-static bool same_family(const struct part *a, const struct part *b) {
-    return a->state == PART_SENT && b->state == PART_SENT && a->family_first == b->family_first &&
-           a->family_count == b->family_count;
-}
-
 static bool all_done(const struct flight *flight, const struct part *part) {
     for (uint32_t i = 0; i < part->count; i++)
         if (!flight->item_done[part->first + i])
@@ -447,23 +479,10 @@ static void settle_family(struct attention *self, const struct part *answered, u
         struct part *part = &flight->part[i];
         if (part == answered || !same_family(part, answered) || !all_done(flight, part))
             continue;
-        if (!part->hedge)
+        if (!part->hedge && part->to != answered->to)
             suspect(self, part, now_ns, out);
         part_free(flight, part);
     }
-}
-
-/* Items of a part that is given up, and that nobody else of its family will bring. */
-static bool covered(const struct flight *flight, const struct part *lost, uint32_t item) {
-    if (flight->item_done[item])
-        return true;
-    for (uint32_t i = 0; i < flight->parts; i++) {
-        const struct part *part = &flight->part[i];
-        if (part != lost && same_family(part, lost) && part->first <= item &&
-            item - part->first < part->count)
-            return true;
-    }
-    return false;
 }
 
 static void swap_items(struct flight *flight, uint32_t a, uint32_t b) {

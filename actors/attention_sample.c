@@ -16,6 +16,7 @@
 #define PART_WORDS_MAX         65536u /* variable words in one frame of several rows */
 #define HEAVY_PARTS_MAX        4u     /* parts with whole rows of logits that are out at once */
 #define HEDGE_QUANTILE         0.95
+#define HEDGE_AGAIN            3u
 #define NEGATIVE_INFINITY_BITS 0xff800000u
 
 /* ---- what is asked ---- */
@@ -292,6 +293,7 @@ static void take_answer(struct attention *self, const struct question *question,
 static void ask_again(struct attention *self, struct part *part) {
     part->state = PART_WAITING;
     part->also = 0;
+    part->again = false;
     part->attempt++;
     self->frames_resent++;
 }
@@ -347,9 +349,10 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
 
 /* The other one that was asked goes on alone, if there is one. */
 static void lose_asked(struct attention *self, struct part *part, actor_id id) {
-    if (part->also == id) {
+    bool also = part->also != 0 && part->also != id;
+    if (part->also == id)
         part->also = 0;
-    } else if (part->to == id && part->also != 0) {
+    if (part->to == id && also) {
         part->to = part->also;
         part->to_incarnation = part->also_incarnation;
         part->also = 0;
@@ -358,9 +361,12 @@ static void lose_asked(struct attention *self, struct part *part, actor_id id) {
     }
 }
 
-static void hedge(struct attention *self, struct part *part, struct effects *out) {
-    const struct peer *peer = choose_sampler(self, part, part->to);
+static void hedge(struct attention *self, struct part *part, uint64_t now_ns, struct effects *out) {
+    const struct peer *peer = choose_sampler(self, part, part->again ? 0 : part->to);
     part->hedge_at_ns = NEVER;
+    if (peer == NULL && !part->again) /* its frame may have been lost: later it is asked again */
+        part->hedge_at_ns = now_ns + HEDGE_AGAIN * (now_ns - part->sent_ns);
+    part->again = true;
     if (peer == NULL)
         return;
     part->also = peer->id;
@@ -405,7 +411,7 @@ void sample_timer(struct attention *self, uint64_t now_ns, struct effects *out) 
     for (uint32_t i = 0; i < batch->sample_parts; i++) {
         struct part *part = &batch->sample_part[i];
         if (part->state == PART_SENT && part->hedge_at_ns <= now_ns)
-            hedge(self, part, out);
+            hedge(self, part, now_ns, out);
         late = late || (part->state != PART_FREE && part->deadline_ns <= now_ns);
     }
     if (!late)

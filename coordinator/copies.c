@@ -218,9 +218,7 @@ static void move_home(struct coordinator *self, uint32_t pair, actor_id wanted, 
         copy_set_target(self, old, pair, false);
 }
 
-/* Replicas at processes that are leaving go to the emptiest that has none of the pair yet, if any has
- * room; otherwise there is one less. */
-static void move_replica(struct coordinator *self, struct seat *leaving, uint32_t pair) {
+static struct seat *emptiest_without(struct coordinator *self, uint32_t pair) {
     struct seat *best = NULL;
     for (uint32_t i = 0; i < self->seats; i++) {
         struct seat *seat = &self->seat[i];
@@ -228,9 +226,27 @@ static void move_replica(struct coordinator *self, struct seat *leaving, uint32_
             seat->targets < seat->capacity && (best == NULL || seat->targets < best->targets))
             best = seat;
     }
+    return best;
+}
+
+/* Replicas at processes that are leaving go to the emptiest that has none of the pair yet, if any has
+ * room; otherwise there is one less. */
+static void move_replica(struct coordinator *self, struct seat *leaving, uint32_t pair) {
+    struct seat *best = emptiest_without(self, pair);
     copy_set_target(self, leaving, pair, false);
     if (best != NULL)
         copy_set_target(self, best, pair, true);
+}
+
+/* As many copies of each pair as the knob says, where there is room. */
+static void add_replicas(struct coordinator *self) {
+    for (uint32_t pair = 0; self->settings.replicas > 1 && pair < self->pairs; pair++) {
+        struct seat *seat = NULL;
+        while (self->is_moe[pair / self->config.experts] && self->owner[pair] == 0 &&
+               self->targets[pair] > 0 && self->targets[pair] < self->settings.replicas &&
+               (seat = emptiest_without(self, pair)) != NULL)
+            copy_set_target(self, seat, pair, true);
+    }
 }
 
 /* Who may be given pairs, and how many each may have as a home. */
@@ -275,6 +291,7 @@ void copies_plan(struct coordinator *self, uint64_t now_ns, struct effects *out)
             if ((seat->copy[pair] & COPY_TARGET) != 0 && self->home[pair] != seat->id)
                 move_replica(self, seat, pair);
     }
+    add_replicas(self);
 }
 
 /* ---- answers ---- */

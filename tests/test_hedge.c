@@ -263,6 +263,41 @@ static void test_the_usual_time_sets_the_measure(void **state) {
     stage_free(&stage);
 }
 
+static void test_a_lost_frame_is_sent_again_where_there_is_no_replica(void **state) {
+    struct stage stage;
+    open_stage(&stage, (actor_id[]){30}, 1, 0);
+    submit(&stage, 1, 1);
+    struct effect first = next_frame(&stage, FRAME_DISPATCH);
+    stage_timer(&stage, stage.now_ns + UNKNOWN);
+    assert_no_frame(&stage);
+    stage_timer(&stage, stage.now_ns + 3 * UNKNOWN);
+    struct effect again = next_frame(&stage, FRAME_DISPATCH);
+    assert_to(&again, 30, 6);
+    stage_combine(&stage, &first);
+    struct effect next = next_frame(&stage, FRAME_DISPATCH);
+    assert_to(&next, 30, 6); /* the other layer: nobody is suspected of anything */
+    assert_no_frame(&stage);
+    stage_combine(&stage, &again);
+    assert_described(&stage, "stale=1");
+    assert_int_equal(scattered(&stage), 6);
+    stage_free(&stage);
+}
+
+static void test_suspects_are_asked_too_rather_than_wait(void **state) {
+    struct stage stage;
+    struct effect first, second;
+    open_pair(&stage, &first, &second);
+    stage_combine(&stage, &second);
+    stage_timer(&stage, stage.now_ns + UNKNOWN);
+    struct effect hedge = next_frame(&stage, FRAME_DISPATCH);
+    stage_combine(&stage, &hedge); /* 30 is a suspect now */
+    struct effect next = next_frame(&stage, FRAME_DISPATCH);
+    assert_to(&next, 31, 6);
+    stage_timer(&stage, stage.now_ns + UNKNOWN);
+    assert_to(&(struct effect){.transfer = next_frame(&stage, FRAME_DISPATCH).transfer}, 30, 6);
+    stage_free(&stage);
+}
+
 static void test_it_can_be_switched_off(void **state) {
     struct stage stage;
     stage_init(&stage, ROLE_ATTENTION);
@@ -351,6 +386,8 @@ int main(void) {
         cmocka_unit_test(test_both_lost_rows_go_on_with_the_next_epoch),
         cmocka_unit_test(test_hedges_may_go_to_several),
         cmocka_unit_test(test_the_usual_time_sets_the_measure),
+        cmocka_unit_test(test_a_lost_frame_is_sent_again_where_there_is_no_replica),
+        cmocka_unit_test(test_suspects_are_asked_too_rather_than_wait),
         cmocka_unit_test(test_it_can_be_switched_off),
         cmocka_unit_test(test_a_late_sampler_is_hedged_too),
         cmocka_unit_test(test_a_lost_sampler_is_covered_by_the_other),

@@ -63,6 +63,8 @@ static void make_arguments(const struct bench_server *self, const struct options
     add_number(list, &count, "--experts", options->experts);
     add_number(list, &count, "--attention", options->attention);
     add_number(list, &count, "--samplers", options->samplers);
+    if (options->allow_faults)
+        list[count++] = strdup("--allow-faults");
     count += options_changed_knobs(options, list + count, ARGUMENTS_MAX - 1 - count);
     list[count] = NULL;
 }

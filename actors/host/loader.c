@@ -46,6 +46,10 @@ void loaded_free(struct loaded **self) {
 
 static void pack(struct loader *self, struct loaded *item) {
     const struct model *model = self->directory->model;
+    if (item->failure.code < 0) {
+        fail(&item->failure, item->failure.code, "%s, by an injected fault", error_name(item->failure.code));
+        return;
+    }
     int error = engine_expert_pack(model, self->kernels, item->layer, item->expert, &item->weights,
                                    &item->failure);
     if (error < 0)
@@ -114,12 +118,13 @@ void loader_close(struct loader **loader) {
     *loader = NULL;
 }
 
-void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation) {
+void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, int error) {
     struct loaded *item = calloc(1, sizeof *item);
     ASSERT(item != NULL);
     item->layer = layer;
     item->expert = expert;
     item->operation = operation;
+    item->failure.code = error;
     pthread_mutex_lock(&self->mutex);
     list_push(&self->wanted, item);
     pthread_cond_signal(&self->changed);

@@ -19,7 +19,8 @@ int loader_open(struct loader **ret, const struct model_directory *directory,
                 const struct kernels *kernels, struct bell *bell, struct failure *failure);
 /* Finishes what is being packed and forgets the rest. */
 void loader_close(struct loader **self);
-void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation);
+/* `error` != 0: it fails with that, as if the disk or the memory had (a fault on purpose). */
+void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, int error);
 /* The next finished one, in the order of loader_add; NULL: none. loaded_free when done with it. */
 struct loaded *loader_take(struct loader *self);
 void loaded_free(struct loaded **self); /* weights not taken out are freed */

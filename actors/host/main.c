@@ -55,6 +55,8 @@ static const struct command {
      "write a model directory of any shape with random weights"},
     {"bench", FOR_BENCH, command_bench, "[OPTIONS]",
      "how fast is it here: decode, prefill and mixed load, beside the machine's limits"},
+    {"chaos", FOR_CHAOS, command_chaos, "--plan FILE [OPTIONS]",
+     "real processes, real faults: is every stream as if nothing had happened, and how long was it still?"},
     {"sim", FOR_SIM, command_sim, "[--seed N | --seeds A..B | --scenario FILE] [OPTIONS]",
      "whole clusters on virtual time, with faults drawn from a seed: is every token the same?"},
     {"plan", FOR_PLAN, command_plan, "--load FILE --processes P [OPTIONS]",

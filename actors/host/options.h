@@ -23,8 +23,9 @@ enum command_bit {
     FOR_BENCH = 2048,
     FOR_SIM = 4096,
     FOR_PLAN = 8192,
+    FOR_CHAOS = 16384,
     FOR_ACTORS = FOR_COORDINATOR | FOR_GATEWAY | FOR_WORKER,
-    FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
+    FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS,
 };
 
 #define POSITIONAL_MAX 6
@@ -33,12 +34,12 @@ enum command_bit {
 struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
         *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden,
-        *shape, *url, *json, *figures, *seeds, *scenario, *trace, *view, *admin, *admin_token_file,
+        *shape, *url, *json, *figures, *plan, *journal, *html, *seeds, *scenario, *trace, *view, *admin, *admin_token_file,
         *address, *to_file, *load, *previous, *policy, *capacity, *speed;
     uint64_t layer, experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib,
         jobs, runs, processes, hosts, spare, groups, window, expert_bytes, horizon;
     double temperature, rate;
-    bool verbose, help, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
+    bool allow_faults, verbose, help, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
     int positionals;

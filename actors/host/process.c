@@ -44,12 +44,59 @@ void process_catch_signals(struct bell *bell) {
 
 /* ---- effects ---- */
 
-static void carry_send(struct process *self, const struct effect *effect) {
+static void post_message(struct process *self, actor_id to, void *bytes, size_t size) {
+    if (mailbox_send(self->control, to, bytes, size) < 0)
+        log_limited(&self->limit, TRACE_WARNING, "the queue of outgoing messages is full");
+}
+
+static void *copy_message(const struct effect *effect) {
     void *copy = malloc(effect->send.size > 0 ? effect->send.size : 1);
     ASSERT(copy != NULL);
     memcpy(copy, effect->send.bytes, effect->send.size);
-    if (mailbox_send(self->control, effect->send.to, copy, effect->send.size) < 0)
-        log_limited(&self->limit, TRACE_WARNING, "the queue of outgoing messages is full");
+    return copy;
+}
+
+static void carry_send(struct process *self, const struct effect *effect) {
+    void *copy = copy_message(effect);
+    enum injected fate = self->inject != NULL ? inject_message(self->inject) : INJECT_NOTHING;
+    if (fate == INJECT_DROP) {
+        free(copy);
+    } else if (fate == INJECT_LATER) {
+        inject_hold_message(self->inject, effect->send.to, copy, effect->send.size);
+    } else {
+        if (fate == INJECT_TWICE)
+            post_message(self, effect->send.to, copy_message(effect), effect->send.size);
+        post_message(self, effect->send.to, copy, effect->send.size);
+    }
+}
+
+static void post_frame(struct process *self, struct outgoing *frame) {
+    actor_id to = frame->header.to;
+    bool local = self->shm != NULL && self->shm->class->connected(self->shm, to);
+    struct transport *transport = local ? self->shm : self->data_zmq;
+    if (transport == NULL)
+        transport = self->shm;
+    frame->seal = !local || self->options->settings.frame_crc != 0;
+    int error = transport->class->post_send(transport, to, frame);
+    if (error < 0)
+        log_limited(&self->limit, TRACE_WARNING, "a frame of %zu bytes to actor %u was dropped: %s",
+                    frame->bytes, to, error_name(error));
+}
+
+/* What an injected fault has kept back. Returns when there is more, NEVER: nothing is. */
+static uint64_t post_held(struct process *self) {
+    uint64_t due_ns = NEVER;
+    for (struct held *held; self->inject != NULL &&
+                            (held = inject_due(self->inject, clock_now_ns(), &due_ns)) != NULL;) {
+        if (held->is_frame) {
+            post_frame(self, &held->frame);
+        } else {
+            post_message(self, held->to, held->bytes, held->size);
+            held->bytes = NULL;
+        }
+        held_free(&held);
+    }
+    return due_ns;
 }
 
 struct gather {
@@ -87,15 +134,13 @@ static void carry_transfer(struct process *self, const struct effect *effect) {
     header->payload_bytes = (uint32_t)(frame.bytes - sizeof *header);
     header->from = self->id;
     header->from_incarnation = self->identity.incarnation;
-    bool local = self->shm != NULL && self->shm->class->connected(self->shm, header->to);
-    struct transport *transport = local ? self->shm : self->data_zmq;
-    if (transport == NULL)
-        transport = self->shm;
-    frame.seal = !local || self->options->settings.frame_crc != 0;
-    int error = transport->class->post_send(transport, header->to, &frame);
-    if (error < 0)
-        log_limited(&self->limit, TRACE_WARNING, "a frame of %zu bytes to actor %u was dropped: %s",
-                    frame.bytes, header->to, error_name(error));
+    enum injected fate = self->inject != NULL ? inject_frame(self->inject, &frame) : INJECT_NOTHING;
+    if (fate == INJECT_LATER)
+        inject_hold_frame(self->inject, header->to, &frame);
+    else if (fate != INJECT_DROP)
+        post_frame(self, &frame);
+    if (fate == INJECT_TWICE)
+        post_frame(self, &frame);
 }
 
 static void flush(struct process *self) {
@@ -108,6 +153,8 @@ static void flush(struct process *self) {
 static void carry_compute(struct process *self, const struct effect *effect) {
     ASSERT(self->engine != NULL && self->computed_count < COMPUTED_MAX);
     flush(self);
+    if (self->inject != NULL)
+        inject_compute(self->inject, &effect->compute);
     uint32_t at = (self->computed_first + self->computed_count++) % COMPUTED_MAX;
     engine_run(self->engine, &effect->compute, &self->computed[at]);
 }
@@ -184,7 +231,8 @@ static void carry_out(struct process *self, const struct effect *effect) {
             http_stream(self->http, effect);
         break;
     case EFFECT_LOAD:
-        loader_add(self->loader, effect->load.layer, effect->load.expert, effect->load.operation);
+        loader_add(self->loader, effect->load.layer, effect->load.expert, effect->load.operation,
+                   self->inject != NULL ? inject_load(self->inject) : 0);
         break;
     case EFFECT_UNLOAD:
         engine_expert_drop(self->engine, effect->load.layer, effect->load.expert);
@@ -237,7 +285,8 @@ static bool drain_frames(struct process *self, struct transport *transport) {
     for (int i = 0; i < FRAMES_PER_TURN && !self->exiting; i++) {
         if (!transport->class->receive(transport, &incoming))
             break;
-        step(self, &(struct event){.kind = EVENT_FRAME, .frame = &incoming.frame});
+        if (self->inject == NULL || !inject_deaf(self->inject))
+            step(self, &(struct event){.kind = EVENT_FRAME, .frame = &incoming.frame});
         transport->class->release(transport, &incoming);
         any = true;
     }
@@ -259,7 +308,8 @@ static bool drain_messages(struct process *self) {
             break;
         log_line(TRACE_DEBUG, "<- %s from %u", wire_name(envelope), envelope->from);
         learn_id(self, envelope);
-        step(self, &(struct event){.kind = EVENT_MESSAGE, .message = envelope});
+        if (self->inject == NULL || !inject_deaf(self->inject))
+            step(self, &(struct event){.kind = EVENT_MESSAGE, .message = envelope});
         wire_free(&envelope);
         any = true;
     }
@@ -332,6 +382,9 @@ static void loop(struct process *self) {
         any |= drain_messages(self);
         any |= drain_http(self);
         any |= drain_loaded(self);
+        uint64_t held_ns = post_held(self);
+        if (held_ns != NEVER)
+            flush(self);
         uint64_t now = clock_now_ns();
         if (stop_signals > signals && !self->exiting) {
             signals = stop_signals;
@@ -351,6 +404,8 @@ static void loop(struct process *self) {
         if (any || self->exiting)
             continue;
         uint64_t until = due < end_ns ? due : end_ns;
+        if (held_ns < until)
+            until = held_ns > now ? held_ns : now;
         uint64_t sleep_ns = until - now < SLEEP_MAX_NS ? until - now : SLEEP_MAX_NS;
         sleep_until_rung(self, seen, sleep_ns, spin_ns);
     }

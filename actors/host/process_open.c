@@ -341,6 +341,8 @@ int process_open(struct process *self, struct failure *failure) {
     clock_host_name(self->host);
     if (error == 0)
         error = open_bell(self, failure);
+    if (error == 0 && options->allow_faults)
+        error = inject_open(&self->inject, options->run_dir, self->name, &self->bell, failure);
     if (error < 0)
         return error;
     self->zmq = zmq_ctx_new();
@@ -381,6 +383,7 @@ static void log_counters(const struct transport *transport) {
 
 void process_close(struct process *self) {
     process_catch_signals(NULL);
+    inject_close(&self->inject);
     log_counters(self->shm);
     log_counters(self->data_zmq);
     http_close(&self->http, self->exit_code == 0 ? DRAIN_MS : 0);

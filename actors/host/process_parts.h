@@ -7,6 +7,7 @@
 #include "actors/host/bell.h"
 #include "actors/host/files.h"
 #include "actors/host/http.h"
+#include "actors/host/inject.h"
 #include "actors/host/loader.h"
 #include "actors/host/log.h"
 #include "actors/host/mailbox.h"
@@ -33,6 +34,7 @@ struct process {
     struct engine *engine;
     struct loader *loader;
     struct mailbox *control;
+    struct inject *inject; /* NULL: no faults on purpose */
     struct transport *shm, *data_zmq; /* NULL: not used */
     struct http *http;
     struct actor *actor;

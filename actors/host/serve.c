@@ -109,6 +109,8 @@ static void child_arguments(const struct serve *self, const struct child *child,
     add_argument(list, &count, "--log", text);
     if (options->verbose)
         add_argument(list, &count, "--verbose", NULL);
+    if (options->allow_faults)
+        add_argument(list, &count, "--allow-faults", NULL);
     if (child->role == ROLE_GATEWAY) {
         snprintf(text, sizeof text, "%d", self->listening);
         add_argument(list, &count, "--listen-fd", text);

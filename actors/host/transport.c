@@ -3,6 +3,11 @@
 
 #include <string.h>
 
+static void flip(uint8_t *bytes, uint64_t bit) {
+    if (bit > 0)
+        bytes[(bit - 1) / 8] ^= (uint8_t)(1u << (bit - 1) % 8);
+}
+
 void outgoing_write(const struct outgoing *self, void *memory) {
     uint8_t *bytes = memory;
     size_t rows = self->gather != NULL ? self->rows_offset : self->bytes;
@@ -16,6 +21,8 @@ void outgoing_write(const struct outgoing *self, void *memory) {
         self->gather(self->context, bytes + rows);
     struct frame_header *header = memory;
     header->crc = 0;
+    flip(bytes, self->flip_before);
     if (self->seal)
         frame_seal(header);
+    flip(bytes, self->flip_after);
 }

@@ -25,6 +25,8 @@ struct outgoing {
     void (*gather)(void *context, void *ret_rows); /* writes the rows at rows_offset; NULL: none */
     void *context;
     bool seal; /* fill in the CRC */
+    /* Faults on purpose: bit + 1 of the frame that is turned over before or after sealing; 0: none. */
+    uint64_t flip_before, flip_after;
 };
 /* Writes the whole frame to memory of `bytes` bytes, 64-byte aligned. */
 void outgoing_write(const struct outgoing *self, void *memory);
