@@ -51,6 +51,8 @@ struct http_request {
     const char *query;         /* after '?', "" if none */
     const char *authorization; /* header values, NULL if absent */
     const char *request_id;    /* X-Request-Id */
+    const char *stream_resume; /* X-Stream-Resume: events are wanted with ids */
+    const char *last_event_id; /* Last-Event-ID: what has been seen of the request, by such an id */
     const char *body;
     size_t body_bytes;
 };

@@ -42,6 +42,8 @@ void scored_list_free(struct scored_list *self) {
  * from each other, reproducibly. */
 static uint64_t choice_seed(const struct gateway *self, const struct request *request,
                             uint32_t choice) {
+    if (request->input.seed == ABSENT && request->resumable && request->named)
+        return resume_seed(request, choice);
     if (request->input.seed == ABSENT)
         return gateway_mix(self->member.identity.incarnation, self->counter);
     uint64_t seed = (uint64_t)request->input.seed;
@@ -164,6 +166,8 @@ void choice_accept(struct gateway *self, struct choice *choice, const Troupe__To
         choice_finish(self, choice, FINISH_AT_LENGTH);
     else if (choice->finish != FINISH_NOT) /* by a stop string */
         reasoning_flush(&choice->reasoning, &choice->thought);
+    if (choice->seen_before > 0 || choice->told_end)
+        resume_leave_out(choice);
 }
 
 void choice_finish(struct gateway *self, struct choice *choice, enum finish finish) {

@@ -87,6 +87,9 @@ struct choice {
     int64_t stop_token; /* FINISH_AT_STOP by one of stop_token_ids: which; -1 */
     uint32_t sent_tokens;
     bool begun, ended; /* its first, its last chunk has been sent */
+    uint32_t seen_before; /* tokens whose text the client has from an earlier connection */
+    bool told_end;        /* it has also been told how the choice ended */
+    bool sent;            /* a chunk has been sent over this connection */
     uint64_t first_token_ns, last_token_ns;
 };
 
@@ -106,6 +109,8 @@ struct request {
     bool admitted; /* an attention actor has answered one of its choices: it is not refused any more
                     */
     bool starts_in_reasoning;
+    bool resumable; /* events carry ids */
+    bool named;     /* by the client, in X-Request-Id */
     bool pinned; /* bias_version is fixed */
     uint64_t bias_version;
 };
@@ -247,6 +252,13 @@ void completion_write_chunk(struct text *out, const struct gateway *self,
                             const struct choice *choice);
 void chat_write(struct text *out, const struct gateway *self, const struct request *request);
 void chat_write_chunk(struct text *out, const struct gateway *self, const struct choice *choice);
+
+/* resume.c: streams that go on over another connection. */
+void resume_write_id(struct text *out, const struct request *request);
+/* Takes a Last-Event-ID; NULL or empty: nothing has been seen. */
+int resume_take_id(struct request *request, const char *id, struct http_error *error);
+void resume_leave_out(struct choice *choice); /* what the client has already */
+uint64_t resume_seed(const struct request *request, uint32_t choice);
 
 /* openai_answer.c: what both share. */
 void answer_write_head(struct text *out, const struct gateway *self, const struct request *request,

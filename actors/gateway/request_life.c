@@ -92,6 +92,7 @@ static void name_request(struct gateway *self, struct request *request, const ch
     size_t length = wanted == NULL ? 0 : strlen(wanted);
     if (length > 0 && length <= 64 && strspn(wanted, ALLOWED) == length) {
         snprintf(request->id, sizeof request->id, "%s-%s", kind, wanted);
+        request->named = true;
         return;
     }
     self->counter++;
@@ -148,12 +149,18 @@ void request_begin(struct gateway *self, enum endpoint endpoint, const struct ht
         return;
     }
     name_request(self, request, http->request_id);
+    request->resumable = request->input.stream &&
+                         (http->stream_resume != NULL || http->last_event_id != NULL);
     self->request = gateway_grow(self->request, &self->requests_capacity, self->requests + 1,
                                  sizeof(struct request *));
     request->place = self->requests;
     self->request[self->requests++] = request;
     self->prompt_tokens += request->tokens;
     create_choices(self, request);
+    if (request->resumable && resume_take_id(request, http->last_event_id, &error) < 0) {
+        request_fail(self, request, &error, now_ns, out);
+        return;
+    }
     for (uint32_t i = 0; i < request->choices; i++)
         request->choice[i]->waiting_since_ns = now_ns;
     uint32_t choices = request->choices;
@@ -175,6 +182,9 @@ static void send_chunk(struct gateway *self, struct choice *choice, struct effec
     struct request *request = choice->request;
     struct text *line = &self->line;
     text_clear(line);
+    choice->sent = true;
+    if (request->resumable)
+        resume_write_id(line, request);
     text_puts(line, "data: ");
     if (request->input.endpoint == ENDPOINT_CHAT)
         chat_write_chunk(line, self, choice);
@@ -227,7 +237,7 @@ bool request_emit(struct gateway *self, struct choice *choice, uint64_t now_ns,
     struct request *request = choice->request;
     if (choice->ended || !prompt_complete(choice->prompt))
         return false;
-    if (request->input.stream && has_news(choice))
+    if (request->input.stream && has_news(choice) && !choice->told_end)
         send_chunk(self, choice, out);
     if (choice->finish == FINISH_NOT)
         return false;

@@ -154,9 +154,14 @@ static void post_request(struct request *request, const char *method) {
         MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "Authorization");
     const char *id =
         MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "X-Request-Id");
+    const char *resume =
+        MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "X-Stream-Resume");
+    const char *last =
+        MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "Last-Event-ID");
     struct http_event *event = calloc(1, sizeof *event);
     char *at = malloc(text_bytes(method) + text_bytes(request->uri) + 1 +
-                      text_bytes(authorization) + text_bytes(id));
+                      text_bytes(authorization) + text_bytes(id) + text_bytes(resume) +
+                      text_bytes(last));
     ASSERT(event != NULL && at != NULL);
     event->memory = at;
     event->request.client = request->client;
@@ -168,6 +173,8 @@ static void post_request(struct request *request, const char *method) {
     event->request.query = query != NULL ? query : "";
     event->request.authorization = copy_text(&at, authorization);
     event->request.request_id = copy_text(&at, id);
+    event->request.stream_resume = copy_text(&at, resume);
+    event->request.last_event_id = copy_text(&at, last);
     event->body = request->body;
     event->request.body = request->body != NULL ? request->body : "";
     event->request.body_bytes = request->body_bytes;
