@@ -116,6 +116,15 @@ $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_SUPPORT) $(BUILD)/libtroupe.a
 SEEDS ?= 1..2000
 JOBS ?= $(shell nproc)
 .PHONY: sim sim-mutants
+chaos: deps ## real processes, one fault after the other: detection, repair, longest gap (PLAN=FILE for one plan, SEED=N)
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	@sh tests/chaos.sh $(BUILD) "$(PLAN)" $(or $(SEED),1)
+
+.PHONY: chaos storm
+storm: deps ## ten minutes with a fault every 2 s under 32 streams (SEED=N)
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	$(BUILD)/troupe chaos --plan config/faults/live-storm.plan --seed $(or $(SEED),1) --html $(BUILD)/storm.html --journal $(BUILD)/chaos.db
+
 sim: $(BUILD)/troupe ## simulate clusters with faults: SEEDS=1..2000 JOBS=2, or SEED=17
 	$(BUILD)/troupe sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(JOBS)) --shrink $(ARGS)
 

@@ -376,11 +376,15 @@ static uint32_t hedge_destination(struct attention *self, const struct part *lat
     return UINT32_MAX;
 }
 
-/* Asks others for what is late, in as few frames as the order of the items allows: items of one expert
+/* Asks others for what is late, more seldom each time, in as few frames as the order of the items allows: items of one expert
  * lie together, so a run of items ends where its destination does not hold the next expert. */
 static void hedge(struct attention *self, struct part *late, uint64_t now_ns, struct effects *out) {
     struct flight *flight = &self->batch.flight;
-    uint32_t end = late->first + late->count, asked = 0, left = 0;
+    uint32_t end = late->first + late->count, asked = 0;
+    /* hedges made before have had their time: what was lost may have been their frames */
+    for (uint32_t i = 0; i < flight->parts && late->again; i++)
+        if (flight->part[i].hedge && same_family(&flight->part[i], late))
+            part_free(flight, &flight->part[i]);
     flight->attempt++;
     for (uint32_t first = late->first, next; first < end; first = next) {
         uint32_t destination = UINT32_MAX;
@@ -392,14 +396,12 @@ static void hedge(struct attention *self, struct part *late, uint64_t now_ns, st
                (flight->item_expert[next] == flight->item_expert[next - 1] ||
                 (destination != UINT32_MAX && holds(self, destination, flight->item_expert[next]))))
             next++;
-        if (destination == UINT32_MAX) {
-            left += next - first;
+        if (destination == UINT32_MAX)
             continue;
-        }
         hedge_range(self, late, destination, first, next - first, now_ns, out);
         asked += next - first;
     }
-    late->hedge_at_ns = left > 0 && !late->again ? now_ns + HEDGE_AGAIN * self->hedge_ns : NEVER;
+    late->hedge_at_ns = now_ns + HEDGE_AGAIN * (now_ns - late->sent_ns); /* each time later */
     late->again = true;
     if (asked > 0)
         effects_trace(out, TRACE_DEBUG, "actor %u is late with %u rows of layer %u, asked for %u again",

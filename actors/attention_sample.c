@@ -363,9 +363,8 @@ static void lose_asked(struct attention *self, struct part *part, actor_id id) {
 
 static void hedge(struct attention *self, struct part *part, uint64_t now_ns, struct effects *out) {
     const struct peer *peer = choose_sampler(self, part, part->again ? 0 : part->to);
-    part->hedge_at_ns = NEVER;
-    if (peer == NULL && !part->again) /* its frame may have been lost: later it is asked again */
-        part->hedge_at_ns = now_ns + HEDGE_AGAIN * (now_ns - part->sent_ns);
+    /* frames may have been lost: later anybody is asked, more seldom each time */
+    part->hedge_at_ns = now_ns + HEDGE_AGAIN * (now_ns - part->sent_ns);
     part->again = true;
     if (peer == NULL)
         return;

@@ -283,6 +283,27 @@ static void test_a_lost_frame_is_sent_again_where_there_is_no_replica(void **sta
     stage_free(&stage);
 }
 
+static void test_a_hedge_may_be_lost_as_well(void **state) {
+    struct stage stage;
+    struct effect first, second;
+    open_pair(&stage, &first, &second);
+    stage_combine(&stage, &second);
+    stage_timer(&stage, stage.now_ns + UNKNOWN);
+    struct effect hedge = next_frame(&stage, FRAME_DISPATCH);
+    stage_timer(&stage, stage.now_ns + 3 * UNKNOWN - 1);
+    assert_no_frame(&stage);
+    stage_timer(&stage, stage.now_ns + 1);
+    struct effect again = next_frame(&stage, FRAME_DISPATCH);
+    assert_int_equal(again.transfer.header.items, 3);
+    assert_no_frame(&stage);
+    stage_combine(&stage, &hedge); /* given up */
+    assert_described(&stage, "stale=1");
+    assert_int_equal(scattered(&stage), 3);
+    stage_combine(&stage, &again);
+    assert_int_equal(scattered(&stage), 6);
+    stage_free(&stage);
+}
+
 static void test_suspects_are_asked_too_rather_than_wait(void **state) {
     struct stage stage;
     struct effect first, second;
@@ -387,6 +408,7 @@ int main(void) {
         cmocka_unit_test(test_hedges_may_go_to_several),
         cmocka_unit_test(test_the_usual_time_sets_the_measure),
         cmocka_unit_test(test_a_lost_frame_is_sent_again_where_there_is_no_replica),
+        cmocka_unit_test(test_a_hedge_may_be_lost_as_well),
         cmocka_unit_test(test_suspects_are_asked_too_rather_than_wait),
         cmocka_unit_test(test_it_can_be_switched_off),
         cmocka_unit_test(test_a_late_sampler_is_hedged_too),

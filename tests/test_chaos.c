@@ -1,0 +1,122 @@
+/* Real processes under short plans of faults: no stream is lost, doubled or different, and the report says what was done. Plans that are
+ * none are refused. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "actors/host/chaos_plan.h"
+
+#include <cmocka.h>
+
+/* Runs troupe chaos with the plan; returns its exit status and prints its report. */
+static int run_plan(const char *text, const char *seed, char *ret, size_t room) {
+    char plan[64], command[512];
+    const char *build = getenv("TROUPE_BUILD");
+    snprintf(plan, sizeof plan, "/tmp/troupe-test-plan-%d", (int)getpid());
+    FILE *file = fopen(plan, "w");
+    assert_non_null(file);
+    fputs(text, file);
+    fclose(file);
+    snprintf(command, sizeof command, "%s/troupe chaos --plan %s --seed %s 2>&1", build != NULL ? build : "build",
+             plan, seed);
+    FILE *pipe = popen(command, "r");
+    assert_non_null(pipe);
+    size_t got = fread(ret, 1, room - 1, pipe);
+    ret[got] = 0;
+    int status = pclose(pipe);
+    unlink(plan);
+    printf("%s", ret);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+static void assert_says(const char *report, const char *text) {
+    if (strstr(report, text) == NULL)
+        fail_msg("\"%s\" is not in the report", text);
+}
+
+static void test_every_role_is_killed(void **state) {
+    static char report[16384];
+    (void)state;
+    assert_int_equal(run_plan("streams 8\ntokens 64\nexperts 3\nsamplers 2\nattention 2\nknob replicas 2\nfor 9s\nwindow 1s\n"
+                              "at 500ms kill expert 1\nat 2s kill attention 0\nat 3500ms kill sampler 1\n"
+                              "at 5s kill coordinator\nat 7s kill gateway\n",
+                              "1", report, sizeof report),
+                     0);
+    assert_says(report, "kill gateway");
+    assert_says(report, "lost 0, duplicated 0, different 0");
+}
+
+static void test_damaged_frames_are_caught(void **state) {
+    static char report[16384];
+    (void)state;
+    assert_int_equal(run_plan("streams 8\ntokens 64\nexperts 3\nknob replicas 2\nfor 4s\nwindow 3s\n"
+                              "at 0ms corrupt attention 0 share 0.01 for 3s\nat 0ms corrupt expert all share 0.01 for 3s\n"
+                              "at 0ms corrupt sampler 0 share 0.01 for 3s\n",
+                              "2", report, sizeof report),
+                     0);
+    assert_says(report, "corrupt expert all");
+}
+
+static void test_short_storm(void **state) {
+    static char report[32768];
+    (void)state;
+    assert_int_equal(run_plan("streams 32\nexperts 4\nattention 2\nsamplers 2\nknob replicas 2\nfor 20s\nevery 2s random\n",
+                              "3", report, sizeof report),
+                     0);
+}
+
+/* The comparison itself must be able to fail: nobody finds damage in a frame that is sealed after it. */
+static void test_a_lie_is_seen(void **state) {
+    static char report[16384];
+    (void)state;
+    assert_int_equal(run_plan("streams 8\ntokens 64\nexperts 2\nfor 3s\nat 0ms lie expert all share 0.5 for 3s\n", "4", report,
+                              sizeof report),
+                     1);
+}
+
+static void test_plans_are_checked(void **state) {
+    static struct chaos_plan plan;
+    static const char *const bad[] = {"streams 0",
+                                      "streams 9999",
+                                      "at soon kill expert",
+                                      "at 1s kill nobody",
+                                      "at 1s annoy expert",
+                                      "at 1s kill expert 1 for",
+                                      "at 1s drop expert share 2",
+                                      "every 1ms random",
+                                      "every 2s kill",
+                                      "knob x",
+                                      "for ever"};
+    (void)state;
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        struct failure failure;
+        assert_true(chaos_plan_parse(&plan, bad[i], strlen(bad[i]), &failure) < 0);
+        assert_non_null(strstr(failure.text, "line 1"));
+    }
+    struct failure failure;
+    const char *good = "# words\n\nstreams 3\nfor 30s\nevery 2s random expert sampler\nat 1.5s stop expert for 200ms\n";
+    assert_int_equal(chaos_plan_parse(&plan, good, strlen(good), &failure), 0);
+    chaos_plan_draw(&plan, 5);
+    assert_int_equal(plan.streams, 3);
+    assert_true(plan.faults > 8);
+    for (uint32_t i = 0; i < plan.faults; i++) {
+        assert_true(plan.fault[i].role == ROLE_EXPERT || plan.fault[i].role == ROLE_SAMPLER);
+        assert_true(plan.fault[i].rank < 4);
+        assert_true(i == 0 || plan.fault[i].at_ns >= plan.fault[i - 1].at_ns);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_plans_are_checked),     cmocka_unit_test(test_every_role_is_killed),
+        cmocka_unit_test(test_damaged_frames_are_caught), cmocka_unit_test(test_short_storm),
+        cmocka_unit_test(test_a_lie_is_seen),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
