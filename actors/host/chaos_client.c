@@ -29,7 +29,7 @@ struct connection {
     struct chaos_stream *stream;
     uint32_t number, asked;
     int file; /* -1: none */
-    bool busy, done;
+    bool busy, done, failed; /* failed: the answer told of an error */
     uint32_t attempts;
     uint64_t next_ns; /* when to connect; NEVER-like while busy */
     uint64_t last_ns; /* of the last piece, or of the question */
@@ -92,6 +92,7 @@ static void open_connection(struct connection *self) {
     self->file = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     self->status = 0;
     self->reading = READ_HEAD;
+    self->failed = false;
     self->line_bytes = self->frame_bytes = 0;
     setsockopt(self->file, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     if (connect(self->file, (struct sockaddr *)&address, sizeof address) != 0 || !ask(self)) {
@@ -129,13 +130,15 @@ static void note_piece(struct connection *self, uint64_t now) {
 
 static void take_data(struct connection *self, const char *data, size_t size, uint64_t now) {
     if (size >= 6 && memcmp(data, "[DONE]", 6) == 0) {
-        self->done = true;
+        self->done = !self->failed;
         return;
     }
     json_t *chunk = json_loadb(data, size, 0, NULL);
     const char *text = json_string_value(
         json_object_get(json_array_get(json_object_get(chunk, "choices"), 0), "text"));
     size_t length = text != NULL ? strlen(text) : 0;
+    if (json_object_get(chunk, "error") != NULL) /* a gateway that ends in order cuts its streams off */
+        self->failed = true;
     if (text != NULL)
         note_piece(self, now);
     if (self->text_bytes + length < ANSWER_BYTES && length > 0) {
@@ -283,7 +286,8 @@ static void run(struct chaos_load *self, uint64_t until_ns, uint64_t end_ns, boo
     struct connection *list = open_list(self);
     struct pollfd *files = calloc(self->streams, sizeof *files);
     ASSERT(files != NULL);
-    for (bool first = true; first || any_busy(self, list); first = false) {
+    for (bool first = true; first || any_busy(self, list) || (!once && clock_now_ns() < until_ns);
+         first = false) {
         uint64_t now = clock_now_ns();
         for (uint32_t i = 0; i < self->streams; i++)
             if (!list[i].busy && (once ? first : now < until_ns))

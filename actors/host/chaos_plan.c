@@ -175,6 +175,8 @@ static void draw_random(struct chaos_plan *self, struct random *random) {
             fault->role = (enum role)random_between(random, ROLE_COORDINATOR, ROLE_SAMPLER);
         while (self->random_roles != 0 && (self->random_roles & (1u << fault->role)) == 0);
         fault->kind = choice[random_between(random, 0, sizeof choice / sizeof *choice - 1)];
+        if (fault->role == ROLE_COORDINATOR && fault->kind == FAULT_RESTART)
+            fault->kind = FAULT_KILL; /* in order, it would end the troupe */
         fault->for_ns = fault->kind == FAULT_STOP ? random_between(random, 50, 1500) * 1000000u : 0;
     }
 }
