@@ -21,7 +21,7 @@
 #include "actors/host/clock.h"
 #include "actors/host/commands.h"
 #include "actors/host/files.h"
-#include "actors/host/inject.h"
+#include "actors/host/inflict.h"
 #include "actors/host/journal.h"
 
 #define LEARN_NS     60000000000u
@@ -49,7 +49,7 @@ struct chaos {
     struct {
         pid_t pid;
         uint64_t at_ns;
-    } stopped[PLAN_FAULTS_MAX]; /* to be continued */
+    } stopped[64 * PLAN_FAULTS_MAX]; /* to be continued */
     uint32_t stops;
     struct note *note;
     size_t notes;
@@ -57,57 +57,18 @@ struct chaos {
 
 /* ---- processes ---- */
 
-static pid_t find_process(const struct chaos *self, enum role role, uint32_t rank) {
-    char path[160];
-    int pid = 0;
-    if (role >= ROLE_ATTENTION)
-        snprintf(path, sizeof path, "%s/%s-%u.pid", self->server.run_dir, role_name(role), rank);
-    else
-        snprintf(path, sizeof path, "%s/%s.pid", self->server.run_dir, role_name(role));
-    FILE *file = fopen(path, "r");
-    if (file == NULL)
-        return 0;
-    if (fscanf(file, "%d", &pid) != 1)
-        pid = 0;
-    fclose(file);
-    return pid;
-}
-
-static void stop_later(struct chaos *self, pid_t pid, uint64_t now, const struct fault *fault) {
-    if (kill(pid, SIGSTOP) != 0)
-        return;
-    self->stopped[self->stops].pid = pid;
-    self->stopped[self->stops++].at_ns = now + (fault->for_ns > 0 ? fault->for_ns : 1000000000u);
-}
-
-/* A rule for the injector inside the process, see inject.h. */
-static void tell_process(const struct chaos *self, const struct fault *fault, uint32_t rank) {
-    char name[48], rule[160];
-    if (fault->role >= ROLE_ATTENTION)
-        snprintf(name, sizeof name, "%s-%u", role_name(fault->role), rank);
-    else
-        snprintf(name, sizeof name, "%s", role_name(fault->role));
-    snprintf(rule, sizeof rule, "%s share %.9g for %llu by %llu layer %u seed %llu", fault_kind_name(fault->kind),
-             fault->share, (unsigned long long)(fault->for_ns / 1000000u),
-             (unsigned long long)(fault->by_ns / 1000000u), fault->layer,
-             (unsigned long long)(self->totals.seed + rank + 1));
-    if (!inject_tell(self->server.run_dir, name, rule))
-        fprintf(stderr, "troupe chaos: %s did not take the fault '%s'\n", name, rule);
-}
-
 static void inflict_on(struct chaos *self, const struct fault *fault, uint32_t rank, uint64_t now) {
-    pid_t pid = find_process(self, fault->role, rank);
-    if (pid <= 0)
-        return;
-    if (fault->kind > FAULT_STOP || fault->layer != UINT32_MAX)
-        tell_process(self, fault, rank);
-    else if (fault->kind == FAULT_STOP)
-        stop_later(self, pid, now, fault);
-    else
-        kill(pid, fault->kind == FAULT_KILL ? SIGKILL : SIGTERM);
+    struct failure failure;
+    pid_t stopped;
+    if (inflict(self->server.run_dir, fault, rank, self->totals.seed, &stopped, &failure) < 0) {
+        fprintf(stderr, "troupe chaos: %s\n", failure.text); /* it may be starting just now */
+    } else if (stopped != 0) {
+        self->stopped[self->stops].pid = stopped;
+        self->stopped[self->stops++].at_ns = now + (fault->for_ns > 0 ? fault->for_ns : 1000000000u);
+    }
 }
 
-static void inflict(struct chaos *self, const struct fault *fault, uint64_t now) {
+static void inflict_all(struct chaos *self, const struct fault *fault, uint64_t now) {
     uint64_t count = fault->role == ROLE_EXPERT      ? self->plan.experts
                      : fault->role == ROLE_ATTENTION ? self->plan.attention
                      : fault->role == ROLE_SAMPLER   ? self->plan.samplers
@@ -122,7 +83,7 @@ static void tick(void *context, uint64_t now_ns) {
     struct chaos *self = context;
     while (self->next < self->plan.faults &&
            now_ns >= self->begin_ns + self->plan.fault[self->next].at_ns) {
-        inflict(self, &self->plan.fault[self->next], now_ns);
+        inflict_all(self, &self->plan.fault[self->next], now_ns);
         self->done_ns[self->next++] = now_ns;
     }
     for (uint32_t i = 0; i < self->stops; i++)
@@ -271,7 +232,7 @@ static void count_files(const struct chaos *self, uint32_t *ret_files, double *r
     for (int role = ROLE_COORDINATOR; role <= ROLE_SAMPLER; role++)
         for (uint32_t rank = 0; rank < 64; rank++) {
             char path[64];
-            pid_t pid = find_process(self, (enum role)role, rank);
+            pid_t pid = inflict_process(self->server.run_dir, (enum role)role, rank);
             if (pid <= 0 || (role < ROLE_ATTENTION && rank > 0))
                 break;
             snprintf(path, sizeof path, "/proc/%d/fd", (int)pid);
@@ -404,4 +365,32 @@ int command_chaos(const struct options *given) {
     bool good = error == 0 && self->totals.lost + self->totals.duplicated + self->totals.different == 0;
     free(self);
     return good ? 0 : 1;
+}
+
+/* troupe ctl fault "drop attention 0 share 0.01 for 2s" --run-dir DIR */
+int command_fault(const struct options *options) {
+    struct chaos_plan *plan = calloc(1, sizeof *plan);
+    struct failure failure;
+    char text[256];
+    pid_t stopped;
+    ASSERT(plan != NULL);
+    int error = 0;
+    if (options->positionals != 2 || options->run_dir == NULL)
+        error = fail(&failure, ERR_INVALID, "expected: fault \"KIND ROLE RANK ...\" --run-dir DIR");
+    snprintf(text, sizeof text, "at 0ms %s", error == 0 ? options->positional[1] : "");
+    if (error == 0)
+        error = chaos_plan_parse(plan, text, strlen(text), &failure);
+    const struct fault *fault = &plan->fault[0];
+    if (error == 0 && fault->rank >= RANK_ALL)
+        error = fault->role >= ROLE_ATTENTION ? fail(&failure, ERR_INVALID, "say which %s, by its number", role_name(fault->role)) : 0;
+    if (error == 0)
+        error = inflict(options->run_dir, fault, fault->rank, clock_random(), &stopped, &failure);
+    if (error == 0 && stopped != 0) {
+        usleep((useconds_t)((fault->for_ns > 0 ? fault->for_ns : 1000000000u) / 1000u));
+        kill(stopped, SIGCONT);
+    }
+    if (error < 0)
+        fprintf(stderr, "troupe ctl: %s\n", failure.text);
+    free(plan);
+    return error < 0 ? 1 : 0;
 }

@@ -379,6 +379,8 @@ static int run(struct ctl *self, const struct subcommand *subcommand) {
 int command_ctl(const struct options *options) {
     struct ctl self = {.options = options};
     const struct subcommand *found = NULL;
+    if (options->positionals > 0 && strcmp(options->positional[0], "fault") == 0)
+        return command_fault(options); /* goes to the processes themselves */
     for (size_t i = 0; i < SUBCOMMANDS_COUNT && options->positionals > 0; i++)
         if (strcmp(SUBCOMMANDS[i].name, options->positional[0]) == 0)
             found = &SUBCOMMANDS[i];

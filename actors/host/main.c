@@ -63,7 +63,7 @@ static const struct command {
      "place experts on processes from recorded loads, and what that would give and cost"},
     {"ctl", FOR_CONTROL, command_ctl,
      "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
-     "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump [OPTIONS]",
+     "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump | fault \"KIND ROLE N ...\" [OPTIONS]",
      "ask a running troupe how it is, and change it while it serves"},
     {"version", FOR_VERSION, show_version, "", "print the version"},
 };
