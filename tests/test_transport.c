@@ -462,8 +462,12 @@ static void test_no_room_for_large_rings(void **state) {
     assert_false(a.transport->class->connected(a.transport, 20));
     small.rlim_cur = 200000;
     setrlimit(RLIMIT_FSIZE, &small);
-    end_connect(&b, 10, &a);
+    assert_int_equal(end_connect(&b, 10, &a), 0);
+    assert_int_equal(post(&b, 10, &a, 1, 9), 0); /* the peer had room: its frames are read */
+    assert_int_equal(take(&a), 9);
+    assert_int_equal(post(&a, 20, &b, 1, 8), ERR_STATE);
     assert_int_equal(end_connect(&a, 20, &b), 0);
+    assert_true(a.transport->class->connected(a.transport, 20));
     assert_int_equal(post(&a, 20, &b, 1, 1), 0);
     assert_int_equal(take(&b), 1);
     assert_int_equal(post(&a, 20, &b, 1000, 2), 0); /* grows to 128 KiB rather than 256 */

@@ -193,6 +193,11 @@ static void connect_data(struct process *self, const struct effect *effect) {
         other->class->disconnect(other, id);
     int error =
         transport->class->connect(transport, id, effect->connect.incarnation, part, &failure);
+    if (local && error == ERR_NO_MEMORY && other != NULL && address_part(address, "zmq", part)) {
+        log_line(TRACE_WARNING, "rows to actor %u go over %s, more slowly: %s", id,
+                 other->class->name, failure.text);
+        error = other->class->connect(other, id, effect->connect.incarnation, part, &failure);
+    }
     if (error < 0)
         log_line(error == ERR_NOT_FOUND ? TRACE_INFO : TRACE_ERROR, "no edge to actor %u: %s", id,
                  failure.text);
@@ -356,8 +361,10 @@ static bool drain_loaded(struct process *self) {
     return any;
 }
 
-/* While answers of several peers are due, one wake-up for all of them; but not for long, should one be lost or late. */
-static void sleep_until_rung(struct process *self, uint32_t seen, uint64_t sleep_ns, uint64_t spin_ns) {
+/* While answers of several peers are due, one wake-up for all of them; but not for long, should one
+ * be lost or late. */
+static void sleep_until_rung(struct process *self, uint32_t seen, uint64_t sleep_ns,
+                             uint64_t spin_ns) {
     struct transport *shm = self->shm;
     uint32_t awaited = shm != NULL ? shm->awaited : 0;
     if (awaited <= 1) {

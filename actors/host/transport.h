@@ -25,7 +25,8 @@ struct outgoing {
     void (*gather)(void *context, void *ret_rows); /* writes the rows at rows_offset; NULL: none */
     void *context;
     bool seal; /* fill in the CRC */
-    /* Faults on purpose: bit + 1 of the frame that is turned over before or after sealing; 0: none. */
+    /* Faults on purpose: bit + 1 of the frame that is turned over before or after sealing; 0: none.
+     */
     uint64_t flip_before, flip_after;
 };
 /* Writes the whole frame to memory of `bytes` bytes, 64-byte aligned. */
@@ -60,15 +61,17 @@ struct transport_options {
 struct transport {
     const struct transport_class *class;
     struct transport_counters counters;
-    uint32_t awaited; /* peers that owe an answer to small frames: the actor need not be woken for each of them. 0: not known */
+    uint32_t awaited; /* peers that owe an answer to small frames: the actor need not be woken for
+                         each of them. 0: not known */
     char address[ADDRESS_BYTES_MAX]; /* its part of the data address in HELLO */
 };
 
 struct transport_class {
     const char *name;
     /* Makes the edge to a peer, in both directions; an edge with the same id and another
-     * incarnation or address is closed first, the same one is left alone. Errors: the peer is gone
-     * or there is no memory; then there is no edge. */
+     * incarnation or address is closed first, the same one is left alone. Errors: the peer is gone;
+     * then there is no edge. ERR_NO_MEMORY: no room for the way out; the peer's frames still come
+     * in where it has room, `connected` is false, and connecting again tries again. */
     int (*connect)(struct transport *self, actor_id id, uint64_t incarnation, const char *address,
                    struct failure *failure);
     /* Closes the edge; none: nothing. Frames not yet sent are dropped. */

@@ -141,7 +141,8 @@ static void shm_disconnect(struct transport *base, actor_id id) {
 }
 
 static bool shm_connected(const struct transport *base, actor_id id) {
-    return find((const struct shm *)base, id) != NULL;
+    const struct shm_edge *edge = find((const struct shm *)base, id);
+    return edge != NULL && edge->out.page != NULL;
 }
 
 static int shm_connect(struct transport *base, actor_id id, uint64_t incarnation,
@@ -149,7 +150,7 @@ static int shm_connect(struct transport *base, actor_id id, uint64_t incarnation
     struct shm *self = (struct shm *)base;
     struct shm_edge *edge = find(self, id);
     if (edge != NULL && edge->incarnation == incarnation && strcmp(edge->stem, address) == 0)
-        return 0;
+        return edge->out.page != NULL ? 0 : make_out(self, edge, self->options.ring_bytes, failure);
     if (edge != NULL)
         shm_disconnect(base, id);
     if (strlen(address) >= STEM_BYTES || strchr(address, '/') != NULL || address[0] == 0)
@@ -175,15 +176,15 @@ static int shm_connect(struct transport *base, actor_id id, uint64_t incarnation
     int error = bell_open(&edge->bell, bell, incarnation, failure);
     if (error == 0)
         error = make_out(self, edge, self->options.ring_bytes, failure);
-    if (error < 0) {
+    if (error < 0 && error != ERR_NO_MEMORY) {
         edge_free(edge);
         return error;
     }
-    self->edge[self->edges++] = edge;
+    self->edge[self->edges++] = edge; /* without room for its own ring it still reads the peer's */
     open_in(self, edge);
     bell_ring(&edge->bell);
     edge->dirty = false;
-    return 0;
+    return error;
 }
 
 /* Replaces the outgoing ring. False: no more rings for this edge, or no memory. */
