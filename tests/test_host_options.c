@@ -67,6 +67,7 @@ static void test_refused(void **state) {
         {FOR_SERVE, "serve --transport pigeon", "found 'pigeon'"},
         {FOR_SERVE, "serve --prefill-chunk 0", "prefill_chunk"},
         {FOR_SERVE, "serve --config /does/not/exist.yaml", "/does/not/exist.yaml"},
+        {FOR_SERVE, "serve --config /not-there.yaml", "cannot open /not-there.yaml"},
         {FOR_SERVE, "serve --api-key-file /dev/null", "/dev/null"},
         {FOR_GENERATE, "generate --temperature nan", "found 'nan'"},
         {FOR_GENERATE, "generate --temperature 3", "from 0 to 2"},
@@ -99,6 +100,7 @@ static void test_config_and_key_files(void **state) {
     write_file("no_such_knob: 1\n");
     assert_true(parse(FOR_SERVE, line) < 0);
     assert_non_null(strstr(failure.text, "no_such_knob"));
+    assert_non_null(strstr(failure.text, path));
     write_file("secret\nsecond line\n");
     snprintf(line, sizeof line, "serve --api-key-file %s", path);
     assert_int_equal(parse(FOR_SERVE, line), 0);

@@ -45,10 +45,10 @@ int mapped_open(struct mapped *ret, const char *directory, const char *name, siz
 int mapped_open_path(struct mapped *ret, const char *path, size_t limit, struct failure *failure) {
     const char *slash = strrchr(path, '/');
     char directory[4096];
+    /* of "/file" it is empty: the slash comes between */
     snprintf(directory, sizeof directory, "%.*s", slash != NULL ? (int)(slash - path) : 1,
              slash != NULL ? path : ".");
-    return mapped_open(ret, slash == path ? "/" : directory, slash != NULL ? slash + 1 : path,
-                       limit, failure);
+    return mapped_open(ret, directory, slash != NULL ? slash + 1 : path, limit, failure);
 }
 
 void mapped_close(struct mapped *self) {

@@ -83,7 +83,8 @@ static const struct option_row table[] = {
            "weights that an expert process may hold, 0: no limit (default 0)"),
     TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
     TEXT("config", config, "FILE", FOR_MODELS, "YAML file with knobs"),
-    FLAG("verbose", verbose, FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS,
+    FLAG("verbose", verbose,
+         FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS,
          "log everything"),
     NUMBER("listen-fd", listen_fd, 0, 1u << 20, FOR_GATEWAY,
            "descriptor of a listening socket handed down by a supervisor"),
@@ -258,7 +259,10 @@ static int parse_config(struct options *self, int argc, char **argv, struct fail
     int error = mapped_open_path(&file, path, JSON_FILE_MAX, failure);
     if (error < 0)
         return error;
-    error = settings_parse_yaml(&self->settings, file.bytes, file.size, failure);
+    struct failure why;
+    error = settings_parse_yaml(&self->settings, file.bytes, file.size, &why);
+    if (error < 0)
+        fail(failure, error, "--config %s: %s", path, why.text);
     mapped_close(&file);
     return error;
 }

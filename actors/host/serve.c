@@ -6,7 +6,7 @@
  *   SERVING    children that die are restarted; one that dies more than restart_limit times in
  *              restart_window_s ends everything
  *
- *   STOPPING   SIGTERM to the gateway, which finishes what it has; then to all others; SIGKILL to
+ *   STOPPING   SIGTERM to the gateway, which tells its clients; then to all others; SIGKILL to
  *              what is left after a while
  *
  * Invariant: whatever ends the supervisor short of SIGKILL, no process, socket, file or shared
