@@ -18,7 +18,7 @@ static void print_fault(void *context, const struct journal_fault *fault) {
     char detect[32], repair[32];
     const struct chaos_totals *totals = context;
     (void)totals;
-    printf("%8.1f s  %-30s %9s %9s %8.0f %8.0f %8.0f %8.0f\n", fault->at_ms / 1e3, fault->text,
+    printf("%8.1f s  %-44s %9s %9s %8.0f %8.0f %8.0f %8.0f\n", fault->at_ms / 1e3, fault->text,
            ms(fault->detect_ms, detect, sizeof detect), ms(fault->repair_ms, repair, sizeof repair),
            fault->gap_ms, fault->before, fault->during, fault->after);
 }
@@ -29,7 +29,7 @@ void chaos_print(struct journal *journal, const struct chaos_totals *totals) {
            totals->streams, totals->seconds);
     printf("without faults: %.0f tokens/s, longest gap between pieces %.0f ms (99.9 %%: %.0f ms)\n",
            totals->tokens_per_s, totals->calm_gap_ms, totals->steady_gap_ms);
-    printf("%10s  %-30s %9s %9s %8s %8s %8s %8s\n", "at", "fault", "detect ms", "repair ms", "gap ms", "before/s",
+    printf("%10s  %-44s %9s %9s %8s %8s %8s %8s\n", "at", "fault", "detect ms", "repair ms", "gap ms", "before/s",
            "during/s", "after/s");
     if (journal_faults(journal, print_fault, (void *)totals, &failure) < 0)
         fprintf(stderr, "troupe chaos: %s\n", failure.text);
