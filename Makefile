@@ -6,7 +6,7 @@ SANITIZER ?=
 ifneq ($(SANITIZER),)
 BUILD := $(BUILD)/sanitize-$(subst $(comma),-,$(SANITIZER))
 endif
-PACKAGES := libzmq libprotobuf-c libmicrohttpd jansson yaml-0.1 libpcre2-8 hwloc sqlite3
+PACKAGES := libzmq libprotobuf-c libmicrohttpd jansson yaml-0.1 libpcre2-8 hwloc sqlite3 ncursesw
 
 ARCH := $(shell uname -m)
 CFLAGS_BASE := -std=gnu17 -O2 -g -fno-omit-frame-pointer -ffp-contract=off -fno-strict-aliasing -Wall -Wextra -Wshadow \

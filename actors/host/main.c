@@ -65,6 +65,8 @@ static const struct command {
      "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
      "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump | fault \"KIND ROLE N ...\" [OPTIONS]",
      "ask a running troupe how it is, and change it while it serves"},
+    {"top", FOR_TOP, command_top, "[--url URL] [--once]",
+     "the live view in a terminal: load of each expert, processes, faults"},
     {"version", FOR_VERSION, show_version, "", "print the version"},
 };
 #define COMMANDS (sizeof commands / sizeof commands[0])

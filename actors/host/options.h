@@ -24,6 +24,7 @@ enum command_bit {
     FOR_SIM = 4096,
     FOR_PLAN = 8192,
     FOR_CHAOS = 16384,
+    FOR_TOP = 32768,
     FOR_ACTORS = FOR_COORDINATOR | FOR_GATEWAY | FOR_WORKER,
     FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS,
 };
@@ -39,7 +40,7 @@ struct options {
     uint64_t layer, experts, attention, samplers, port, listen_fd, max_tokens, seed, memory_mib,
         jobs, runs, processes, hosts, spare, groups, window, expert_bytes, horizon;
     double temperature, rate;
-    bool allow_faults, verbose, help, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
+    bool allow_faults, verbose, help, once, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
     int positionals;
