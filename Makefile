@@ -33,7 +33,7 @@ OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o $(BU
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
 
-.PHONY: all help deps serve test test-live check format tidy clean
+.PHONY: all help deps serve test format tidy clean
 all: $(BUILD)/troupe ## build build/troupe
 
 help: ## list the targets
