@@ -26,7 +26,9 @@ async function startTroupe(directory) {
 
 const complete = (url, prompt, tokens) => fetch(url + "/v1/completions", { method: "POST", body: JSON.stringify({ prompt, max_tokens: tokens, ignore_eos: true, temperature: 0 }) }).then(r => r.json());
 const heatPixels = page => page.run(`(() => { const c = $("heat"); return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 !== 3).join() })()`);
-const CHAT = `$("prompt").value = "Tell me about rivers."; $("tokens").value = 400; $("send").click()`;
+// Answers of a length that is known, so that there is time to kill somebody meanwhile.
+const LONG = `window.plainFetch ||= fetch; window.fetch = (url, o) => plainFetch(url, o && o.body ? { ...o, body: JSON.stringify({ ...JSON.parse(o.body), ignore_eos: true }) } : o)`;
+const CHAT = LONG + `; $("prompt").value = "Tell me about rivers."; $("tokens").value = 1500; $("send").click()`;
 
 async function checkReal(browser, directory) {
   console.log("a real troupe:");
