@@ -157,8 +157,21 @@ static void on_computed(struct attention *self, const struct program_result *res
     batch_computed(self, result, now_ns, out);
 }
 
+/* Gateways look for the sequences of somebody who is gone elsewhere, and tell nobody to forget them. */
+static void drop_everybody(struct attention *self) {
+    while (self->waiting.first != NULL)
+        attention_cancel_gateway(self, self->waiting.first->gateway);
+    while (self->done.first != NULL)
+        attention_cancel_gateway(self, self->done.first->gateway);
+    for (uint32_t i = 0; i < self->settings.max_sequences; i++)
+        if (self->running[i] != NULL && !self->running[i]->cancelled)
+            attention_cancel_gateway(self, self->running[i]->gateway);
+}
+
 static void on_news(struct attention *self, uint32_t news, const struct event *event,
                     uint64_t now_ns, struct effects *out) {
+    if ((news & MEMBER_RENAMED) != 0)
+        drop_everybody(self);
     if ((news & MEMBER_COMMITTED) != 0) {
         drop_orphans(self);
         dispatch_adopt(self, event->message->commit, now_ns, out);

@@ -360,6 +360,11 @@ static void keep_done(struct attention *self, struct sequence *sequence) {
 
 void attention_on_submit(struct attention *self, const message *envelope, struct effects *out) {
     const Troupe__Submit *submit = envelope->submit;
+    if (submit->attention_incarnation != 0 &&
+        submit->attention_incarnation != self->member.identity.incarnation) {
+        effects_trace(out, TRACE_WARNING, "ignored a SUBMIT for an earlier process at this address");
+        return;
+    }
     if (find(self, envelope->from, submit->sequence) != NULL)
         return; /* said again */
     struct failure failure = {0};

@@ -154,6 +154,7 @@ static uint32_t on_welcome(struct member *self, const message *envelope, uint64_
         self->hello_at_ns = NEVER;
         return MEMBER_DONE;
     }
+    bool renamed = self->id != 0 && self->id != welcome->id;
     self->id = welcome->id;
     self->coordinator_incarnation = envelope->from_incarnation;
     if (welcome->heartbeat_interval_ns > 0)
@@ -161,7 +162,7 @@ static uint32_t on_welcome(struct member *self, const message *envelope, uint64_
     self->hello_at_ns = NEVER;
     self->heartbeat_at_ns = now_ns;
     effects_trace(out, TRACE_INFO, "%s joined as actor %u", self->identity.name, self->id);
-    return MEMBER_DONE | MEMBER_JOINED;
+    return MEMBER_DONE | MEMBER_JOINED | (renamed ? MEMBER_RENAMED : 0);
 }
 
 /* A coordinator that was started again. Until its WELCOME nothing of the old one is taken any more,

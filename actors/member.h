@@ -51,12 +51,13 @@ struct member {
 
 /* What an event meant; bits. */
 enum member_news {
-    MEMBER_JOINED = 1,    /* WELCOME: the actor has an id, or another one than before */
+    MEMBER_JOINED = 1,    /* WELCOME: the actor has an id */
     MEMBER_COMMITTED = 2, /* a newer epoch has been adopted; event->message->commit is it */
     MEMBER_HEARTBEAT = 4, /* a heartbeat is due: the role fills one in and calls member_heartbeat */
     MEMBER_LOST = 8,      /* event->peer is a known peer and now marked lost */
     MEMBER_DONE = 16,     /* the event has been dealt with wholly, or must be ignored */
     MEMBER_EXIT = 32,     /* EXIT has been emitted; nothing more is to be done */
+    MEMBER_RENAMED = 64,  /* a restarted coordinator has given another id: to its peers the actor is a new one */
 };
 
 /* Copies the identity. False: out of memory. */

@@ -66,6 +66,7 @@ static void submit(struct probe *self, struct probed *probed, uint64_t now_ns, s
     body.token = token;
     body.n_token = tokens;
     body.prompt_tokens = request->tokens;
+    body.attention_incarnation = peer->incarnation;
     body.max_tokens = request->max_tokens;
     body.ignore_eos = true;
     body.sampling = &sampling;

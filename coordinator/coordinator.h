@@ -153,6 +153,7 @@ struct coordinator {
     bool learnt;             /* it has heard of an earlier coordinator's members */
     uint64_t learn_until_ns; /* it waits for more of them and publishes nothing; NEVER: no */
     uint32_t members_before; /* as many as they know of */
+    uint32_t returned;       /* of them, so many have come */
     bool changed; /* a new epoch is due at the end of this step */
     bool serving, placed, complained;
     uint64_t place_at_ns; /* NEVER: nobody to wait for */

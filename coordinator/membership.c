@@ -198,10 +198,19 @@ static void take_past(struct coordinator *self, struct seat *seat, const Troupe_
         self->epoch = hello->epoch;
     if (hello->operation > self->last_operation)
         self->last_operation = hello->operation;
+    self->returned++;
     seat->foreign_epoch = hello->epoch;
-    seat->ready = hello->ready;
-    if (hello->id > ACTOR_COORDINATOR && seat_find(self, hello->id) == NULL)
+    /* Who comes after an epoch without it has been published is somebody new to its peers, which have
+     * given it up; so is who finds its id taken. */
+    bool in_time = self->learn_until_ns != NEVER;
+    if (in_time && hello->id > ACTOR_COORDINATOR && seat_find(self, hello->id) == NULL) {
         seat->id = hello->id;
+        seat->ready = hello->ready;
+    } else {
+        if (hello->id > self->last_id)
+            self->last_id = hello->id;
+        seat->id = self->last_id + 1;
+    }
     if (seat->role == ROLE_EXPERT)
         copies_learn(self, seat, hello);
 }
@@ -224,11 +233,11 @@ static void take_more_past(struct coordinator *self, struct seat *seat, const Tr
 
 /* Everybody has come, or has had time to. */
 static void end_learning(struct coordinator *self, uint64_t now_ns, struct effects *out) {
-    bool complete = self->members_before > 0 && self->seats >= self->members_before;
+    bool complete = self->members_before > 0 && self->returned >= self->members_before;
     if (self->learn_until_ns == NEVER || (!complete && now_ns < self->learn_until_ns))
         return;
     self->learn_until_ns = NEVER;
-    effects_trace(out, TRACE_INFO, "learnt of %u members, %u were known of", self->seats,
+    effects_trace(out, TRACE_INFO, "learnt of %u members, %u were known of", self->returned,
                   self->members_before);
     copies_learnt(self, now_ns, out);
 }
@@ -241,7 +250,8 @@ void membership_on_stranger(struct coordinator *self, const message *envelope, u
     bool asks = envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT ||
                 envelope->body_case == TROUPE__ENVELOPE__BODY_HELLO;
     if (ghost != NULL && asks)
-        send_refused(self, ghost->id, ghost->incarnation, ghost->control_address,
+        /* not under its own id: that may be somebody else's by now, and the connection ends at once */
+        send_refused(self, self->last_id + 1, ghost->incarnation, ghost->control_address,
                      "removed from the troupe after missed heartbeats; start again to join", out);
     else if (envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT)
         send_rejoin(self, envelope, now_ns, out);

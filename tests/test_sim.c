@@ -99,7 +99,11 @@ static void test_shipped_scenarios(void **state) {
     (void)state;
     static const char *const FILES[] = {"expert-lost-while-others-load", "coordinator-restart", "one-way-partition",
                                         "corrupted-frames", "disk-error-while-repairing", "rolling-restart",
-                                        "gateway-and-coordinator-at-once"};
+                                        "gateway-and-coordinator-at-once",
+                                        "coordinator-gives-another-id",
+                                        "member-missing-in-one-epoch",
+                                        "submit-for-an-earlier-life",
+                                        "refusal-under-a-taken-id"};
     for (size_t i = 0; i < sizeof FILES / sizeof *FILES; i++) {
         char path[128];
         size_t size;

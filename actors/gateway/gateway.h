@@ -217,7 +217,9 @@ void upstream_leave(struct gateway *self, struct choice *choice, bool tell, uint
                     struct effects *out);
 void upstream_poll(struct gateway *self, struct choice *choice, uint64_t now_ns,
                    struct effects *out);
-void upstream_cancel(struct gateway *self, uint64_t sequence, actor_id actor, struct effects *out);
+/* The actor is told to forget the sequence, until it has. */
+void upstream_cancel(struct gateway *self, uint64_t sequence, actor_id actor, uint64_t incarnation,
+                     uint64_t now_ns, struct effects *out);
 /* This actor has no room now. */
 void upstream_busy(struct gateway *self, actor_id actor, uint64_t incarnation, uint64_t now_ns);
 /* A new epoch, or a lost peer: choices whose actor is gone, and those that wait, are placed. */

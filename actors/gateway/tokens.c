@@ -103,7 +103,7 @@ static void take_one(struct gateway *self, const message *envelope, const Troupe
     struct choice *choice = placed(self, envelope, tokens->sequence);
     if (choice == NULL) {
         upstream_cancel(self, tokens->sequence, envelope->from,
-                        out); /* an earlier CANCEL was lost, or overtaken */
+                        envelope->from_incarnation, now_ns, out); /* an earlier CANCEL was lost, or overtaken */
         return;
     }
     choice->request->admitted = true;

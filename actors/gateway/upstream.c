@@ -105,6 +105,7 @@ static void send_submit(struct gateway *self, const struct choice *choice, struc
     if (choice->tokens > 0)
         memcpy(submit.token + prompt->tokens, choice->token, choice->tokens * sizeof *submit.token);
     submit.prompt_tokens = prompt->tokens;
+    submit.attention_incarnation = choice->incarnation;
     submit.max_tokens = prompt->max_tokens;
     submit.min_tokens = (uint32_t)input->min_tokens;
     submit.ignore_eos = input->ignore_eos;
@@ -190,7 +191,8 @@ bool upstream_place(struct gateway *self, struct choice *choice, uint64_t now_ns
     return true;
 }
 
-void upstream_cancel(struct gateway *self, uint64_t sequence, actor_id actor, struct effects *out) {
+static void send_cancel(const struct gateway *self, uint64_t sequence, actor_id actor,
+                        struct effects *out) {
     Troupe__Cancel cancel = TROUPE__CANCEL__INIT;
     cancel.sequence = sequence;
     message envelope = member_envelope(&self->member);
@@ -202,6 +204,23 @@ void upstream_cancel(struct gateway *self, uint64_t sequence, actor_id actor, st
 static bool is_peer(const struct gateway *self, actor_id actor, uint64_t incarnation) {
     const struct peer *peer = member_peer(&self->member, actor);
     return peer != NULL && peer->incarnation == incarnation;
+}
+
+void upstream_cancel(struct gateway *self, uint64_t sequence, actor_id actor, uint64_t incarnation,
+                     uint64_t now_ns, struct effects *out) {
+    send_cancel(self, sequence, actor, out);
+    for (uint32_t i = 0; i < self->closings; i++)
+        if (self->closing[i].sequence == sequence && self->closing[i].actor == actor)
+            return;
+    self->closing = gateway_grow(self->closing, &self->closings_capacity, self->closings + 1,
+                                 sizeof *self->closing);
+    self->closing[self->closings++] = (struct closing){
+        .sequence = sequence,
+        .actor = actor,
+        .incarnation = incarnation,
+        .deadline_ns = now_ns + self->poll_ns,
+    };
+    wake(self, now_ns + self->poll_ns);
 }
 
 void upstream_leave(struct gateway *self, struct choice *choice, bool tell, uint64_t now_ns,
@@ -218,16 +237,7 @@ void upstream_leave(struct gateway *self, struct choice *choice, bool tell, uint
     choice->waiting_since_ns = now_ns;
     if (!is_peer(self, choice->actor, choice->incarnation))
         return;
-    upstream_cancel(self, choice->id, choice->actor, out);
-    self->closing = gateway_grow(self->closing, &self->closings_capacity, self->closings + 1,
-                                 sizeof *self->closing);
-    self->closing[self->closings++] = (struct closing){
-        .sequence = choice->id,
-        .actor = choice->actor,
-        .incarnation = choice->incarnation,
-        .deadline_ns = now_ns + self->poll_ns,
-    };
-    wake(self, now_ns + self->poll_ns);
+    upstream_cancel(self, choice->id, choice->actor, choice->incarnation, now_ns, out);
 }
 
 static void send_poll(struct gateway *self, uint64_t sequence, actor_id actor, uint32_t have,
