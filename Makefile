@@ -27,10 +27,27 @@ SOURCES := $(foreach folder,$(FOLDERS),$(wildcard $(folder)/*.c))
 ifneq ($(ARCH),x86_64)
 SOURCES := $(filter-out %_sse42.c %_avx512.c %_amx.c,$(SOURCES))
 endif
+# CUDA where it is (nvcc on the PATH or under CUDA_HOME; CUDA=0: leave it out) and NCCL beside it. Sanitizers do without.
+CUDA ?= 1
+ifneq ($(CUDA)$(SANITIZER),0$(SANITIZER))
+ifeq ($(SANITIZER),)
+NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc 2>/dev/null))
+endif
+endif
+ifneq ($(NVCC),)
+CUDA_ROOT := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+CUDA_LIBRARIES := $(firstword $(patsubst %/libcudart_static.a,%,$(wildcard $(addprefix $(CUDA_ROOT)/,lib64/libcudart_static.a lib/libcudart_static.a targets/*/lib/libcudart_static.a))))
+NCCL_HEADER := $(firstword $(wildcard $(addsuffix /nccl.h,$(NCCL_HOME)/include $(CUDA_ROOT)/include /usr/include)))
+endif
 MAIN := actors/host/main.c
-LIBRARY_SOURCES := $(filter-out $(MAIN),$(SOURCES))
+LIBRARY_SOURCES := $(filter-out $(MAIN) $(if $(NCCL_HEADER),%_without_cuda.c,%_with_cuda.c),$(SOURCES))
+KERNELS_CUDA := $(sort $(wildcard kernels/cuda/*.cu))
+CUDA_OBJECTS := $(if $(NVCC),$(KERNELS_CUDA:%.cu=$(BUILD)/%.o))
+# The kernels as plain C++ for the emulator of the tests.
+EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o
 OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o $(BUILD)/web/page.o
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+CUDA_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_cuda_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
 
 .PHONY: all help deps serve test format tidy clean
@@ -47,7 +64,7 @@ serve: deps ## install what is missing, build, serve the demo model on CPU until
 	$(BUILD)/troupe serve --model models/demo $(ARGS)
 
 test: deps ## build and run every test
-	@$(MAKE) --no-print-directory $(BUILD)/troupe tests-built
+	@$(MAKE) --no-print-directory $(BUILD)/troupe tests-built $(if $(NVCC),cuda)
 	@sh tests/run.sh $(BUILD)
 
 .PHONY: bench
@@ -64,7 +81,7 @@ bench-peers: deps ## the same beside llama.cpp on the same weights, taking turns
 	python3 bench/peers/compare.py --troupe $(BUILD)/troupe --model $(or $(MODEL),models/demo) --gguf build/peers/bf16.gguf $(ARGS)
 
 .PHONY: tests-built
-tests-built: $(TESTS)
+tests-built: $(TESTS) $(CUDA_TESTS)
 
 $(BUILD)/troupe: $(BUILD)/actors/host/main.o $(BUILD)/libtroupe.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
@@ -106,6 +123,54 @@ $(BUILD)/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
 	@echo "  CC $<"
 	@$(CC) $(CPPFLAGS) $(CFLAGS_BASE) $(ISA_FLAGS) $(CFLAGS) -MMD -MP -c -o $@ $<
 
+# ---- GPU: kernels/cuda by nvcc, and by the C++ compiler for the emulator ----
+NVCCFLAGS := -std=c++17 -O3 -fmad=false -ftz=true -prec-div=true -prec-sqrt=true -I. -Werror all-warnings \
+  -gencode=arch=compute_90a,code=sm_90a -Xcompiler -Wall,-Wextra,-Werror,-fno-strict-aliasing -Xptxas -v
+EMULATED_FLAGS := -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -I. -DTROUPE_EMULATED -Wall -Wextra \
+  -Wno-unknown-pragmas -Werror $(if $(SANITIZER),-fsanitize=$(SANITIZER) -fno-sanitize-recover=all -Wno-maybe-uninitialized)
+
+# What ptxas says of registers and spills stays beside the object; tests/cuda_spills.sh reads it.
+$(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu
+	@mkdir -p $(@D)
+	@echo "  NVCC $<"
+	@$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas) >&2; exit 1; }
+
+$(BUILD)/emulated/kernels/cuda/%.o: kernels/cuda/%.cu
+	@mkdir -p $(@D)
+	@echo "  CXX $<"
+	@$(CXX) $(EMULATED_FLAGS) -MMD -MP -x c++ -c -o $@ $<
+
+$(BUILD)/emulated/cuda_emulator.o: tests/support/cuda_emulator.cc
+	@mkdir -p $(@D)
+	@echo "  CXX $<"
+	@$(CXX) $(EMULATED_FLAGS) -MMD -MP -c -o $@ $<
+
+$(CUDA_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/gpu/%.o $(EMULATED) $(BUILD)/libtroupe.a
+	@echo "  LD $@"
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka -lstdc++
+
+# The same tests on a card.
+GPU_TESTS := $(CUDA_TESTS:$(BUILD)/tests/%=$(BUILD)/tests-gpu/%)
+LDLIBS_CUDA := $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt -lstdc++
+
+$(BUILD)/tests-gpu/gpu_card.o: tests/support/gpu_card.cc
+	@mkdir -p $(@D)
+	@echo "  CXX $<"
+	@$(CXX) -std=gnu++17 -O2 -g -I. -I$(CUDA_ROOT)/include -Wall -Wextra -Werror -MMD -MP -c -o $@ $<
+
+$(GPU_TESTS): $(BUILD)/tests-gpu/%: $(BUILD)/tests/gpu/%.o $(BUILD)/tests-gpu/gpu_card.o $(CUDA_OBJECTS) $(BUILD)/libtroupe.a
+	@echo "  LD $@"
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka $(LDLIBS_CUDA)
+
+.PHONY: cuda test-gpu
+cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS)) ## build everything for the GPU (needs nvcc, no card)
+	@$(if $(NVCC),true,echo "there is no nvcc: set CUDA_HOME or put it on the PATH" >&2; exit 1)
+
+test-gpu: cuda ## run the kernel tests on a card
+	@for test in $(GPU_TESTS); do echo "$$test"; $$test || exit 1; done
+
+-include $(EMULATED:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TESTS:$(BUILD)/tests/%=$(BUILD)/tests/gpu/%.d) $(BUILD)/tests-gpu/gpu_card.d
+
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_SUPPORT) $(BUILD)/libtroupe.a
 	@echo "  LD $@"
 	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka
@@ -145,7 +210,7 @@ bench-planner: $(BUILD)/tests/bench/planner ## the placement planner against EPL
 	$< $(or $(TRACES),$(wildcard ../shared/traces/*.safetensors))
 
 format: ## clang-format every source
-	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h'))
+	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh'))
 
 tidy: ## clang-tidy
 	clang-tidy $(LIBRARY_SOURCES) -- $(CPPFLAGS) -std=gnu17

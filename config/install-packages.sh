@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs the Debian packages that troupe needs and that are missing. The table of reasons is in README.md.
 set -eu
-packages="gcc make pkg-config libc6-dev libzmq3-dev libprotobuf-c-dev protobuf-c-compiler libmicrohttpd-dev libjansson-dev
+packages="gcc g++ make pkg-config libc6-dev libzmq3-dev libprotobuf-c-dev protobuf-c-compiler libmicrohttpd-dev libjansson-dev
 libyaml-dev libpcre2-dev libhwloc-dev libncurses-dev libsqlite3-dev libcmocka-dev curl"
 missing=""
 for package in $packages; do

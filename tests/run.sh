@@ -27,7 +27,7 @@ for test in "$build"/tests/test_*; do
     case "$test" in *.o | *.d) continue ;; esac
     run "$(basename "$test")" timeout 900 "$test"
 done
-for script in tests/live_*.sh; do
+for script in tests/check_*.sh tests/live_*.sh; do
     [ -f "$script" ] && run "$(basename "$script" .sh)" timeout 900 sh "$script"
 done
 echo "$passed passed, $failed failed"
