@@ -42,6 +42,13 @@ endif
 MAIN := actors/host/main.c
 LIBRARY_SOURCES := $(filter-out $(MAIN) $(if $(NCCL_HEADER),%_without_cuda.c,%_with_cuda.c),$(SOURCES))
 KERNELS_CUDA := $(sort $(wildcard kernels/cuda/*.cu))
+# What includes headers of CUDA; they are a library's, with warnings of their own.
+WITH_CUDA := $(if $(NCCL_HEADER),$(patsubst %.c,$(BUILD)/%.o,$(filter %_with_cuda.c,$(LIBRARY_SOURCES))))
+$(WITH_CUDA): CPPFLAGS += -isystem $(CUDA_ROOT)/include -isystem $(dir $(NCCL_HEADER))
+ifneq ($(WITH_CUDA),)
+LDLIBS += $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt
+LDFLAGS += $(addprefix -Wl$(comma)-rpath$(comma),$(firstword $(patsubst %/libnccl.so.2,%,$(wildcard $(dir $(NCCL_HEADER))../lib/libnccl.so.2 $(CUDA_LIBRARIES)/libnccl.so.2))))
+endif
 CUDA_OBJECTS := $(if $(NVCC),$(KERNELS_CUDA:%.cu=$(BUILD)/%.o))
 # The kernels as plain C++ for the emulator of the tests.
 EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o

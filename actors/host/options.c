@@ -79,6 +79,9 @@ static const struct option_row table[] = {
          "data plane: shared memory on one host and ZeroMQ between hosts, or one of them always "
          "(default auto)"),
     TEXT("cpus", cpus, "LIST", FOR_ACTORS, "run on these processors only, for instance 0-3,8"),
+    NUMBER("gpu", gpu, 0, 1023, FOR_WORKER,
+           "run next to this GPU and exchange rows with others that have one over NCCL (default: "
+           "none; see docs/gpu.md)"),
     NUMBER("memory-mib", memory_mib, 0, 1u << 30, FOR_SERVE | FOR_EXPERT,
            "weights that an expert process may hold, 0: no limit (default 0)"),
     TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
@@ -335,6 +338,7 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         .samplers = 1,
         .port = 8000,
         .listen_fd = UINT64_MAX,
+        .gpu = UINT64_MAX,
         .layer = UINT64_MAX,
         .max_tokens = 64,
         .policy = "troupe",

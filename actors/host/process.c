@@ -14,6 +14,7 @@
 
 #include "actors/host/clock.h"
 #include "actors/host/process_parts.h"
+#include "actors/host/transport_nccl.h"
 #include "proto/wire.h"
 
 #define FRAMES_PER_TURN   64
@@ -70,8 +71,19 @@ static void carry_send(struct process *self, const struct effect *effect) {
     }
 }
 
+/* Over NCCL, as long as the edge is up and the frame fits; else the other transports have it. */
+static bool post_between_gpus(struct process *self, struct outgoing *frame) {
+    actor_id to = frame->header.to;
+    if (self->nccl == NULL || !self->nccl->class->connected(self->nccl, to))
+        return false;
+    frame->seal = self->options->settings.frame_crc != 0;
+    return self->nccl->class->post_send(self->nccl, to, frame) == 0;
+}
+
 static void post_frame(struct process *self, struct outgoing *frame) {
     actor_id to = frame->header.to;
+    if (post_between_gpus(self, frame))
+        return;
     bool local = self->shm != NULL && self->shm->class->connected(self->shm, to);
     struct transport *transport = local ? self->shm : self->data_zmq;
     if (transport == NULL)
@@ -148,6 +160,8 @@ static void flush(struct process *self) {
         self->shm->class->flush(self->shm);
     if (self->data_zmq != NULL)
         self->data_zmq->class->flush(self->data_zmq);
+    if (self->nccl != NULL)
+        self->nccl->class->flush(self->nccl);
 }
 
 static void carry_compute(struct process *self, const struct effect *effect) {
@@ -203,6 +217,10 @@ static void connect_data(struct process *self, const struct effect *effect) {
                  failure.text);
     else
         log_line(TRACE_DEBUG, "edge to actor %u over %s", id, transport->class->name);
+    /* With a GPU on both ends: an edge between them as well, which is used once it is up. */
+    if (self->nccl != NULL && address_part(address, "nccl", part) &&
+        self->nccl->class->connect(self->nccl, id, effect->connect.incarnation, part, &failure) < 0)
+        log_line(TRACE_ERROR, "no edge between GPUs to actor %u: %s", id, failure.text);
 }
 
 static void carry_connect(struct process *self, const struct effect *effect) {
@@ -218,6 +236,8 @@ static void carry_disconnect(struct process *self, const struct effect *effect) 
         self->shm->class->disconnect(self->shm, id);
     if (self->data_zmq != NULL)
         self->data_zmq->class->disconnect(self->data_zmq, id);
+    if (self->nccl != NULL)
+        self->nccl->class->disconnect(self->nccl, id);
 }
 
 static void carry_out(struct process *self, const struct effect *effect) {
@@ -293,6 +313,18 @@ static bool drain_frames(struct process *self, struct transport *transport) {
         if (self->inject == NULL || !inject_deaf(self->inject))
             step(self, &(struct event){.kind = EVENT_FRAME, .frame = &incoming.frame});
         transport->class->release(transport, &incoming);
+        any = true;
+    }
+    return any;
+}
+
+/* Peers whose edge between GPUs broke down under frames. */
+static bool drain_lost(struct process *self) {
+    struct event event = {.kind = EVENT_PEER_LOST};
+    bool any = false;
+    while (self->nccl != NULL && !self->exiting &&
+           transport_nccl_lost(self->nccl, &event.peer.id, &event.peer.incarnation)) {
+        step(self, &event);
         any = true;
     }
     return any;
@@ -386,6 +418,8 @@ static void loop(struct process *self) {
         uint32_t seen = bell_seen(&self->bell);
         bool any = drain_frames(self, self->shm);
         any |= drain_frames(self, self->data_zmq);
+        any |= drain_frames(self, self->nccl);
+        any |= drain_lost(self);
         any |= drain_messages(self);
         any |= drain_http(self);
         any |= drain_loaded(self);
@@ -411,6 +445,9 @@ static void loop(struct process *self) {
         if (any || self->exiting)
             continue;
         uint64_t until = due < end_ns ? due : end_ns;
+        uint64_t edges_ns = self->nccl != NULL ? transport_nccl_deadline(self->nccl) : NEVER;
+        if (edges_ns < until)
+            until = edges_ns > now ? edges_ns : now;
         if (held_ns < until)
             until = held_ns > now ? held_ns : now;
         uint64_t sleep_ns = until - now < SLEEP_MAX_NS ? until - now : SLEEP_MAX_NS;

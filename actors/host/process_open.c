@@ -9,12 +9,19 @@
 
 #include "actors/host/clock.h"
 #include "actors/host/process_parts.h"
+#include "actors/host/transport_nccl.h"
 #include "actors/host/version.h"
 #include "proto/wire.h"
 
 #define WAITING_CONTROL (32u << 20) /* bytes for a peer that does not take its messages */
 #define WAITING_DATA    (256u << 20)
 #define DRAIN_MS        200
+/* Edges between GPUs: an offer is repeated, a communicator takes at most so long, the next try comes
+ * after a pause that doubles, and after so many failures rows stay with the other transports. */
+#define NCCL_RETRY_NS     100000000ull
+#define NCCL_MAKE_NS      20000000000ull
+#define NCCL_PAUSE_NS     500000000ull
+#define NCCL_FAILURES_MAX 8
 
 void process_run_id(const char *coordinator_address, char ret[static 17]) {
     uint64_t hash = 0xcbf29ce484222325u ^ getuid(); /* FNV-1a */
@@ -100,6 +107,11 @@ static int choose_addresses(struct process *self, struct failure *failure) {
                  (int)getpid());
     else
         snprintf(self->data_bind, sizeof self->data_bind, "%s", any);
+    if (in_run_dir[0] != 0 && options->bind == NULL)
+        snprintf(self->nccl_bind, sizeof self->nccl_bind, "%.*s/%d.nccl", directory, in_run_dir,
+                 (int)getpid());
+    else
+        snprintf(self->nccl_bind, sizeof self->nccl_bind, "%s", any);
     if (options->coordinator != NULL)
         snprintf(self->coordinator, sizeof self->coordinator, "%s", options->coordinator);
     else if (in_run_dir[0] != 0)
@@ -163,6 +175,13 @@ static uint64_t ring_bytes(const struct process *self) {
     return 4 * (uint64_t)frame > knob ? 4 * (uint64_t)frame : knob;
 }
 
+/* A frame of rows at the knobs' bounds; larger ones go over the other transports. */
+static size_t nccl_slot_bytes(const struct process *self) {
+    const uint32_t rows = self->options->settings.frame_rows;
+    const struct model_config *config = model_config(self->directory.model);
+    return frame_bytes(FRAME_COMBINE, rows, rows, 0, config->hidden * 4);
+}
+
 static int open_data(struct process *self, struct failure *failure) {
     const char *want = self->options->transport;
     struct transport_options transport = {
@@ -194,6 +213,62 @@ static int open_data(struct process *self, struct failure *failure) {
                          self->data_zmq->address, ADDRESS_BYTES_MAX);
     }
     return error;
+}
+
+/* Frames between GPUs, beside the transports that there always are. */
+static int open_nccl(struct process *self, struct failure *failure) {
+    const struct settings *settings = &self->options->settings;
+    struct transport_options transport = {
+        .name = self->stem,
+        .incarnation = self->identity.incarnation,
+        .bell = &self->bell,
+        .bind = self->nccl_bind,
+        .towards = self->coordinator,
+        .zmq_context = self->zmq,
+        .check_crc = settings->frame_crc != 0,
+        .waiting_bytes_max = WAITING_DATA,
+    };
+    const uint64_t timeout_ns = settings->nccl_timeout_ms * 1000000ull;
+    struct nccl_options nccl = {
+        .now_ns = clock_now_ns,
+        .channels_max = (int)settings->nccl_channels,
+        .edge = {.slots = settings->nccl_slots,
+                 .slot_bytes = (uint32_t)nccl_slot_bytes(self),
+                 .offer_retry_ns = NCCL_RETRY_NS,
+                 .make_ns = NCCL_MAKE_NS,
+                 .frame_ns = timeout_ns,
+                 .pause_ns = NCCL_PAUSE_NS,
+                 .failures_max = NCCL_FAILURES_MAX},
+    };
+    int error = gpu_device_fits(&self->gpu, 2ull * nccl.edge.slots * nccl.edge.slot_bytes,
+                                "buffers of one edge", failure);
+    if (error == 0)
+        error = nccl_api_open(&nccl.api, self->gpu.index, failure);
+    if (error == 0)
+        error = nccl_post_open(&nccl.post, &transport, failure);
+    if (error == 0)
+        error = transport_nccl_open(&self->nccl, &transport, &nccl, failure);
+    if (error < 0)
+        return error;
+    const size_t used = strlen(self->data_address), room = sizeof self->data_address - used;
+    if (snprintf(self->data_address + used, room, "%snccl=%s", used > 0 ? ";" : "",
+                 self->nccl->address) >= (int)room)
+        return fail(failure, ERR_TOO_LARGE, "the data address with %s does not fit into %d bytes",
+                    self->nccl->address, ADDRESS_BYTES_MAX);
+    return 0;
+}
+
+static int open_gpu(struct process *self, struct failure *failure) {
+    int error = gpu_device_open(&self->gpu, (uint32_t)self->options->gpu, failure);
+    if (error == 0 && self->options->cpus == NULL)
+        error = gpu_device_pin(&self->gpu, failure);
+    if (error < 0)
+        return error;
+    log_line(TRACE_INFO, "GPU %u: %s, %llu of %llu MiB free%s", self->gpu.index, self->gpu.name,
+             (unsigned long long)(self->gpu.free_bytes >> 20),
+             (unsigned long long)(self->gpu.total_bytes >> 20),
+             error > 0 ? ", on the processors next to it" : "");
+    return 0;
 }
 
 static int open_engine(struct process *self, struct failure *failure) {
@@ -331,6 +406,8 @@ static int create_actor(struct process *self, struct failure *failure) {
 int process_open(struct process *self, struct failure *failure) {
     const struct options *options = self->options;
     int error = options->cpus != NULL ? pin(options->cpus, failure) : 0;
+    if (error == 0 && options->gpu != UINT64_MAX)
+        error = open_gpu(self, failure);
     if (error == 0)
         error = choose_addresses(self, failure);
     if (error == 0)
@@ -350,6 +427,8 @@ int process_open(struct process *self, struct failure *failure) {
     error = open_control(self, failure);
     if (error == 0 && has_data_plane(self->role))
         error = open_data(self, failure);
+    if (error == 0 && options->gpu != UINT64_MAX)
+        error = open_nccl(self, failure);
     if (error == 0 && has_data_plane(self->role))
         error = open_engine(self, failure);
     if (error < 0)
@@ -386,9 +465,12 @@ void process_close(struct process *self) {
     inject_close(&self->inject);
     log_counters(self->shm);
     log_counters(self->data_zmq);
+    log_counters(self->nccl);
     http_close(&self->http, self->exit_code == 0 ? DRAIN_MS : 0);
     loader_close(&self->loader);
     mailbox_close(&self->control, self->exit_code == 0 ? DRAIN_MS : 0);
+    if (self->nccl != NULL)
+        self->nccl->class->close(&self->nccl);
     if (self->shm != NULL)
         self->shm->class->close(&self->shm);
     if (self->data_zmq != NULL)

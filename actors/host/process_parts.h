@@ -13,6 +13,7 @@
 #include "actors/host/mailbox.h"
 #include "actors/host/pool.h"
 #include "actors/host/process.h"
+#include "actors/host/gpu_device.h"
 #include "actors/host/transport.h"
 
 #define COMPUTED_MAX 256 /* programs of one step that have not been delivered */
@@ -24,7 +25,7 @@ struct process {
     struct actor_identity identity;
     char name[64], host[ADDRESS_BYTES_MAX], stem[STEM_BYTES], coordinator[ADDRESS_BYTES_MAX],
         data_address[ADDRESS_BYTES_MAX], control_bind[ADDRESS_BYTES_MAX],
-        data_bind[ADDRESS_BYTES_MAX], profile[PROFILE_NAME_BYTES];
+        data_bind[ADDRESS_BYTES_MAX], nccl_bind[ADDRESS_BYTES_MAX], profile[PROFILE_NAME_BYTES];
     void *zmq;
     struct bell bell;
     struct model_directory directory;
@@ -35,7 +36,8 @@ struct process {
     struct loader *loader;
     struct mailbox *control;
     struct inject *inject; /* NULL: no faults on purpose */
-    struct transport *shm, *data_zmq; /* NULL: not used */
+    struct transport *shm, *data_zmq, *nccl; /* NULL: not used */
+    struct gpu_device gpu;                  /* where there is one */
     struct http *http;
     struct actor *actor;
     struct effects effects;
