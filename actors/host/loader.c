@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 
+#include "actors/host/background.h"
 #include "actors/host/thread.h"
 #include "kernels/numerics.h"
 
@@ -14,6 +15,7 @@ struct loader {
     const struct model_directory *directory;
     const struct kernels *kernels;
     struct bell *bell;
+    uint32_t nice;
     pthread_t thread;
     pthread_mutex_t mutex; /* of everything below */
     pthread_cond_t changed;
@@ -60,6 +62,7 @@ static void pack(struct loader *self, struct loaded *item) {
 
 static void *run(void *argument) {
     struct loader *self = argument;
+    background_enter(self->nice);
     numerics_enter();
     pthread_mutex_lock(&self->mutex);
     while (!self->stop) {
@@ -79,13 +82,15 @@ static void *run(void *argument) {
 }
 
 int loader_open(struct loader **ret, const struct model_directory *directory,
-                const struct kernels *kernels, struct bell *bell, struct failure *failure) {
+                const struct kernels *kernels, struct bell *bell, uint32_t nice,
+                struct failure *failure) {
     struct loader *self = calloc(1, sizeof *self);
     if (self == NULL)
         return fail(failure, ERR_NO_MEMORY, "no memory for the loader");
     self->directory = directory;
     self->kernels = kernels;
     self->bell = bell;
+    self->nice = nice;
     self->wanted.last = &self->wanted.first;
     self->done.last = &self->done.first;
     pthread_mutex_init(&self->mutex, NULL);

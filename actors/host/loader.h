@@ -16,7 +16,8 @@ struct loaded {
 
 struct loader;
 int loader_open(struct loader **ret, const struct model_directory *directory,
-                const struct kernels *kernels, struct bell *bell, struct failure *failure);
+                const struct kernels *kernels, struct bell *bell, uint32_t nice,
+                struct failure *failure);
 /* Finishes what is being packed and forgets the rest. */
 void loader_close(struct loader **self);
 /* `error` != 0: it fails with that, as if the disk or the memory had (a fault on purpose). */

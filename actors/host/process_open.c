@@ -7,6 +7,7 @@
 #include <unistd.h>
 #include <zmq.h>
 
+#include "actors/host/background.h"
 #include "actors/host/clock.h"
 #include "actors/host/process_parts.h"
 #include "actors/host/transport_nccl.h"
@@ -271,13 +272,10 @@ static int open_gpu(struct process *self, struct failure *failure) {
     return 0;
 }
 
-static int open_engine(struct process *self, struct failure *failure) {
+/* In the background: packing a model's weights takes the processor from processes that serve. */
+static int pack_engine(void *argument, struct failure *failure) {
+    struct process *self = argument;
     const struct settings *settings = &self->options->settings;
-    int threads = settings->threads > 0 ? (int)settings->threads : pool_processors();
-    self->identity.threads = (uint32_t)threads;
-    int error = pool_open(&self->pool, threads, failure);
-    if (error < 0)
-        return error;
     struct engine_options engine = {
         .role = ENGINE_ATTENTION,
         .kernels = self->kernels,
@@ -293,9 +291,19 @@ static int open_engine(struct process *self, struct failure *failure) {
     } else if (self->role == ROLE_SAMPLER) {
         engine.role = ENGINE_SAMPLER;
     }
-    error = engine_open(&self->engine, self->directory.model, &engine, failure);
+    return engine_open(&self->engine, self->directory.model, &engine, failure);
+}
+
+static int open_engine(struct process *self, struct failure *failure) {
+    const struct settings *settings = &self->options->settings;
+    int threads = settings->threads > 0 ? (int)settings->threads : pool_processors();
+    self->identity.threads = (uint32_t)threads;
+    int error = pool_open(&self->pool, threads, failure);
+    if (error == 0)
+        error = background_run(settings->background_nice, pack_engine, self, failure);
     if (error == 0 && self->role == ROLE_EXPERT)
-        error = loader_open(&self->loader, &self->directory, self->kernels, &self->bell, failure);
+        error = loader_open(&self->loader, &self->directory, self->kernels, &self->bell,
+                            settings->background_nice, failure);
     if (error == 0 && self->role != ROLE_EXPERT) /* an expert actor counts what it is assigned */
         self->identity.memory_bytes = engine_memory_bytes(self->engine);
     model_directory_forget(&self->directory);
@@ -382,6 +390,11 @@ static int open_coordinator(struct process *self, struct failure *failure) {
     return error < 0 ? error : http_open(&self->http, socket, &self->bell, failure);
 }
 
+static int open_model(void *argument, struct failure *failure) {
+    struct process *self = argument;
+    return model_directory_open(&self->directory, self->options->model, failure);
+}
+
 static int create_actor(struct process *self, struct failure *failure) {
     const struct settings *settings = &self->options->settings;
     const struct model_config *config = model_config(self->directory.model);
@@ -411,7 +424,7 @@ int process_open(struct process *self, struct failure *failure) {
     if (error == 0)
         error = choose_addresses(self, failure);
     if (error == 0)
-        error = model_directory_open(&self->directory, options->model, failure);
+        error = background_run(options->settings.background_nice, open_model, self, failure);
     if (error == 0 && (self->kernels = options_kernels(options, failure)) == NULL)
         error = failure->code;
     self->identity.incarnation = clock_random();
@@ -462,6 +475,7 @@ static void log_counters(const struct transport *transport) {
 
 void process_close(struct process *self) {
     process_catch_signals(NULL);
+    background_enter(self->options->settings.background_nice); /* nobody waits for it any more */
     inject_close(&self->inject);
     log_counters(self->shm);
     log_counters(self->data_zmq);

@@ -77,6 +77,7 @@ struct serve {
     unsigned scales;
     char (*started)[48]; /* names of all that SCALEs have started */
     unsigned starteds;
+    uint64_t grown_ns; /* when the last of them is started */
     void *zmq, *to_coordinator;
     struct probe_http probe;
     uint64_t asked_ns;
@@ -437,6 +438,14 @@ static struct scale *find_scale(struct serve *self, uint64_t coordinator, uint64
     return NULL;
 }
 
+/* One after the other: even what a process does before it knows what it is takes time from those that serve. */
+static uint64_t next_start_ns(struct serve *self) {
+    uint64_t now = clock_now_ns(),
+             next = self->grown_ns + (uint64_t)self->options->settings.start_pace_ms * 1000000u;
+    self->grown_ns = next > now ? next : now;
+    return self->grown_ns;
+}
+
 static struct scale *carry_out_scale(struct serve *self, uint64_t coordinator, const Troupe__Scale *scale) {
     struct scale *ret = &self->scale[self->scales++ % SCALES_KEPT];
     *ret = (struct scale){coordinator, scale->operation, self->starteds, 0};
@@ -446,7 +455,8 @@ static struct scale *carry_out_scale(struct serve *self, uint64_t coordinator, c
             child->leaving = true;
     }
     for (uint32_t i = 0; i < scale->start; i++) {
-        const struct child *child = new_child(self, (enum role)scale->role);
+        struct child *child = new_child(self, (enum role)scale->role);
+        child->start_at_ns = next_start_ns(self);
         self->started = realloc(self->started, (self->starteds + 1) * sizeof *self->started);
         ASSERT(self->started != NULL);
         memcpy(self->started[self->starteds++], child->name, sizeof child->name);
