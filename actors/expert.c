@@ -38,6 +38,7 @@ struct expert {
     uint32_t frame_items_max, row_bytes;
     uint8_t *pair;            /* [layers * experts] enum pair_state */
     uint32_t *pair_bytes_kib; /* [layers * experts] of held pairs, rounded up */
+    uint8_t *placed;          /* [layers * experts] 1: here, says the adopted epoch */
     uint32_t pairs, loading, held;
     uint32_t wanted;      /* pairs in PAIR_WANTED */
     uint32_t failed;      /* pairs in PAIR_FAILED */
@@ -232,22 +233,36 @@ static void on_loaded(struct expert *self, const struct event *event, struct eff
     check_complete(self, out);
 }
 
-/* For a coordinator that was started again: what is held, then what is being loaded or was to be. */
+static void take_placement(struct expert *self, const Troupe__Commit *commit) {
+    memset(self->placed, 0, self->pairs);
+    for (size_t i = 0; i < commit->n_holder; i++)
+        if (commit->holder[i] == self->member.id && in_model(self, commit->layer[i], commit->expert[i]))
+            self->placed[place_of(self, commit->layer[i], commit->expert[i])] = 1;
+}
+
+/* For a coordinator that was started again: what is held, that which others know to be here first; then what is
+ * being loaded or was to be. */
 static void describe_holdings(const struct member *member, Troupe__Hello *hello,
                               struct effects *out) {
     const struct expert *self =
         (const struct expert *)((const char *)member - offsetof(struct expert, member));
     uint32_t *layer = effects_alloc(out, ((size_t)self->pairs + 1) * sizeof *layer);
     uint32_t *expert = effects_alloc(out, ((size_t)self->pairs + 1) * sizeof *expert);
-    uint32_t held = 0, others = self->held;
+    uint32_t placed = 0, held, others = self->held;
+    for (uint32_t place = 0; place < self->pairs; place++)
+        placed += self->pair[place] == PAIR_HELD && self->placed[place];
+    hello->placed = held = placed;
+    placed = 0;
     for (uint32_t place = 0; place < self->pairs; place++) {
         if (self->pair[place] == PAIR_ABSENT || self->pair[place] == PAIR_FAILED)
             continue;
-        uint32_t at = self->pair[place] == PAIR_HELD ? held++ : others++;
+        uint32_t at = self->pair[place] != PAIR_HELD ? others++
+                      : self->placed[place]          ? placed++
+                                                     : held++;
         layer[at] = place / self->config.experts;
         expert[at] = place % self->config.experts;
     }
-    ASSERT(held == self->held);
+    ASSERT(held == self->held && placed == hello->placed);
     hello->held = held;
     hello->operation = self->operation;
     hello->n_layer = hello->n_expert = others;
@@ -387,6 +402,8 @@ static void expert_step(struct actor *actor, const struct event *event, uint64_t
     uint32_t news = member_step(&self->member, event, now_ns, out);
     if ((news & MEMBER_EXIT) != 0)
         return;
+    if ((news & MEMBER_COMMITTED) != 0)
+        take_placement(self, event->message->commit);
     if ((news & (MEMBER_DONE | MEMBER_COMMITTED)) == 0) {
         if (event->kind == EVENT_MESSAGE)
             on_message(self, event->message, out);
@@ -418,6 +435,7 @@ static void expert_destroy(struct actor *actor) {
     struct expert *self = (struct expert *)actor;
     free(self->pair);
     free(self->pair_bytes_kib);
+    free(self->placed);
     member_free(&self->member);
     free(self);
 }
@@ -441,7 +459,8 @@ struct actor *expert_create(const struct actor_identity *identity, const struct 
     self->pairs = config->layers * config->experts;
     self->pair = calloc((size_t)self->pairs + 1, sizeof *self->pair);
     self->pair_bytes_kib = calloc((size_t)self->pairs + 1, sizeof *self->pair_bytes_kib);
-    if (self->pair == NULL || self->pair_bytes_kib == NULL ||
+    self->placed = calloc((size_t)self->pairs + 1, sizeof *self->placed);
+    if (self->pair == NULL || self->pair_bytes_kib == NULL || self->placed == NULL ||
         !member_init(&self->member, identity, settings, capacity_bytes, 0,
                      ROLE_BIT(ROLE_ATTENTION))) {
         expert_destroy(&self->actor);

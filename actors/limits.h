@@ -19,6 +19,7 @@
 #define ACTORS_MAX             1024
 #define REPLICAS_MAX           64
 #define ADDRESS_BYTES_MAX      256
+#define OPERATIONS_MAX         64 /* of the coordinator, kept in its list */
 #define CONTROL_MESSAGE_MAX    (16u << 20) /* packed bytes of one control message */
 
 /* Data plane. */

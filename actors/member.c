@@ -78,6 +78,7 @@ bool member_init(struct member *self, const struct actor_identity *identity,
 
 void member_free(struct member *self) {
     free(self->strings);
+    free(self->operations);
     free(self->peer);
     memset(self, 0, sizeof *self);
 }
@@ -128,7 +129,11 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
     hello.pid = identity->pid;
     hello.name = (char *)identity->name;
     hello.threads = identity->threads;
+    Troupe__Operations *operations = NULL;
     if (self->rejoining != 0) {
+        if (self->operations != NULL)
+            operations = troupe__operations__unpack(NULL, self->operations_bytes, self->operations);
+        hello.operations = operations;
         hello.id = self->id;
         hello.epoch = self->epoch;
         hello.members = self->epoch > 0 ? self->peers + 1 : 0;
@@ -141,6 +146,8 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
     envelope.body_case = TROUPE__ENVELOPE__BODY_HELLO;
     envelope.hello = &hello;
     effects_send(out, ACTOR_COORDINATOR, &envelope);
+    if (operations != NULL)
+        troupe__operations__free_unpacked(operations, NULL);
     self->hello_at_ns = now_ns + self->hello_retry_ns;
 }
 
@@ -285,6 +292,18 @@ static void take_members(struct member *self, const Troupe__Commit *commit, stru
     qsort(self->peer, self->peers, sizeof *self->peer, compare_peers);
 }
 
+/* Kept for whoever coordinates next. */
+static void keep_operations(struct member *self, const Troupe__Operations *operations) {
+    free(self->operations);
+    self->operations = NULL;
+    if (operations == NULL)
+        return;
+    self->operations_bytes = troupe__operations__get_packed_size(operations);
+    self->operations = malloc(self->operations_bytes + 1);
+    ASSERT(self->operations != NULL && "memory for operations");
+    troupe__operations__pack(operations, self->operations);
+}
+
 static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uint64_t now_ns,
                           struct effects *out) {
     if (self->id == 0 || commit->epoch <= self->epoch)
@@ -298,6 +317,7 @@ static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uin
     take_members(self, commit, out);
     self->epoch = commit->epoch;
     self->bias_version = commit->bias_version;
+    keep_operations(self, commit->operations);
     self->draining = own->state == TROUPE__ACTOR_STATE__STATE_DRAINING;
     self->ready = self->draining || own->state == TROUPE__ACTOR_STATE__STATE_READY;
     self->serving = commit->serving && self->ready;

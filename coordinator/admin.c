@@ -135,6 +135,8 @@ static json_t *describe_operation(const struct coordinator *self, const struct o
     } else if (operation->changes > 1) {
         json_object_set_new(json, "copies", json_integer(operation->changes));
     }
+    if (operation->automatic)
+        json_object_set_new(json, "automatic", json_true());
     json_t *processes = json_array();
     for (uint32_t i = 0; i < operation->parties; i++)
         json_array_append_new(processes, json_string(operation->party[i].name));
@@ -341,13 +343,13 @@ static void on_replicate(const struct admin *admin) {
 static void on_rebalance(const struct admin *admin) {
     struct failure failure = {0};
     struct rebalance plan = {0};
-    uint32_t spare = 0;
-    bool dry_run = json_is_true(json_object_get(admin->body, "dry_run"));
+    struct rebalance_wish wish = {.spare = admin->self->settings.rebalance_spare,
+                                  .dry_run = json_is_true(json_object_get(admin->body, "dry_run"))};
     int error = 0;
     if (json_object_get(admin->body, "spare") != NULL)
-        error = take_number(admin, "spare", &spare, &failure);
+        error = take_number(admin, "spare", &wish.spare, &failure);
     if (error == 0)
-        error = rebalance(admin->self, spare, dry_run, admin->now_ns, &plan, &failure);
+        error = rebalance(admin->self, &wish, admin->now_ns, &plan, &failure);
     if (error < 0) {
         answer_failure(admin, 0, &failure);
         return;

@@ -119,9 +119,11 @@ static void forgive_own_absence(struct coordinator *self, uint64_t now_ns) {
 static void on_timer(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     membership_timer(self, now_ns, out);
     recording_timer(self, now_ns);
+    recent_timer(self, now_ns);
     membership_review(self, now_ns, out);
     copies_review(self, now_ns, out);
     operations_step(self, now_ns, out);
+    policy_timer(self, now_ns, out);
     if (now_ns >= self->statistics_at_ns) {
         statistics_send(self, now_ns, out);
         self->statistics_at_ns = now_ns + self->heartbeat_ns;
@@ -173,6 +175,7 @@ static uint64_t coordinator_deadline(const struct actor *actor) {
     uint64_t own = smaller(self->statistics_at_ns, self->learn_until_ns);
     if (self->recording.on)
         own = smaller(own, self->recording.next_ns);
+    own = smaller(own, policy_deadline(self));
     return smaller(smaller(own, operations_deadline(self)),
                    smaller(membership_deadline(self), copies_deadline(self)));
 }
@@ -211,6 +214,9 @@ static void coordinator_destroy(struct actor *actor) {
     free(self->wanted);
     free(self->scratch);
     free(self->load_of_gone);
+    free(self->recent);
+    free(self->past);
+    free(self->counted);
     free(self->strings);
     free(self);
 }
@@ -244,10 +250,13 @@ static bool allocate(struct coordinator *self) {
     self->wanted = calloc(pairs, sizeof *self->wanted);
     self->scratch = calloc((size_t)6 * ACTORS_MAX, sizeof *self->scratch);
     self->load_of_gone = calloc(pairs, sizeof *self->load_of_gone);
+    self->recent = calloc(pairs, sizeof *self->recent);
+    self->counted = calloc(pairs, sizeof *self->counted);
     return self->seat != NULL && self->ghost != NULL && self->is_moe != NULL &&
            self->home != NULL && self->targets != NULL && self->actives != NULL &&
            self->waiting != NULL && self->owner != NULL && self->current != NULL &&
-           self->wanted != NULL && self->scratch != NULL && self->load_of_gone != NULL;
+           self->wanted != NULL && self->scratch != NULL && self->load_of_gone != NULL &&
+           self->recent != NULL && self->counted != NULL;
 }
 
 static uint64_t estimate_expert_bytes(const struct coordinator *self) {

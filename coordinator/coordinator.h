@@ -3,10 +3,14 @@
  *   membership.c   seats: HELLO to loss, readiness, epochs (COMMIT), fencing
  *   copies.c       copies of experts: ASSIGN, READY, RELEASE
  *   placement.c    what should be where
- *   operations.c   what people ask for: replicate, move, drain, scale, cancel
+ *   operations.c   what people ask for: replicate, move, cancel; phases
+ *   scaling.c      drain, scale
+ *   restart.c      operations of an earlier coordinator
  *   rebalance.c    the planner's view of the troupe, and what its plan changes
+ *   policy.c       what it does by itself, and limits
  *   admin.c        the same over HTTP
- *   statistics.c   STATS and STATUS */
+ *   statistics.c   STATS and STATUS
+ *   recent.c       loads and speeds of late */
 #ifndef TROUPE_COORDINATOR_H
 #define TROUPE_COORDINATOR_H
 
@@ -31,6 +35,12 @@ enum copy_bits {
     COPY_ACTIVE = 2, /* serves it in the current epoch */
 };
 
+/* A running total, and how much of it is of late (recent.c). */
+struct rolling {
+    uint64_t total, counted;
+    double recent;
+};
+
 /* A member as the coordinator knows it. */
 struct seat {
     actor_id id;
@@ -53,6 +63,7 @@ struct seat {
     uint64_t *load; /* [pairs] attention: rows routed, running totals */
 
     /* expert */
+    struct rolling rows, busy_ns; /* computed, and how long that took */
     uint32_t capacity; /* pairs it may hold */
     uint32_t room;     /* as its HELLO said; capacity is less for a while after a load has failed */
     uint32_t failures; /* loads, since one succeeded */
@@ -115,6 +126,8 @@ struct operation {
     uint32_t count;                      /* scale: wanted */
     bool starting;                       /* scale: up */
     bool told;                           /* the supervisor knows all that it must */
+    bool automatic;                      /* nobody asked for it (policy.c) */
+    uint64_t begun_by; /* incarnation of the coordinator */
     uint64_t began_ns, ended_ns, epoch, tell_at_ns;
     struct change *change; /* owned */
     uint32_t changes;
@@ -122,7 +135,6 @@ struct operation {
     uint32_t parties;
     char reason[FAILURE_TEXT_BYTES]; /* why it was aborted */
 };
-#define OPERATIONS_MAX 64u
 
 /* Loads per window, recorded on request. */
 struct recording {
@@ -154,6 +166,9 @@ struct coordinator {
     uint64_t learn_until_ns; /* it waits for more of them and publishes nothing; NEVER: no */
     uint32_t members_before; /* as many as they know of */
     uint32_t returned;       /* of them, so many have come */
+    uint8_t *past; /* packed operations of an earlier coordinator, of the newest epoch heard of; NULL: none */
+    size_t past_bytes;
+    uint64_t past_epoch;
     bool changed; /* a new epoch is due at the end of this step */
     bool serving, placed, complained;
     uint64_t place_at_ns; /* NEVER: nobody to wait for */
@@ -173,6 +188,10 @@ struct coordinator {
     uint32_t *current, *wanted; /* planning: [pairs] */
     uint32_t *scratch;          /* planning: [6 * ACTORS_MAX] */
     uint64_t *load_of_gone;     /* [pairs] totals of attention actors that left */
+    double *recent;             /* [pairs] rows of late, up to the end of the last window */
+    uint64_t *counted;          /* [pairs] totals then */
+    uint64_t recent_at_ns;      /* end of the next window; 0: none has begun */
+    uint64_t rebalance_at_ns;   /* by itself; 0: not set yet */
     char description[160];
 };
 
@@ -239,7 +258,7 @@ int operation_scale(struct coordinator *self, enum role role, uint32_t count, ui
                     struct effects *out, uint64_t *ret_id, struct failure *failure);
 /* Every change belongs to one pair or another; takes the list, which malloc made. */
 int operation_rebalance(struct coordinator *self, struct change **changes, uint32_t count,
-                        uint64_t now_ns, uint64_t *ret_id, struct failure *failure);
+                        bool automatic, uint64_t now_ns, uint64_t *ret_id, struct failure *failure);
 int operation_cancel(struct coordinator *self, uint64_t id, uint64_t now_ns, struct effects *out,
                      struct failure *failure);
 void operation_supersede(struct coordinator *self, uint64_t id, uint64_t now_ns,
@@ -258,6 +277,10 @@ const char *operation_kind_name(enum operation_kind kind);
 const char *operation_phase_name(enum operation_phase phase);
 bool operation_ended(const struct operation *operation);
 
+/* restart.c */
+void operations_learn(struct coordinator *self, const Troupe__Hello *hello);
+void operations_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
+
 /* rebalance.c */
 struct rebalance {
     uint32_t moves; /* copies that somebody must load */
@@ -265,8 +288,27 @@ struct rebalance {
     bool proposed;        /* false: nothing pays */
     uint64_t id;          /* of the operation; 0: none was begun */
 };
-int rebalance(struct coordinator *self, uint32_t spare, bool dry_run, uint64_t now_ns,
+struct rebalance_wish {
+    uint32_t spare;   /* copies per layer beyond one of each expert */
+    double threshold; /* nothing is planned at this mean balancedness or above; 0: always */
+    bool dry_run, automatic;
+};
+int rebalance(struct coordinator *self, const struct rebalance_wish *wish, uint64_t now_ns,
               struct rebalance *ret, struct failure *failure);
+
+/* policy.c */
+struct policy_limits {
+    uint32_t least, most; /* processes of a role */
+    const char *least_name, *most_name; /* knobs */
+};
+struct policy_limits policy_limits(const struct coordinator *self, enum role role);
+/* `here`: processes of the role that stay so far. */
+int policy_check_scale(const struct coordinator *self, enum role role, uint32_t here, uint32_t count,
+                       struct failure *failure);
+int policy_check_leaving(const struct coordinator *self, enum role role, uint32_t here,
+                         uint32_t going, struct failure *failure);
+void policy_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
+uint64_t policy_deadline(const struct coordinator *self);
 
 /* admin.c */
 void admin_on_request(struct coordinator *self, const struct http_request *request,
@@ -278,6 +320,11 @@ void statistics_take_loads(struct coordinator *self, struct seat *seat,
                            const Troupe__Heartbeat *heartbeat);
 void statistics_forget(struct coordinator *self, const struct seat *seat);
 void statistics_send(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* recent.c */
+void recent_timer(struct coordinator *self, uint64_t now_ns);
+void recent_take(struct seat *seat, const Troupe__Heartbeat *heartbeat);
+double recent_load(const struct coordinator *self, uint32_t pair); /* rows, as if all were of late */
+double recent_row_ns(const struct seat *seat); /* what a row takes there; 0: not known */
 /* Windows of loads, from start to stop; kept until the next start. */
 int recording_start(struct coordinator *self, uint64_t window_ms, uint64_t now_ns,
                     struct failure *failure);

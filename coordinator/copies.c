@@ -371,10 +371,11 @@ void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hel
             continue;
         uint32_t pair = hello->layer[i] * self->config.experts + hello->expert[i];
         seat->assigned[pair] = i < hello->held ? ASSIGNED_HELD : ASSIGNED_BEFORE;
-        if (i >= hello->held || self->targets[pair] > 0)
+        if (i >= hello->held || i >= hello->placed)
             continue;
-        self->home[pair] = seat->id;
-        copy_set_target(self, seat, pair, true);
+        if (self->targets[pair] == 0)
+            self->home[pair] = seat->id;
+        copy_set_target(self, seat, pair, true); /* replicas that were wanted are wanted */
         if (seat->ready)
             set_active(self, seat, pair, true);
     }
@@ -396,9 +397,25 @@ void copies_learn_more(struct coordinator *self, struct seat *seat, const Troupe
         begin_order(self, seat, seat->order, now_ns, out);
 }
 
+/* What is in nobody's epoch, but held, serves all the same. */
+static void adopt_orphans(struct coordinator *self) {
+    for (uint32_t i = 0; i < self->seats; i++)
+        for (uint32_t pair = 0; self->seat[i].copy != NULL && pair < self->pairs; pair++) {
+            struct seat *seat = &self->seat[i];
+            if (self->targets[pair] > 0 || seat->assigned[pair] != ASSIGNED_HELD)
+                continue;
+            self->home[pair] = seat->id;
+            copy_set_target(self, seat, pair, true);
+            if (seat->ready)
+                set_active(self, seat, pair, true);
+        }
+}
+
 /* Epochs that others reported since may be larger; from the next one on the copies learnt of count. */
 void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     bool some = false;
+    adopt_orphans(self);
+    operations_learnt(self, now_ns, out);
     for (uint32_t pair = 0; pair < self->pairs; pair++)
         some = some || self->actives[pair] > 0;
     for (uint32_t i = 0; i < self->seats; i++)

@@ -14,7 +14,7 @@
  * only grows; 3. an incarnation that this coordinator removed never becomes a member again (it
  * is told to end); 4. `serving` is true only if every (layer, expert) has a ready holder and a
  * ready attention actor and sampler exist. */
-#include "coordinator/coordinator.h"
+#include "coordinator/operations.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -211,6 +211,7 @@ static void take_past(struct coordinator *self, struct seat *seat, const Troupe_
             self->last_id = hello->id;
         seat->id = self->last_id + 1;
     }
+    operations_learn(self, hello);
     if (seat->role == ROLE_EXPERT)
         copies_learn(self, seat, hello);
 }
@@ -420,6 +421,7 @@ Troupe__Commit *membership_commit(const struct coordinator *self, struct effects
     troupe__commit__init(commit);
     commit->epoch = self->epoch;
     commit->serving = self->serving;
+    commit->operations = operations_message(self, out);
     commit->n_member = self->seats;
     commit->member = effects_alloc(out, self->seats * sizeof *commit->member);
     for (uint32_t i = 0; i < self->seats; i++)
@@ -519,6 +521,7 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
         heartbeat->epoch > seat->foreign_epoch)
         seat->acknowledged_epoch = heartbeat->epoch;
     statistics_take_loads(self, seat, heartbeat);
+    recent_take(seat, heartbeat);
     seat->has_heartbeat = true;
     seat->heartbeat = *heartbeat;
     seat->heartbeat.n_load_layer = seat->heartbeat.n_load_expert = seat->heartbeat.n_load_rows = 0;

@@ -17,7 +17,7 @@
  * Invariants: 1. owner[pair] names an operation that has not ended, or none; 2. what an operation does is
  * decided once, here; messages that carry it out may be repeated; 3. a process is told to end only when
  * nothing is placed at it and everybody who used it knows. */
-#include "coordinator/coordinator.h"
+#include "coordinator/operations.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -52,7 +52,7 @@ void operations_free(struct coordinator *self) {
         clear(&self->operation[i]);
 }
 
-static struct operation *find(struct coordinator *self, uint64_t id) {
+struct operation *operation_find(struct coordinator *self, uint64_t id) {
     for (uint32_t i = 0; i < OPERATIONS_MAX; i++)
         if (id != 0 && self->operation[i].id == id)
             return &self->operation[i];
@@ -60,7 +60,7 @@ static struct operation *find(struct coordinator *self, uint64_t id) {
 }
 
 /* In place of the oldest that has ended. NULL: all are under way. */
-static struct operation *add(struct coordinator *self, enum operation_kind kind, uint64_t now_ns,
+struct operation *operation_add(struct coordinator *self, enum operation_kind kind, uint64_t now_ns,
                              struct failure *failure) {
     struct operation *place = NULL;
     for (uint32_t i = 0; i < OPERATIONS_MAX; i++)
@@ -74,19 +74,20 @@ static struct operation *add(struct coordinator *self, enum operation_kind kind,
     clear(place);
     place->id = ++self->last_operation_id;
     place->kind = kind;
+    place->begun_by = self->identity.incarnation;
     place->began_ns = now_ns;
     place->tell_at_ns = NEVER;
     place->told = true;
     return place;
 }
 
-static void *allocate(size_t count, size_t size) {
+void *operation_allocate(size_t count, size_t size) {
     void *ret = calloc(count + 1, size);
     ASSERT(ret != NULL && "memory for an operation");
     return ret;
 }
 
-static void enter(struct operation *operation, enum operation_phase phase, uint64_t now_ns,
+void operation_enter(struct operation *operation, enum operation_phase phase, uint64_t now_ns,
                   struct effects *out) {
     operation->reached = operation->phase;
     operation->phase = phase;
@@ -97,10 +98,17 @@ static void enter(struct operation *operation, enum operation_phase phase, uint6
                   operation->reason[0] != '\0' ? ": " : "", operation->reason);
 }
 
+/* Copies of its pairs that others wanted meanwhile were kept back until now. */
 static void disown(struct coordinator *self, const struct operation *operation) {
-    for (uint32_t i = 0; i < operation->changes; i++)
-        if (self->owner[operation->change[i].pair] == operation->id)
-            self->owner[operation->change[i].pair] = 0;
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        uint32_t pair = operation->change[i].pair;
+        if (self->owner[pair] != operation->id)
+            continue;
+        self->owner[pair] = 0;
+        for (uint32_t j = 0; j < self->seats && self->waiting[pair] > 0; j++)
+            if (self->seat[j].copy != NULL && self->seat[j].copy[pair] == COPY_TARGET)
+                self->seat[j].dirty = true;
+    }
 }
 
 /* ---- asking for copies ---- */
@@ -153,29 +161,46 @@ static actor_id emptiest(const struct coordinator *self, uint32_t pair) {
     return best != NULL ? best->id : 0;
 }
 
-static void apply(struct coordinator *self, const struct operation *operation,
-                  const struct change *change) {
-    struct seat *to = seat_find(self, change->to), *from = seat_find(self, change->from);
-    self->owner[change->pair] = operation->id;
-    if (to != NULL)
-        copy_set_target(self, to, change->pair, true);
-    if (from == NULL)
+/* A home that is no target any more is another one's. */
+static void settle_home(struct coordinator *self, uint32_t pair) {
+    const struct seat *home = seat_find(self, self->home[pair]);
+    if (home != NULL && (home->copy[pair] & COPY_TARGET) != 0)
         return;
-    copy_set_target(self, from, change->pair, false);
-    if (self->home[change->pair] == from->id && to != NULL)
-        self->home[change->pair] = to->id;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].copy != NULL && (self->seat[i].copy[pair] & COPY_TARGET) != 0) {
+            self->home[pair] = self->seat[i].id;
+            return;
+        }
+}
+
+void operation_apply(struct coordinator *self, const struct operation *operation) {
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        const struct change *change = &operation->change[i];
+        struct seat *to = seat_find(self, change->to), *from = seat_find(self, change->from);
+        self->owner[change->pair] = operation->id;
+        if (to != NULL)
+            copy_set_target(self, to, change->pair, true);
+        if (from == NULL || from->copy == NULL)
+            continue;
+        copy_set_target(self, from, change->pair, false);
+        if (self->home[change->pair] == from->id && to != NULL)
+            self->home[change->pair] = to->id;
+    }
+    for (uint32_t i = 0; i < operation->changes; i++)
+        settle_home(self, operation->change[i].pair);
+    self->changed = true; /* the next epoch tells of it, should this coordinator end */
 }
 
 static int begin_change(struct coordinator *self, enum operation_kind kind, uint32_t pair,
                         actor_id from, actor_id to, uint64_t now_ns, uint64_t *ret_id,
                         struct failure *failure) {
-    struct operation *operation = add(self, kind, now_ns, failure);
+    struct operation *operation = operation_add(self, kind, now_ns, failure);
     if (operation == NULL)
         return ERR_BUSY;
-    operation->change = allocate(1, sizeof *operation->change);
+    operation->change = operation_allocate(1, sizeof *operation->change);
     operation->change[0] = (struct change){pair, from, to};
     operation->changes = 1;
-    apply(self, operation, operation->change);
+    operation_apply(self, operation);
     *ret_id = operation->id;
     return 0;
 }
@@ -218,20 +243,8 @@ int operation_move(struct coordinator *self, uint32_t layer, uint32_t expert, ac
                      : begin_change(self, OPERATION_MOVE, pair, from, to, now_ns, ret_id, failure);
 }
 
-/* A home that is no target any more is another one's. */
-static void settle_home(struct coordinator *self, uint32_t pair) {
-    const struct seat *home = seat_find(self, self->home[pair]);
-    if (home != NULL && (home->copy[pair] & COPY_TARGET) != 0)
-        return;
-    for (uint32_t i = 0; i < self->seats; i++)
-        if (self->seat[i].copy != NULL && (self->seat[i].copy[pair] & COPY_TARGET) != 0) {
-            self->home[pair] = self->seat[i].id;
-            return;
-        }
-}
-
 int operation_rebalance(struct coordinator *self, struct change **changes, uint32_t count,
-                        uint64_t now_ns, uint64_t *ret_id, struct failure *failure) {
+                        bool automatic, uint64_t now_ns, uint64_t *ret_id, struct failure *failure) {
     for (uint32_t i = 0; i < count; i++) {
         uint32_t pair = (*changes)[i].pair;
         if (self->owner[pair] != 0)
@@ -240,189 +253,16 @@ int operation_rebalance(struct coordinator *self, struct change **changes, uint3
                         (unsigned long long)self->owner[pair], pair % self->config.experts,
                         pair / self->config.experts);
     }
-    struct operation *operation = add(self, OPERATION_REBALANCE, now_ns, failure);
+    struct operation *operation = operation_add(self, OPERATION_REBALANCE, now_ns, failure);
     if (operation == NULL)
         return ERR_BUSY;
+    operation->automatic = automatic;
     operation->change = *changes;
     operation->changes = count;
     *changes = NULL;
-    for (uint32_t i = 0; i < count; i++)
-        apply(self, operation, &operation->change[i]);
-    for (uint32_t i = 0; i < count; i++)
-        settle_home(self, operation->change[i].pair);
+    operation_apply(self, operation);
     *ret_id = operation->id;
     return 0;
-}
-
-/* ---- asking for processes ---- */
-
-static bool counts(const struct seat *seat, enum role role) {
-    return seat->role == role && !seat->draining;
-}
-
-static uint32_t count_seats(const struct coordinator *self, enum role role) {
-    uint32_t count = 0;
-    for (uint32_t i = 0; i < self->seats; i++)
-        count += counts(&self->seat[i], role);
-    return count;
-}
-
-/* The one that came last: an earlier one may still be waited for. */
-static struct seat *supervisor(const struct coordinator *self) {
-    for (uint32_t i = self->seats; i-- > 0;)
-        if (self->seat[i].role == ROLE_CONTROL && strcmp(self->seat[i].name, "supervisor") == 0)
-            return &self->seat[i];
-    return NULL;
-}
-
-/* Would everything still have a place without the processes marked in `leaves` (by seat)? */
-static int check_room(const struct coordinator *self, const bool *leaves, struct failure *failure) {
-    uint64_t room = 0;
-    uint32_t left = 0;
-    for (uint32_t i = 0; i < self->seats; i++)
-        if (counts(&self->seat[i], ROLE_EXPERT) && !leaves[i]) {
-            room += self->seat[i].capacity;
-            left++;
-        }
-    if (left == 0 && self->moe_pairs > 0)
-        return fail(failure, ERR_STATE,
-                    "nobody would be left to hold the %u experts: start another expert process first",
-                    self->moe_pairs);
-    if (room < self->moe_pairs)
-        return fail(failure, ERR_TOO_LARGE,
-                    "not enough slots for all experts: the %u expert processes that would be left "
-                    "have room for %llu experts (of about %llu bytes), the model has %u",
-                    left, (unsigned long long)room, (unsigned long long)self->expert_bytes,
-                    self->moe_pairs);
-    return 0;
-}
-
-static int check_leaving(const struct coordinator *self, enum role role, const bool *leaves,
-                         struct failure *failure) {
-    uint32_t left = 0, going = 0;
-    if (role == ROLE_EXPERT)
-        return check_room(self, leaves, failure);
-    for (uint32_t i = 0; i < self->seats; i++) {
-        going += counts(&self->seat[i], role) && leaves[i];
-        left += counts(&self->seat[i], role) && !leaves[i] && self->seat[i].ready;
-    }
-    if (left == 0)
-        return fail(failure, ERR_STATE,
-                    "no ready %s process would be left of %u: start another one first",
-                    role_name(role), going);
-    return 0;
-}
-
-/* Marks the processes as draining; from the next epoch on everybody knows. */
-static void begin_leaving(struct coordinator *self, struct operation *operation, const bool *leaves,
-                          uint64_t now_ns, struct effects *out) {
-    operation->party = allocate(self->seats, sizeof *operation->party);
-    for (uint32_t i = 0; i < self->seats; i++) {
-        struct seat *seat = &self->seat[i];
-        if (!leaves[i])
-            continue;
-        struct party *party = &operation->party[operation->parties++];
-        party->id = seat->id;
-        snprintf(party->name, sizeof party->name, "%s", seat->name);
-        seat->draining = seat->dirty = true;
-        seat->draining_epoch = self->epoch + 1;
-        seat->drained_ns = seat->leave_sent_ns = 0;
-    }
-    operation->epoch = self->epoch + 1;
-    operation->told = false;
-    operation->tell_at_ns = now_ns;
-    self->changed = true;
-    copies_plan(self, now_ns, out);
-}
-
-int operation_drain(struct coordinator *self, actor_id id, uint64_t now_ns, struct effects *out,
-                    uint64_t *ret_id, struct failure *failure) {
-    const struct seat *seat = seat_find(self, id);
-    bool leaves[ACTORS_MAX] = {false};
-    if (seat == NULL)
-        return fail(failure, ERR_NOT_FOUND, "there is no actor %u", id);
-    if (seat->role != ROLE_EXPERT && seat->role != ROLE_ATTENTION && seat->role != ROLE_SAMPLER)
-        return fail(failure, ERR_UNSUPPORTED,
-                    "%s is a %s: experts, attention and samplers can be drained", seat->name,
-                    role_name(seat->role));
-    if (seat->draining)
-        return fail(failure, ERR_EXISTS, "%s is being drained already", seat->name);
-    leaves[seat - self->seat] = true;
-    int error = check_leaving(self, seat->role, leaves, failure);
-    if (error < 0)
-        return error;
-    struct operation *operation = add(self, OPERATION_DRAIN, now_ns, failure);
-    if (operation == NULL)
-        return ERR_BUSY;
-    operation->role = seat->role;
-    *ret_id = operation->id;
-    begin_leaving(self, operation, leaves, now_ns, out);
-    return 0;
-}
-
-static int scale_down(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
-                      struct effects *out, uint64_t *ret_id, struct failure *failure) {
-    bool leaves[ACTORS_MAX] = {false};
-    uint32_t excess = count_seats(self, role) - count;
-    for (uint32_t i = self->seats; i-- > 0 && excess > 0;) /* the youngest first */
-        if (counts(&self->seat[i], role)) {
-            leaves[i] = true;
-            excess--;
-        }
-    int error = check_leaving(self, role, leaves, failure);
-    if (error < 0)
-        return error;
-    struct operation *operation = add(self, OPERATION_SCALE, now_ns, failure);
-    if (operation == NULL)
-        return ERR_BUSY;
-    operation->role = role;
-    operation->count = count;
-    *ret_id = operation->id;
-    begin_leaving(self, operation, leaves, now_ns, out);
-    return 0;
-}
-
-static int scale_up(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
-                    uint64_t *ret_id, struct failure *failure) {
-    uint32_t here = count_seats(self, role);
-    if (supervisor(self) == NULL && count > here)
-        return fail(failure, ERR_UNSUPPORTED,
-                    "no supervisor (troupe serve) is here to start %u more: start them by hand, "
-                    "troupe %s joins by itself",
-                    count - here, role_name(role));
-    struct operation *operation = add(self, OPERATION_SCALE, now_ns, failure);
-    if (operation == NULL)
-        return ERR_BUSY;
-    operation->role = role;
-    operation->count = count;
-    operation->starting = true;
-    operation->told = count == here;
-    operation->tell_at_ns = now_ns;
-    *ret_id = operation->id;
-    return 0;
-}
-
-int operation_scale(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
-                    struct effects *out, uint64_t *ret_id, struct failure *failure) {
-    if (role != ROLE_EXPERT && role != ROLE_ATTENTION && role != ROLE_SAMPLER)
-        return fail(failure, ERR_UNSUPPORTED, "experts, attention and samplers can be scaled");
-    uint32_t limit = ACTORS_MAX / 2;
-    if (count < 1 || count > limit)
-        return fail(failure, ERR_INVALID, "%s: 1 to %u processes expected, found %u",
-                    role_name(role), limit, count);
-    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
-        const struct operation *other = &self->operation[i];
-        if (!operation_ended(other) && other->kind == OPERATION_SCALE && other->role == role &&
-            other->starting)
-            return fail(failure, ERR_BUSY,
-                        "operation %llu is scaling %s to %u; wait for it or cancel it",
-                        (unsigned long long)other->id, role_name(role), other->count);
-    }
-    if (self->learn_until_ns != NEVER)
-        return fail(failure, ERR_STATE, "the coordinator is still learning who is there");
-    return count < count_seats(self, role)
-               ? scale_down(self, role, count, now_ns, out, ret_id, failure)
-               : scale_up(self, role, count, now_ns, ret_id, failure);
 }
 
 /* ---- ending early ---- */
@@ -449,65 +289,37 @@ static void revert(struct coordinator *self, const struct operation *operation) 
     }
 }
 
-static void abort_operation(struct coordinator *self, struct operation *operation, uint64_t now_ns,
+void operation_abort(struct coordinator *self, struct operation *operation, uint64_t now_ns,
                             struct effects *out) {
     revert(self, operation);
     disown(self, operation);
-    enter(operation, PHASE_ABORTED, now_ns, out);
+    self->changed = true; /* who coordinates next must not go on with it */
+    operation_enter(operation, PHASE_ABORTED, now_ns, out);
 }
 
 void operation_supersede(struct coordinator *self, uint64_t id, uint64_t now_ns,
                          struct effects *out) {
-    struct operation *operation = find(self, id);
+    struct operation *operation = operation_find(self, id);
     ASSERT(operation != NULL && !operation_ended(operation));
     snprintf(operation->reason, sizeof operation->reason,
              "superseded: processes came or went, and experts are placed anew");
     disown(self, operation);
-    enter(operation, PHASE_ABORTED, now_ns, out);
+    self->changed = true;
+    operation_enter(operation, PHASE_ABORTED, now_ns, out);
 }
 
 void operation_failed(struct coordinator *self, uint64_t id, const struct seat *seat,
                       const char *error, uint64_t now_ns, struct effects *out) {
-    struct operation *operation = find(self, id);
+    struct operation *operation = operation_find(self, id);
     ASSERT(operation != NULL && !operation_ended(operation));
     snprintf(operation->reason, sizeof operation->reason, "%s could not load it: %.200s",
              seat->name, error);
-    abort_operation(self, operation, now_ns, out);
-}
-
-/* Those that have not been told to end stay after all. */
-static void stay(struct coordinator *self, struct operation *operation, uint64_t now_ns,
-                 struct effects *out) {
-    for (uint32_t i = 0; i < operation->parties; i++) {
-        struct seat *seat = seat_find(self, operation->party[i].id);
-        if (seat == NULL || seat->leave_sent_ns != 0)
-            continue;
-        seat->draining = false;
-        seat->dirty = self->changed = true;
-    }
-    copies_plan(self, now_ns, out);
-}
-
-/* Those that it has started leave again, also those that have not joined yet (operations_joined). */
-static void send_away(struct coordinator *self, struct operation *operation, uint64_t now_ns,
-                      struct effects *out) {
-    actor_id id[ACTORS_MAX];
-    uint32_t count = 0;
-    for (uint32_t i = 0; i < operation->parties && count < ACTORS_MAX; i++)
-        id[count++] = operation->party[i].id;
-    for (uint32_t i = 0; i < count; i++) { /* each may take the place of `operation` in the list */
-        const struct seat *seat = seat_find(self, id[i]);
-        uint64_t drain;
-        struct failure failure;
-        if (seat != NULL && !seat->draining &&
-            operation_drain(self, seat->id, now_ns, out, &drain, &failure) < 0)
-            effects_trace(out, TRACE_WARNING, "%s stays: %s", seat->name, failure.text);
-    }
+    operation_abort(self, operation, now_ns, out);
 }
 
 int operation_cancel(struct coordinator *self, uint64_t id, uint64_t now_ns, struct effects *out,
                      struct failure *failure) {
-    struct operation *operation = find(self, id);
+    struct operation *operation = operation_find(self, id);
     if (operation == NULL)
         return fail(failure, ERR_NOT_FOUND, "there is no operation %llu", (unsigned long long)id);
     if (operation_ended(operation))
@@ -522,29 +334,15 @@ int operation_cancel(struct coordinator *self, uint64_t id, uint64_t now_ns, str
         return fail(failure, ERR_STATE, "operation %llu cannot be cancelled any more: %s",
                     (unsigned long long)id, "its processes are ending");
     snprintf(operation->reason, sizeof operation->reason, "cancelled");
-    abort_operation(self, operation, now_ns, out);
+    operation_abort(self, operation, now_ns, out);
     if (leaving)
-        stay(self, operation, now_ns, out);
+        operation_stay(self, operation, now_ns, out);
     else if (operation->starting)
-        send_away(self, operation, now_ns, out);
+        operation_send_away(self, operation, now_ns, out);
     return 0;
 }
 
 /* ---- what others do meanwhile ---- */
-
-void operations_joined(struct coordinator *self, struct seat *seat, uint64_t now_ns) {
-    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
-        struct operation *operation = &self->operation[i];
-        for (uint32_t j = 0; operation->starting && j < operation->parties; j++) {
-            struct party *party = &operation->party[j];
-            if (strcmp(party->name, seat->name) != 0 || party->gone)
-                continue;
-            party->id = seat->id;
-            if (operation->phase == PHASE_ABORTED) /* nobody waits for it any more */
-                seat->draining = true;
-        }
-    }
-}
 
 void operations_lost(struct coordinator *self, actor_id id, uint64_t now_ns, struct effects *out) {
     for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
@@ -561,65 +359,11 @@ void operations_lost(struct coordinator *self, actor_id id, uint64_t now_ns, str
             continue;
         snprintf(operation->reason, sizeof operation->reason,
                  "actor %u, which was to take a copy, is gone", id);
-        abort_operation(self, operation, now_ns, out);
-    }
-}
-
-void operations_on_scaled(struct coordinator *self, const Troupe__Scaled *scaled, uint64_t now_ns,
-                          struct effects *out) {
-    struct operation *operation = find(self, scaled->operation);
-    if (operation == NULL || operation->told)
-        return;
-    operation->told = true;
-    operation->tell_at_ns = NEVER;
-    if (!operation->starting || operation_ended(operation))
-        return;
-    if (scaled->error[0] != '\0') {
-        snprintf(operation->reason, sizeof operation->reason, "%.400s", scaled->error);
-        abort_operation(self, operation, now_ns, out);
-        return;
-    }
-    operation->party = allocate(scaled->n_started, sizeof *operation->party);
-    operation->parties = (uint32_t)scaled->n_started;
-    for (uint32_t i = 0; i < operation->parties; i++) {
-        struct party *party = &operation->party[i];
-        snprintf(party->name, sizeof party->name, "%.63s", scaled->started[i]->name);
-        for (uint32_t j = 0; j < self->seats; j++) /* faster than this answer */
-            if (strcmp(self->seat[j].name, party->name) == 0 && counts(&self->seat[j], operation->role))
-                party->id = self->seat[j].id;
+        operation_abort(self, operation, now_ns, out);
     }
 }
 
 /* ---- time ---- */
-
-static void tell_supervisor(struct coordinator *self, struct operation *operation, uint64_t now_ns,
-                            struct effects *out) {
-    const struct seat *seat = supervisor(self);
-    if (operation->told || now_ns < operation->tell_at_ns)
-        return;
-    operation->tell_at_ns = now_ns + 2 * self->retry_ns;
-    if (seat == NULL)
-        return;
-    Troupe__Scale scale = TROUPE__SCALE__INIT;
-    scale.operation = operation->id;
-    scale.role = (Troupe__Role)operation->role;
-    if (operation->starting) {
-        uint32_t here = count_seats(self, operation->role);
-        scale.start = operation->count > here ? operation->count - here : 0;
-    } else {
-        scale.n_leaving = operation->parties;
-        scale.leaving = effects_alloc(out, operation->parties * sizeof *scale.leaving);
-        for (uint32_t i = 0; i < operation->parties; i++) {
-            scale.leaving[i] = effects_alloc(out, sizeof *scale.leaving[i]);
-            troupe__process__init(scale.leaving[i]);
-            scale.leaving[i]->name = operation->party[i].name;
-        }
-    }
-    message envelope = coordinator_envelope(self);
-    envelope.body_case = TROUPE__ENVELOPE__BODY_SCALE;
-    envelope.scale = &scale;
-    effects_send(out, seat->id, &envelope);
-}
 
 static bool all_held(const struct coordinator *self, const struct operation *operation) {
     for (uint32_t i = 0; i < operation->changes; i++) {
@@ -642,13 +386,6 @@ static void commit_changes(struct coordinator *self, struct operation *operation
     self->changed = true;
 }
 
-static bool adopted(const struct coordinator *self, uint64_t epoch, enum role role) {
-    for (uint32_t i = 0; i < self->seats; i++)
-        if (self->seat[i].role == role && self->seat[i].acknowledged_epoch < epoch)
-            return false;
-    return self->epoch >= epoch;
-}
-
 static bool dropped(const struct coordinator *self, const struct operation *operation) {
     for (uint32_t i = 0; i < operation->changes; i++) {
         const struct seat *from = seat_find(self, operation->change[i].from);
@@ -662,100 +399,18 @@ static bool dropped(const struct coordinator *self, const struct operation *oper
 static void step_changes(struct coordinator *self, struct operation *operation, uint64_t now_ns,
                          struct effects *out) {
     if (operation->phase == PHASE_PREPARE && all_held(self, operation)) {
-        enter(operation, PHASE_READY, now_ns, out);
+        operation_enter(operation, PHASE_READY, now_ns, out);
         commit_changes(self, operation);
-        enter(operation, PHASE_COMMIT, now_ns, out);
+        operation_enter(operation, PHASE_COMMIT, now_ns, out);
     }
     if (operation->phase == PHASE_COMMIT && self->epoch >= operation->epoch)
-        enter(operation, PHASE_DRAIN, now_ns, out);
-    if (operation->phase == PHASE_DRAIN && adopted(self, operation->epoch, ROLE_ATTENTION))
-        enter(operation, PHASE_RELEASE, now_ns, out);
+        operation_enter(operation, PHASE_DRAIN, now_ns, out);
+    if (operation->phase == PHASE_DRAIN && epoch_adopted(self, operation->epoch, ROLE_ATTENTION))
+        operation_enter(operation, PHASE_RELEASE, now_ns, out);
     if (operation->phase == PHASE_RELEASE && dropped(self, operation)) {
         disown(self, operation);
-        enter(operation, PHASE_DONE, now_ns, out);
+        operation_enter(operation, PHASE_DONE, now_ns, out);
     }
-}
-
-/* Nothing is placed at it, and nobody who used it does so any more. */
-static bool unused(const struct coordinator *self, const struct seat *seat, uint64_t epoch) {
-    if (seat->acknowledged_epoch < epoch)
-        return false;
-    switch (seat->role) {
-    case ROLE_EXPERT:
-        return copies_none(self, seat);
-    case ROLE_SAMPLER:
-        return adopted(self, epoch, ROLE_ATTENTION);
-    default:
-        return adopted(self, epoch, ROLE_GATEWAY) && seat->heartbeat.epoch >= epoch &&
-               seat->heartbeat.sequences_running == 0 && seat->heartbeat.sequences_waiting == 0;
-    }
-}
-
-static void dismiss(struct coordinator *self, struct seat *seat, uint64_t now_ns,
-                    struct effects *out) {
-    if (seat->leave_sent_ns != 0 && now_ns < seat->leave_sent_ns + 2 * self->retry_ns)
-        return;
-    seat->leave_sent_ns = now_ns;
-    Troupe__Shutdown shutdown = TROUPE__SHUTDOWN__INIT;
-    shutdown.reason = "drained";
-    message envelope = coordinator_envelope(self);
-    envelope.body_case = TROUPE__ENVELOPE__BODY_SHUTDOWN;
-    envelope.shutdown = &shutdown;
-    effects_send(out, seat->id, &envelope);
-}
-
-/* Also for processes that an earlier coordinator was draining. */
-static void step_leaving(struct coordinator *self, struct seat *seat, uint64_t now_ns,
-                         struct effects *out) {
-    uint64_t epoch = seat->draining_epoch > seat->introduced_epoch ? seat->draining_epoch
-                                                                  : seat->introduced_epoch;
-    if (!unused(self, seat, epoch))
-        seat->drained_ns = 0;
-    else if (seat->drained_ns == 0)
-        seat->drained_ns = now_ns;
-    if (seat->drained_ns != 0 &&
-        now_ns >= seat->drained_ns + (uint64_t)self->settings.drain_linger_ms * 1000000u)
-        dismiss(self, seat, now_ns, out);
-}
-
-static enum operation_phase leaving_phase(const struct coordinator *self, const struct seat *seat,
-                                          const struct operation *operation) {
-    if (seat->drained_ns != 0)
-        return PHASE_RELEASE;
-    for (uint32_t pair = 0; seat->role == ROLE_EXPERT && pair < self->pairs; pair++)
-        if (seat->copy[pair] != 0)
-            return PHASE_PREPARE;
-    return seat->role == ROLE_EXPERT && copies_drained(self, seat) &&
-                   self->epoch >= operation->epoch
-               ? PHASE_RELEASE
-               : PHASE_DRAIN;
-}
-
-static void step_parties(struct coordinator *self, struct operation *operation, uint64_t now_ns,
-                         struct effects *out) {
-    enum operation_phase phase = PHASE_DONE;
-    for (uint32_t i = 0; i < operation->parties; i++) {
-        struct seat *seat = seat_find(self, operation->party[i].id);
-        if (operation->party[i].gone || seat == NULL)
-            continue;
-        enum operation_phase its = leaving_phase(self, seat, operation);
-        phase = its < phase ? its : phase;
-    }
-    while (operation->phase < phase) /* every phase is seen */
-        enter(operation, operation->phase + 1, now_ns, out);
-}
-
-static void step_starting(struct coordinator *self, struct operation *operation, uint64_t now_ns,
-                          struct effects *out) {
-    bool all = operation->told;
-    for (uint32_t i = 0; i < operation->parties; i++) {
-        const struct seat *seat = seat_find(self, operation->party[i].id);
-        all = all && seat != NULL && seat->ready;
-        for (uint32_t pair = 0; all && seat->role == ROLE_EXPERT && pair < self->pairs; pair++)
-            all = seat->copy[pair] != COPY_TARGET;
-    }
-    while (all && operation->phase < PHASE_DONE)
-        enter(operation, operation->phase + 1, now_ns, out);
 }
 
 static void check_time(struct coordinator *self, struct operation *operation, uint64_t now_ns,
@@ -776,11 +431,11 @@ static void check_time(struct coordinator *self, struct operation *operation, ui
     else
         snprintf(operation->reason, sizeof operation->reason,
                  "copies are not loaded after %u ms", self->settings.operation_timeout_ms);
-    abort_operation(self, operation, now_ns, out);
+    operation_abort(self, operation, now_ns, out);
     if (operation->starting)
-        send_away(self, operation, now_ns, out);
+        operation_send_away(self, operation, now_ns, out);
     else if (operation->parties > 0)
-        stay(self, operation, now_ns, out);
+        operation_stay(self, operation, now_ns, out);
 }
 
 void operations_step(struct coordinator *self, uint64_t now_ns, struct effects *out) {
@@ -790,22 +445,22 @@ void operations_step(struct coordinator *self, uint64_t now_ns, struct effects *
         struct operation *operation = &self->operation[i];
         if (operation->id == 0)
             continue;
-        tell_supervisor(self, operation, now_ns, out);
+        operation_tell_supervisor(self, operation, now_ns, out);
         if (operation_ended(operation)) {
-            operation->told = operation->told || supervisor(self) == NULL;
+            operation->told = operation->told || seat_supervisor(self) == NULL;
             continue;
         }
         if (operation->starting)
-            step_starting(self, operation, now_ns, out);
+            operation_step_starting(self, operation, now_ns, out);
         else if (operation->changes > 0)
             step_changes(self, operation, now_ns, out);
         else
-            step_parties(self, operation, now_ns, out);
+            operation_step_parties(self, operation, now_ns, out);
         check_time(self, operation, now_ns, out);
     }
     for (uint32_t i = 0; i < self->seats; i++)
         if (self->seat[i].draining && self->seat[i].ready && self->seat[i].introduced_epoch > 0)
-            step_leaving(self, &self->seat[i], now_ns, out);
+            operation_step_leaving(self, &self->seat[i], now_ns, out);
 }
 
 uint64_t operations_deadline(const struct coordinator *self) {

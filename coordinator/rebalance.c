@@ -11,13 +11,17 @@
 #define SLOWDOWN              0.2 /* of a process that loads meanwhile */
 #define ROW_NS                1000.0 /* until experts have said how long rows take */
 #define HORIZON               1.0 /* the next stretch of time is taken to be like the one measured */
+#define SPEED_NOISE           1.5 /* speeds are taken to be equal within this factor: small frames take longer per row */
+#define SPEED_MOST            16.0
 
 struct view {
     struct coordinator *self;
     struct seat **seat; /* [processes] */
     uint32_t *host, *capacity;
     double *load;  /* [layers * experts] */
+    double *speed; /* [processes] of the middle one's; 1 where it is not known */
     uint32_t *layer; /* [layers] of the model */
+    double row_ns; /* at the middle process */
     uint32_t processes, hosts, layers, experts;
 };
 
@@ -26,6 +30,7 @@ static void view_free(struct view *view) {
     free(view->host);
     free(view->capacity);
     free(view->load);
+    free(view->speed);
     free(view->layer);
 }
 
@@ -36,6 +41,34 @@ static uint32_t host_of(const struct view *view, const struct seat *seat) {
     return view->hosts;
 }
 
+static int compare(const void *a, const void *b) {
+    double left = *(const double *)a, right = *(const double *)b;
+    return left < right ? -1 : left > right;
+}
+
+/* Speeds from what rows have taken of late. ret: of the middle process; 0: not known. */
+static double take_speeds(struct view *view) {
+    double known[ACTORS_MAX];
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < view->processes; i++) {
+        double row_ns = recent_row_ns(view->seat[i]);
+        view->speed[i] = 1;
+        if (row_ns > 0)
+            known[count++] = row_ns;
+    }
+    if (count == 0)
+        return 0;
+    qsort(known, count, sizeof *known, compare);
+    double middle = known[count / 2];
+    for (uint32_t i = 0; i < view->processes; i++) {
+        double row_ns = recent_row_ns(view->seat[i]), speed = row_ns > 0 ? middle / row_ns : 1;
+        speed = speed < 1 / SPEED_MOST ? 1 / SPEED_MOST : speed > SPEED_MOST ? SPEED_MOST : speed;
+        if (speed > SPEED_NOISE || speed < 1 / SPEED_NOISE)
+            view->speed[i] = speed;
+    }
+    return middle;
+}
+
 static int view_open(struct view *view, struct coordinator *self, struct failure *failure) {
     view->self = self;
     view->experts = self->config.experts;
@@ -44,8 +77,9 @@ static int view_open(struct view *view, struct coordinator *self, struct failure
     view->capacity = calloc(ACTORS_MAX, sizeof *view->capacity);
     view->load = calloc((size_t)self->pairs + 1, sizeof *view->load);
     view->layer = calloc((size_t)self->config.layers + 1, sizeof *view->layer);
+    view->speed = calloc(ACTORS_MAX, sizeof *view->speed);
     if (view->seat == NULL || view->host == NULL || view->capacity == NULL || view->load == NULL ||
-        view->layer == NULL)
+        view->layer == NULL || view->speed == NULL)
         return fail(failure, ERR_NO_MEMORY, "no memory for a plan of %u experts", self->pairs);
     for (uint32_t i = 0; i < self->seats; i++) {
         struct seat *seat = &self->seat[i];
@@ -61,8 +95,10 @@ static int view_open(struct view *view, struct coordinator *self, struct failure
         if (self->is_moe[layer])
             view->layer[view->layers++] = layer;
     for (uint32_t pair = 0; pair < view->layers * view->experts; pair++)
-        view->load[pair] = (double)statistics_load(
+        view->load[pair] = recent_load(
             self, view->layer[pair / view->experts] * view->experts + pair % view->experts);
+    double row_ns = take_speeds(view);
+    view->row_ns = row_ns > 0 ? row_ns : ROW_NS;
     return 0;
 }
 
@@ -98,13 +134,13 @@ static int current_plan(const struct view *view, struct expert_plan *ret, struct
     return error;
 }
 
-static double row_ns(const struct view *view) {
-    uint64_t busy_ns = 0, rows = 0;
-    for (uint32_t i = 0; i < view->processes; i++) {
-        busy_ns += view->seat[i]->heartbeat.busy_ns;
-        rows += view->seat[i]->heartbeat.rows;
-    }
-    return rows > 0 ? (double)busy_ns / (double)rows : ROW_NS;
+/* Mean over the layers of mean / largest load. */
+static double balancedness(const struct view *view, const struct expert_plan *plan) {
+    double scratch[ACTORS_MAX], sum = 0;
+    for (uint32_t layer = 0; layer < view->layers; layer++)
+        sum += plan_balancedness(plan, layer, view->load + (size_t)layer * view->experts,
+                                 view->speed, scratch);
+    return view->layers > 0 ? sum / view->layers : 1;
 }
 
 static bool in_plan(const struct expert_plan *plan, uint32_t pair, uint32_t process) {
@@ -136,8 +172,9 @@ static struct change *list_changes(const struct view *view, const struct expert_
     return list;
 }
 
-static int plan(struct view *view, const struct expert_plan *previous, uint32_t spare, bool dry_run,
-                uint64_t now_ns, struct rebalance *ret, struct failure *failure) {
+static int plan(struct view *view, const struct expert_plan *previous,
+                const struct rebalance_wish *wish, uint64_t now_ns, struct rebalance *ret,
+                struct failure *failure) {
     struct coordinator *self = view->self;
     struct planner_figures figures = {0};
     struct expert_plan next;
@@ -149,13 +186,14 @@ static int plan(struct view *view, const struct expert_plan *previous, uint32_t 
         .processes = view->processes,
         .hosts = view->hosts,
         .host = view->host,
+        .speed = view->speed,
         .capacity = view->capacity,
-        .spare = spare,
+        .spare = wish->spare,
         .previous = previous,
         .price = {.expert_bytes = self->expert_bytes,
                   .bytes_per_second = LOAD_BYTES_PER_SECOND,
                   .slowdown = SLOWDOWN,
-                  .row_ns = row_ns(view),
+                  .row_ns = view->row_ns,
                   .horizon = HORIZON},
     };
     int error = planner_plan(&next, &figures, &task, failure);
@@ -167,14 +205,14 @@ static int plan(struct view *view, const struct expert_plan *previous, uint32_t 
                               .before = figures.before.mean,
                               .after = figures.after.mean,
                               .proposed = figures.proposed && count > 0};
-    if (ret->proposed && !dry_run)
-        error = operation_rebalance(self, &changes, count, now_ns, &ret->id, failure);
+    if (ret->proposed && !wish->dry_run)
+        error = operation_rebalance(self, &changes, count, wish->automatic, now_ns, &ret->id, failure);
     free(changes);
     plan_free(&next);
     return error;
 }
 
-int rebalance(struct coordinator *self, uint32_t spare, bool dry_run, uint64_t now_ns,
+int rebalance(struct coordinator *self, const struct rebalance_wish *wish, uint64_t now_ns,
               struct rebalance *ret, struct failure *failure) {
     struct view view = {0};
     struct expert_plan previous;
@@ -184,7 +222,11 @@ int rebalance(struct coordinator *self, uint32_t spare, bool dry_run, uint64_t n
     if (error == 0)
         error = current_plan(&view, &previous, failure);
     if (error == 0) {
-        error = plan(&view, &previous, spare, dry_run, now_ns, ret, failure);
+        double now = wish->threshold > 0 ? balancedness(&view, &previous) : 0;
+        if (wish->threshold > 0 && now >= wish->threshold)
+            *ret = (struct rebalance){.before = now, .after = now};
+        else
+            error = plan(&view, &previous, wish, now_ns, ret, failure);
         plan_free(&previous);
     }
     view_free(&view);

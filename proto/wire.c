@@ -148,6 +148,20 @@ static const struct check COMMIT[] = {
     EACH_BELOW(Troupe__Commit, layer, LAYERS_MAX),
     EACH_BELOW(Troupe__Commit, expert, EXPERTS_MAX),
 };
+static const struct check OPERATION[] = {
+    NOT_ZERO(Troupe__Operation, id),
+    NOT_ZERO(Troupe__Operation, begun_by),
+    SAME(Troupe__Operation, expert, layer),
+    SAME(Troupe__Operation, from, layer),
+    SAME(Troupe__Operation, to, layer),
+    COUNT(Troupe__Operation, layer, PLACEMENT_ENTRIES_MAX),
+    EACH_BELOW(Troupe__Operation, layer, LAYERS_MAX),
+    EACH_BELOW(Troupe__Operation, expert, EXPERTS_MAX),
+    COUNT(Troupe__Operation, party, ACTORS_MAX),
+};
+static const struct check OPERATIONS[] = {
+    COUNT(Troupe__Operations, operation, OPERATIONS_MAX),
+};
 static const struct check SAMPLING[] = {
     NUMBER(Troupe__Sampling, temperature),
     NUMBER(Troupe__Sampling, top_p),
@@ -225,6 +239,8 @@ static const struct message_checks {
     CHECKS(status, STATUS),
     CHECKS(hello, HELLO),
     CHECKS(welcome, WELCOME),
+    CHECKS(operation, OPERATION),
+    CHECKS(operations, OPERATIONS),
 };
 
 /* ---- running the checks ---- */

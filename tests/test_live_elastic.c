@@ -7,6 +7,7 @@
 #include <dirent.h>
 #include <jansson.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -349,6 +350,26 @@ static void assert_refused(const struct cluster *cluster, const char *words, con
         fail_msg("ctl %s: code %d, \"%s\" is not in \"%s\"", words, code, why, text);
 }
 
+/* The coordinator is killed; the next one knows the copy that was asked for, and gives the next operation the next number. */
+static void assert_replica_outlives_the_coordinator(struct cluster *cluster, const char *both) {
+    static char text[1 << 16];
+    pid_t pid[64];
+    assert_int_equal(cluster_pids(cluster, "coordinator", pid, 64), 1);
+    cluster->faults = true;
+    kill(pid[0], SIGKILL);
+    bool serving = false;
+    for (int i = 0; i < 200 && !serving; i++) {
+        usleep(50000);
+        serving = ctl(cluster, "status", text, sizeof text) == 0 && strstr(text, ", serving,") != NULL;
+    }
+    assert_true(serving);
+    assert_int_equal(ctl(cluster, "placement --layer 1", text, sizeof text), 0);
+    assert_non_null(strstr(text, both));
+    assert_true(change(cluster, "replicate 1 1"));
+    assert_int_equal(ctl(cluster, "operations", text, sizeof text), 0);
+    assert_non_null(strstr(text, "    2  replicate  done"));
+}
+
 static void test_what_makes_no_sense_is_refused(void **state) {
     (void)state;
     struct cluster cluster;
@@ -380,6 +401,8 @@ static void test_what_makes_no_sense_is_refused(void **state) {
     assert_refused(&cluster, "replicate 1 0 expert-1", "holds expert 0 of layer 1 already");
     assert_refused(&cluster, "cancel 1", "has ended already: it is done");
     assert_int_equal(http_one(cluster.port, "GET", "/status", NULL, NULL), 404); /* not on the public port */
+    const char *both = first ? "layer   1 expert   0  expert-0 expert-1" : "layer   1 expert   0  expert-1 expert-0";
+    assert_replica_outlives_the_coordinator(&cluster, both);
     assert_true(cluster_stop(&cluster));
 }
 

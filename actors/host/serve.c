@@ -495,7 +495,10 @@ static void on_scale(struct serve *self, uint64_t coordinator, const Troupe__Sca
 static void take_messages(struct serve *self) {
     for (message *envelope; (envelope = supervisor_link_receive(&self->link)) != NULL;) {
         if (envelope->body_case == TROUPE__ENVELOPE__BODY_SCALE)
-            on_scale(self, envelope->from_incarnation, envelope->scale);
+            on_scale(self,
+                     envelope->scale->begun_by != 0 ? envelope->scale->begun_by
+                                                    : envelope->from_incarnation,
+                     envelope->scale);
         wire_free(&envelope);
     }
 }

@@ -157,6 +157,10 @@ uint32_t placed_at(const Troupe__Commit *commit, actor_id id) {
 /* gateway, attention, expert-0, expert-1, sampler; all ready, experts loaded. */
 void open_troupe(struct stage *stage, struct player *player) {
     open_stage(stage);
+    fill_troupe(stage, player);
+}
+
+void fill_troupe(struct stage *stage, struct player *player) {
     create(stage);
     player[0] = join(stage, ROLE_GATEWAY, "gateway-0", 100);
     player[1] = join(stage, ROLE_ATTENTION, "attention-0", 101);
@@ -170,4 +174,97 @@ void open_troupe(struct stage *stage, struct player *player) {
     settle(stage, player, 5);
     assert_described(stage, "members=5 ready=5 orders=0 serving=1");
     stage_clear(stage);
+}
+
+/* ---- the admin interface ---- */
+
+/* The answer's body; valid until the next request. */
+const char *request(struct stage *stage, const char *method, const char *path, const char *body,
+                           uint16_t wanted_status) {
+    static char text[65536];
+    static uint64_t client;
+    struct http_request http = {.client = ++client,
+                                .method = method,
+                                .path = path,
+                                .query = "",
+                                .body = body,
+                                .body_bytes = body != NULL ? strlen(body) : 0};
+    stage->next[EFFECT_STREAM] = 0;
+    uint32_t before = stage_count(stage, EFFECT_STREAM);
+    stage_step(stage, &(struct event){.kind = EVENT_HTTP_REQUEST, .http = &http});
+    const struct effect *effect = NULL;
+    for (uint32_t i = 0; i <= before; i++)
+        effect = stage_take(stage, EFFECT_STREAM);
+    assert_non_null(effect);
+    assert_true(effect->stream.last);
+    snprintf(text, sizeof text, "%.*s", (int)effect->stream.size, (const char *)effect->stream.bytes);
+    if (effect->stream.status != wanted_status)
+        fail_msg("%s %s: status %u, wanted %u: %s", path, body, effect->stream.status, wanted_status, text);
+    return text;
+}
+
+void post(struct stage *stage, const char *path, const char *body) {
+    request(stage, "POST", path, body, 202);
+}
+
+void assert_says(const char *text, const char *wanted) {
+    if (strstr(text, wanted) == NULL)
+        fail_msg("\"%s\" is not in %s", wanted, text);
+}
+
+void assert_phase(struct stage *stage, uint32_t id, const char *phase) {
+    char wanted[64];
+    const char *text = request(stage, "GET", "/operations", NULL, 200);
+    snprintf(wanted, sizeof wanted, "{\"id\":%u,", id);
+    const char *at = strstr(text, wanted);
+    assert_non_null(at);
+    snprintf(wanted, sizeof wanted, "\"phase\":\"%s\"", phase);
+    const char *found = strstr(at, "\"phase\":");
+    if (strncmp(found, wanted, strlen(wanted)) != 0)
+        fail_msg("operation %u: phase %s expected, found %.30s", id, phase, found);
+}
+
+void answer_order(struct stage *stage, const struct player *player, bool ok) {
+    struct order order = last_order(stage, player);
+    assert_true(order.operation != 0);
+    ready(stage, player, order.operation, ok);
+}
+
+void route(struct stage *stage, const struct player *player, uint32_t layer, uint32_t expert, uint64_t rows) {
+    Troupe__Heartbeat body = TROUPE__HEARTBEAT__INIT;
+    body.epoch = epoch_of(stage);
+    body.coordinator_incarnation = stage->identity.incarnation;
+    body.n_load_layer = body.n_load_expert = body.n_load_rows = 1;
+    body.load_layer = &layer;
+    body.load_expert = &expert;
+    body.load_rows = &rows;
+    message envelope = envelope_of(player);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
+    envelope.heartbeat = &body;
+    stage_message(stage, &envelope);
+}
+
+void work(struct stage *stage, const struct player *player, uint64_t rows, uint64_t busy_ns) {
+    Troupe__Heartbeat body = TROUPE__HEARTBEAT__INIT;
+    body.epoch = epoch_of(stage);
+    body.coordinator_incarnation = stage->identity.incarnation;
+    body.rows = rows;
+    body.busy_ns = busy_ns;
+    message envelope = envelope_of(player);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
+    envelope.heartbeat = &body;
+    stage_message(stage, &envelope);
+}
+
+void go_on(struct stage *stage, const struct player *player, uint32_t count) {
+    for (int round = 0; round < 6; round++) {
+        for (uint32_t i = 0; i < count; i++) {
+            struct order order = {0};
+            if (player[i].role == ROLE_EXPERT)
+                order = last_order(stage, &player[i]);
+            if (order.operation != 0)
+                ready(stage, &player[i], order.operation, true);
+        }
+        settle(stage, player, count);
+    }
 }

@@ -43,5 +43,21 @@ const Troupe__Member *listed(const Troupe__Commit *commit, actor_id id);
 uint32_t placed_at(const Troupe__Commit *commit, actor_id id);
 /* gateway, attention, expert-0, expert-1, sampler; all ready, experts loaded. */
 void open_troupe(struct stage *stage, struct player *player);
+void fill_troupe(struct stage *stage, struct player *player); /* after open_stage and changes to its settings */
+
+/* The admin interface. The answer's body is valid until the next request. */
+const char *request(struct stage *stage, const char *method, const char *path, const char *body,
+                    uint16_t wanted_status);
+void post(struct stage *stage, const char *path, const char *body); /* 202 wanted */
+void assert_says(const char *text, const char *wanted);
+void assert_phase(struct stage *stage, uint32_t id, const char *phase);
+/* READY for the last order. */
+void answer_order(struct stage *stage, const struct player *player, bool ok);
+/* Experts carry out their orders and all adopt what comes of it, a few times over. */
+void go_on(struct stage *stage, const struct player *player, uint32_t count);
+/* An attention actor's heartbeat: so many rows went to the expert since it began. */
+void route(struct stage *stage, const struct player *player, uint32_t layer, uint32_t expert, uint64_t rows);
+/* An expert's heartbeat: rows computed since it began, and how long they took. */
+void work(struct stage *stage, const struct player *player, uint64_t rows, uint64_t busy_ns);
 
 #endif
