@@ -52,8 +52,10 @@ static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effec
                                             : TROUPE__ACTOR_STATE__STATE_READY;
     heartbeat.sequences_running = self->runnings;
     heartbeat.sequences_waiting = self->waiting.count;
-    heartbeat.pages_used = self->pages_total - self->free_pages;
-    heartbeat.pages_total = self->pages_total;
+    heartbeat.pages_used = self->pages.total - pages_available(&self->pages);
+    heartbeat.pages_total = self->pages.total;
+    heartbeat.prefix_cache_queries = self->prefix_queries;
+    heartbeat.prefix_cache_hits = self->prefix_hits;
     heartbeat.prompt_tokens = self->prompt_total;
     heartbeat.generated_tokens = self->generated_total;
     heartbeat.steps = self->steps;
@@ -228,15 +230,19 @@ static uint64_t attention_deadline(const struct actor *actor) {
 
 static const char *attention_describe(struct actor *actor) {
     struct attention *self = (struct attention *)actor;
+    const char *broken = pages_broken(self);
     snprintf(
         self->description, sizeof self->description,
         "sequences=%u waiting=%u running=%u done=%u pages=%u/%u batch=%llu phase=%d resent=%llu "
-        "stale=%llu hedged=%llu",
+        "stale=%llu hedged=%llu cached=%u hits=%llu%s%s",
         self->waiting.count + self->runnings + self->done.count, self->waiting.count,
-        self->runnings, self->done.count, self->pages_total - self->free_pages, self->pages_total,
+        self->runnings, self->done.count, self->pages.total - pages_available(&self->pages),
+        self->pages.total,
         (unsigned long long)self->last_batch, self->batch.phase,
         (unsigned long long)self->frames_resent, (unsigned long long)self->frames_stale,
-        (unsigned long long)self->frames_hedged);
+        (unsigned long long)self->frames_hedged, self->pages.idle,
+        (unsigned long long)self->prefix_hits, broken != NULL ? " broken: " : "",
+        broken != NULL ? broken : "");
     return self->description;
 }
 
@@ -247,7 +253,7 @@ static void attention_destroy(struct actor *actor) {
     if (self->hash != NULL)
         attention_drop_all(self);
     batch_free(self);
-    free(self->free_page);
+    pages_free(self);
     free(self->hash);
     free(self->running);
     free(self->placement_first);
@@ -290,13 +296,13 @@ static bool allocate(struct attention *self) {
     self->hash_size = 1;
     while (self->hash_size < known)
         self->hash_size *= 2;
-    self->free_page = calloc(self->pages_total, sizeof *self->free_page);
     self->hash = calloc(self->hash_size, sizeof(*self->hash));
     self->running = calloc(settings->max_sequences, sizeof(*self->running));
     self->placement_first = calloc(entries + 1, sizeof *self->placement_first);
     self->load = calloc(entries + 1, sizeof *self->load);
-    return self->free_page != NULL && self->hash != NULL && self->running != NULL &&
-           self->placement_first != NULL && self->load != NULL && batch_init(self);
+    return self->hash != NULL && self->running != NULL &&
+           self->placement_first != NULL && self->load != NULL && pages_init(self) &&
+           batch_init(self);
 }
 
 struct actor *attention_create(const struct actor_identity *identity,
@@ -315,7 +321,6 @@ struct actor *attention_create(const struct actor_identity *identity,
     if (settings->context_tokens > 0)
         self->context = smaller(settings->context_tokens, config->context);
     self->k = config->experts > 0 ? config->gate.k : 0;
-    self->pages_total = settings->kv_cache_tokens / PAGE_TOKENS;
     self->done_max = settings->max_sequences + settings->max_waiting;
     self->row_deadline_ns = (uint64_t)settings->row_deadline_ms * 1000000u;
     bool made = member_init(&self->member, identity, settings, 0,
@@ -331,7 +336,5 @@ struct actor *attention_create(const struct actor_identity *identity,
     self->sample_rows_max = rows_per_frame(self, config->hidden * self->activation_bytes);
     self->placement =
         (struct placement){config->layers, config->experts, self->placement_first, NULL};
-    for (uint32_t i = 0; i < self->pages_total; i++)
-        self->free_page[self->free_pages++] = self->pages_total - 1 - i;
     return &self->actor;
 }

@@ -1,6 +1,7 @@
 /* The attention actor's rooms share this header; nobody else includes it.
  *   attention.c           life, events, admission of messages, heartbeats
  *   attention_sequence.c  sequences: SUBMIT checked, tables, lists, pages, finishing
+ *   attention_pages.c     pages of the latent cache: held, shared, evicted
  *   attention_batch.c     which rows go into the next step; programs of a step
  *   attention_dispatch.c  rows to experts and back: parts, replies, resending
  *   attention_sample.c    rows to samplers and back
@@ -12,6 +13,29 @@
 #include "actors/latency.h"
 #include "actors/member.h"
 #include "router/dispatch.h"
+
+/* ---- pages ---- */
+
+#define NO_PAGE UINT32_MAX
+
+struct page {
+    uint32_t references; /* running sequences that hold it */
+    uint32_t chain;      /* the next one in its bucket */
+    uint32_t previous, next; /* idle: less, more recently used */
+    uint64_t serial;         /* known: never used again; 0: not known */
+    uint64_t parent;         /* serial of the page before it, or what its chain begins with */
+};
+
+struct pages {
+    struct page *page;   /* [total] */
+    uint32_t *token;     /* [total, PAGE_TOKENS] of known pages */
+    uint32_t *free_page; /* stack */
+    uint32_t free_pages, total;
+    uint32_t *bucket; /* [buckets] */
+    uint32_t buckets;
+    uint32_t oldest, newest, idle; /* known ones that nobody holds */
+    uint64_t last_serial;
+};
 
 /* ---- sequences ---- */
 
@@ -58,8 +82,12 @@ struct sequence {
     uint32_t tokens, tokens_max;
     uint32_t computed; /* positions 0.. whose latent entries are in the cache */
     uint32_t min_tokens, max_tokens;
+    uint64_t bias_version;
     uint32_t *page;  /* [pages] */
-    uint32_t pages;  /* needed; held while RUNNING */
+    uint32_t pages;  /* needed at most */
+    uint32_t held, known; /* pages held while RUNNING; of these the first ones that others may hold too */
+    uint64_t chain;       /* serial of the last known page */
+    uint32_t cached_tokens; /* not computed when it was first admitted, because pages were known */
     uint32_t number; /* while RUNNING: its place in attention.running */
 
     struct sample_spec sampling; /* everything of it that does not change from token to token */
@@ -183,8 +211,7 @@ struct attention {
     struct latency sampler_latency;
     bool failed;
 
-    uint32_t *free_page; /* stack */
-    uint32_t free_pages, pages_total;
+    struct pages pages;
     struct sequence **hash; /* [hash_size] */
     uint32_t hash_size;
     struct sequence_list waiting, done;
@@ -206,12 +233,30 @@ struct attention {
     struct destination *former; /* scratch: those of the epoch before */
 
     /* Totals since start. */
+    uint64_t prefix_queries, prefix_hits; /* tokens looked for among known pages, and found there */
     uint64_t prompt_total, generated_total, steps, frames, rows, frames_resent, frames_stale, frames_hedged;
     uint64_t *load; /* [layers * experts] rows routed to each */
     uint32_t load_cursor,
         load_heartbeats; /* heartbeats that still carry loads after the last change */
-    char description[192];
+    char description[256];
 };
+
+/* attention_pages.c */
+bool pages_init(struct attention *self);
+void pages_free(struct attention *self);
+uint32_t pages_available(const struct pages *self);
+/* How many known pages a waiting sequence begins with, listed in sequence->page but not yet held; how
+ * many of these are idle. */
+uint32_t pages_find(struct attention *self, struct sequence *sequence, uint32_t *ret_idle);
+/* Holds those found: their positions count as computed. */
+void pages_share(struct attention *self, struct sequence *sequence, uint32_t count);
+/* `count` further pages, which must be available; they join batch.clear. */
+void pages_take(struct attention *self, struct sequence *sequence, uint32_t count);
+/* Pages that have become complete may be shared from now on. Not while the sequence is in a batch. */
+void pages_learn(struct attention *self, struct sequence *sequence);
+void pages_drop(struct attention *self, struct sequence *sequence);
+/* NULL, or which invariant does not hold. */
+const char *pages_broken(const struct attention *self);
 
 /* attention_sequence.c */
 void attention_on_submit(struct attention *self, const message *envelope, struct effects *out);

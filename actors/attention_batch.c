@@ -22,7 +22,7 @@ bool batch_init(struct attention *self) {
     batch->row = calloc(rows, sizeof *batch->row);
     batch->sequence = calloc(sequences, sizeof *batch->sequence);
     batch->sequence_rows = calloc(sequences, sizeof *batch->sequence_rows);
-    batch->clear = calloc(self->pages_total, sizeof *batch->clear);
+    batch->clear = calloc(self->pages.total, sizeof *batch->clear);
     batch->question = calloc(rows, sizeof *batch->question);
     batch->select = calloc(rows, sizeof *batch->select);
     batch->order = calloc(rows, sizeof *batch->order);
@@ -212,6 +212,7 @@ static void advance(struct attention *self, struct sequence *sequence, uint32_t 
     uint32_t from = sequence->computed;
     sequence->in_batch = false;
     sequence->computed += rows;
+    pages_learn(self, sequence);
     if (from < sequence->prompt_tokens) {
         uint32_t to = sequence->computed < sequence->prompt_tokens ? sequence->computed
                                                                    : sequence->prompt_tokens;

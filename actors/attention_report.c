@@ -40,6 +40,7 @@ static Troupe__Tokens *add(struct report *report, const struct sequence *sequenc
     Troupe__Tokens *tokens = effects_alloc(report->out, sizeof *tokens);
     troupe__tokens__init(tokens);
     tokens->sequence = sequence->id;
+    tokens->cached_tokens = sequence->cached_tokens;
     report->list[report->count++] = tokens;
     report->bytes += 32;
     return tokens;

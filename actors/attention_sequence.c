@@ -7,8 +7,8 @@
  * Cancel takes a sequence from any state, once no batch uses it.
  *
  * Invariants: 1. a sequence that runs holds every page it can ever need, so nothing that runs waits
- * for pages; 2. a page belongs to at most one sequence and is cleared before its first use; 3.
- * waiting sequences are admitted in order of arrival, so none starves; 4. what waits, runs or is
+ * for pages; 2. a page is cleared before its first use, and shared only once it is complete
+ * (attention_pages.c); 3. waiting sequences are admitted in order of arrival, so none starves; 4. what waits, runs or is
  * done is in the hash, and nothing else. */
 #include "actors/attention.h"
 
@@ -263,12 +263,12 @@ static int check_room(const struct attention *self, const Troupe__Submit *submit
                       struct failure *failure) {
     uint32_t limit = tokens_limit(self, submit);
     uint32_t pages = pages_needed(limit, (uint32_t)submit->n_token);
-    if (pages > self->pages_total)
+    if (pages > self->pages.total)
         return fail(
             failure, ERR_TOO_LARGE,
             "a sequence of up to %u tokens needs %u pages of %d positions, the cache has %u "
             "(kv_cache_tokens %u)",
-            limit, pages, PAGE_TOKENS, self->pages_total, self->settings.kv_cache_tokens);
+            limit, pages, PAGE_TOKENS, self->pages.total, self->settings.kv_cache_tokens);
     uint64_t logits = (uint64_t)submit->prompt_tokens * self->config.vocabulary * sizeof(float);
     if (submit->full_logits && logits > FULL_LOGITS_BYTES_MAX)
         return fail(failure, ERR_TOO_LARGE,
@@ -333,6 +333,7 @@ static struct sequence *sequence_create(const struct attention *self, actor_id g
     sequence->max_tokens = submit->max_tokens;
     sequence->ignore_eos = submit->ignore_eos;
     sequence->full_logits = submit->full_logits;
+    sequence->bias_version = submit->bias_version;
     sequence->score_prompt = submit->prompt_logprobs || submit->full_logits;
     if (sequence->score_prompt)
         sequence->prompt_entries = submit->prompt_tokens - (submit->full_logits ? 0 : 1);
@@ -399,23 +400,27 @@ void attention_on_submit(struct attention *self, const message *envelope, struct
 
 /* ---- running ---- */
 
+static void start_running(struct attention *self, struct sequence *sequence) {
+    uint32_t number = 0;
+    while (self->running[number] != NULL)
+        number++;
+    self->running[number] = sequence;
+    self->runnings++;
+    sequence->number = number;
+    sequence->state = SEQUENCE_RUNNING;
+}
+
 void attention_admit(struct attention *self) {
-    struct batch *batch = &self->batch;
-    while (self->waiting.first != NULL && self->runnings < self->settings.max_sequences &&
-           self->waiting.first->pages <= self->free_pages) {
+    while (self->waiting.first != NULL && self->runnings < self->settings.max_sequences) {
         struct sequence *sequence = self->waiting.first;
+        uint32_t idle, found = pages_find(self, sequence, &idle);
+        if (sequence->pages - found > pages_available(&self->pages) - idle)
+            return;
         list_remove(&self->waiting, sequence);
-        uint32_t number = 0;
-        while (self->running[number] != NULL)
-            number++;
-        self->running[number] = sequence;
-        self->runnings++;
-        sequence->number = number;
-        sequence->state = SEQUENCE_RUNNING;
-        for (uint32_t i = 0; i < sequence->pages; i++) {
-            sequence->page[i] = self->free_page[--self->free_pages];
-            batch->clear[batch->clears++] = sequence->page[i];
-        }
+        start_running(self, sequence);
+        pages_share(self, sequence, found);
+        pages_take(self, sequence, sequence->pages - found);
+        sequence->cached_tokens = sequence->computed;
     }
 }
 
@@ -423,9 +428,7 @@ static void leave_running(struct attention *self, struct sequence *sequence) {
     ASSERT(self->running[sequence->number] == sequence && !sequence->in_batch);
     self->running[sequence->number] = NULL;
     self->runnings--;
-    for (uint32_t i = 0; i < sequence->pages; i++)
-        self->free_page[self->free_pages++] = sequence->page[i];
-    ASSERT(self->free_pages <= self->pages_total);
+    pages_drop(self, sequence);
 }
 
 void attention_retire(struct attention *self, struct sequence *sequence) {

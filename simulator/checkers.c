@@ -219,6 +219,14 @@ static void check_unload(struct checkers *self, struct place who, uint32_t layer
     violate(self, "coverage: expert-%u drops the last copy of layer %u expert %u", who.index, layer, expert);
 }
 
+/* Pages of the latent cache, at the beginning of each batch. */
+static void check_pages(struct checkers *self, struct place who) {
+    struct actor *actor = world_actor(self->world, who.role, who.index);
+    const char *broken = strstr(actor->class->describe(actor), "broken: ");
+    if (broken != NULL)
+        violate(self, "pages of attention-%u: %s", who.index, broken);
+}
+
 static void on_effect(void *context, struct place who, const struct effect *effect) {
     struct checkers *self = context;
     if (who.role != ROLE_COORDINATOR)
@@ -227,6 +235,8 @@ static void on_effect(void *context, struct place who, const struct effect *effe
         on_sent(self, who, effect);
     else if (effect->kind == EFFECT_TRANSFER)
         check_first_sending(self, who, &effect->transfer.header);
+    else if (effect->kind == EFFECT_COMPUTE && effect->compute.kind == PROGRAM_EMBED)
+        check_pages(self, who);
     else if (effect->kind == EFFECT_UNLOAD)
         check_unload(self, who, effect->load.layer, effect->load.expert);
 }

@@ -44,13 +44,26 @@ static void draw_sampling(struct writer *body, struct random *random) {
         put(body, ",\"repetition_penalty\":1.1");
 }
 
-static void draw_request(struct scenario_request *ret, uint64_t until_ns, struct random *random) {
+/* Some requests begin alike, so that their pages are shared. From a sequence of its own: the rest of a
+ * scenario stays what it is. */
+static void draw_beginning(struct writer *body, uint64_t seed, struct random *random) {
+    if (!random_chance(random, 0.4))
+        return;
+    uint32_t tokens = (uint32_t)random_between(random, 60, 140);
+    struct random same = {seed ^ 0x626567696eu};
+    for (uint32_t i = 0; i < tokens; i++)
+        put(body, "%llu,", (unsigned long long)random_between(&same, 5, 319));
+}
+
+static void draw_request(struct scenario_request *ret, uint64_t until_ns, uint64_t seed,
+                         struct random *beginning, struct random *random) {
     struct writer body = {ret->body, sizeof ret->body};
     uint32_t prompt = (uint32_t)random_between(random, 1, random_chance(random, 0.3) ? 90 : 12);
     ret->arrives_ns = random_between(random, 0, until_ns);
     ret->choices = random_chance(random, 0.15) ? 2 : 1;
     ret->stream = random_chance(random, 0.8);
     put(&body, "{\"model\":\"tiny\",\"prompt\":[");
+    draw_beginning(&body, seed, beginning);
     for (uint32_t i = 0; i < prompt; i++)
         put(&body, "%s%llu", i > 0 ? "," : "", (unsigned long long)random_between(random, 5, 319));
     put(&body, "],\"max_tokens\":%llu,\"n\":%u,\"stream\":%s,\"return_token_ids\":true",
@@ -105,8 +118,9 @@ void scenario_draw(struct scenario *ret, uint64_t seed) {
     ret->restart_ns = random_between(random, 1, 100) * MS;
     uint64_t span_ns = random_between(random, 100, 1200) * MS;
     ret->requests = (uint32_t)random_between(random, 2, REQUESTS_DRAWN_MAX);
+    struct random beginning = {seed ^ 0x707265666978u};
     for (uint32_t i = 0; i < ret->requests; i++)
-        draw_request(&ret->request[i], span_ns, random);
+        draw_request(&ret->request[i], span_ns, seed, &beginning, random);
     struct fault_field field = {ret->attention, ret->experts, ret->samplers, ret->requests, span_ns + 200 * MS};
     faults_draw(&ret->faults, &field, random);
     faults_prepare(&ret->faults, seed);
@@ -116,6 +130,7 @@ void scenario_make_quiet(struct scenario *self) {
     self->attention = self->experts = self->samplers = 1;
     settings_default(&self->settings);
     self->settings.kv_cache_tokens = 4096;
+    self->settings.prefix_cache = 0;
     self->settings.batch_tokens = 128;
     self->settings.max_sequences = 32;
     self->settings.join_wait_ms = 100;

@@ -719,6 +719,42 @@ static void sequences_go_where_there_is_least_to_do(void **state) {
     rig_close(rig);
 }
 
+/* A prompt of 70 tokens of which `first` is the first one. */
+static uint64_t ask_long(struct rig *rig, uint32_t first) {
+    char body[512];
+    int used = snprintf(body, sizeof body, "{\"prompt\":[%u", first);
+    for (uint32_t i = 1; i < 70; i++)
+        used += snprintf(body + used, sizeof body - (size_t)used, ",%u", 20 + i);
+    snprintf(body + used, sizeof body - (size_t)used, "],\"max_tokens\":3}");
+    return rig_http(rig, "POST", "/v1/completions", NULL, body);
+}
+
+/* Who has seen a beginning is asked again, unless others have less to do by more than it saves. */
+static void a_known_beginning_goes_where_it_is_known(void **state) {
+    (void)state;
+    for (uint32_t on = 0; on < 2; on++) {
+        struct settings settings;
+        settings_default(&settings);
+        settings.prefix_cache = on;
+        struct rig *rig = rig_open(&(struct rig_options){.chat = CHAT_DEMO, .attentions = 2}, &settings);
+        ask_long(rig, 7); /* the first two go to the first two */
+        assert_true(rig_wait(rig, ask_long(rig, 8), 100));
+        assert_true(rig_settles(rig, 5000));
+        assert_int_equal(rig->attention[0].submits, 1);
+        assert_int_equal(rig->attention[1].submits, 1);
+        assert_true(rig_wait(rig, ask_long(rig, 8), 100));
+        assert_int_equal(rig->attention[1].submits, 1 + on);
+        assert_true(rig_settles(rig, 5000));
+        uint32_t before = rig->attention[0].submits;
+        ask_long(rig, 8);
+        ask_long(rig, 8); /* 70 + 3 tokens are placed there by now, 64 would be saved */
+        rig_tick(rig);
+        assert_int_equal(rig->attention[0].submits, before + 1);
+        assert_int_equal(rig->attention[1].submits, 2 + on);
+        rig_close(rig);
+    }
+}
+
 static void overload_is_said_with_429(void **state) {
     (void)state;
     struct rig *rig = rig_open(&(struct rig_options){.chat = CHAT_DEMO, .attentions = 2}, NULL);
@@ -868,6 +904,7 @@ int main(void) {
         cmocka_unit_test(a_gap_is_asked_for_at_once),
         cmocka_unit_test(a_dead_attention_actor_never_changes_the_stream),
         cmocka_unit_test(sequences_go_where_there_is_least_to_do),
+        cmocka_unit_test(a_known_beginning_goes_where_it_is_known),
         cmocka_unit_test(overload_is_said_with_429),
         cmocka_unit_test(nobody_there_is_said_with_503),
         cmocka_unit_test(a_client_that_goes_leaves_nothing),

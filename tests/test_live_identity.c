@@ -1,5 +1,5 @@
 /* The promise, on real processes: the same tokens and the same log-probabilities, to the last digit, whatever the number of processes,
- * the company in the batch, chunking, threads, instruction set and transport. Prints the matrix. */
+ * the company in the batch, what the prefix cache knew, chunking, threads, instruction set and transport. Prints the matrix. */
 #include <jansson.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -69,6 +69,7 @@ static const struct setting settings[] = {
     {"amx", "--experts 2 --isa amx", ISA_AMX, true},
     {"transport zmq", "--experts 4 --transport zmq", ISA_SCALAR, true},
     {"small frames", "--experts 3 --frame-rows 3", ISA_SCALAR, true},
+    {"prefix cache off, among 16", "--experts 2 --prefix-cache 0", ISA_SCALAR, true},
     {"all at once", "--experts 8 --attention 2 --samplers 2 --prefill-chunk 7 --threads 2 --transport zmq --batch-tokens 24",
      ISA_SCALAR, true},
 };
@@ -108,6 +109,29 @@ static void ask(const struct cluster *cluster, const struct setting *setting, ch
     }
 }
 
+#define LONG_QUESTION 3
+#define LONG_CACHED   192 /* tokens of whole pages of its prompt, at least */
+
+/* The long prompt again: from the prefix cache where there is one, with the same answer. */
+static void ask_again(const struct cluster *cluster, const struct setting *setting, char **answer) {
+    struct http_call call = {
+        .method = "POST", .path = questions[LONG_QUESTION].path, .body = questions[LONG_QUESTION].body};
+    http_run(cluster->port, &call, 1, 1, 240000);
+    char *text = essence(&call);
+    assert_non_null(text);
+    assert_non_null(answer[LONG_QUESTION]);
+    assert_string_equal(text, answer[LONG_QUESTION]);
+    json_t *whole = json_loads(call.text, 0, NULL);
+    json_int_t cached = json_integer_value(json_object_get(
+        json_object_get(json_object_get(whole, "usage"), "prompt_tokens_details"), "cached_tokens"));
+    bool off = strstr(setting->arguments, "--prefix-cache 0") != NULL;
+    if (off ? cached != 0 : cached < LONG_CACHED || cached % 64 != 0)
+        fail_msg("%s: cached_tokens %lld", setting->name, (long long)cached);
+    json_decref(whole);
+    free(text);
+    http_call_free(&call);
+}
+
 static uint32_t compare(const struct setting *setting, char **expected, char **found) {
     uint32_t equal = 0;
     for (uint32_t q = 0; q < QUESTIONS; q++) {
@@ -133,6 +157,7 @@ static void test_identity(void **state) {
         char *found[QUESTIONS] = {0};
         assert_true(cluster_start(&cluster, MODEL, settings[s].arguments));
         ask(&cluster, &settings[s], found);
+        ask_again(&cluster, &settings[s], found);
         assert_true(cluster_stop(&cluster));
         if (s == 0) {
             memcpy(expected, found, sizeof expected);

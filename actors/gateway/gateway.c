@@ -5,6 +5,7 @@
  *   gateway.c          life, events           request_prompt.c   prompts -> tokens
  *   gateway_routes.c   paths                  request_life.c     from body to last byte
  *   openai_*.c         bodies in and out      choice.c           tokens -> text of one choice
+ *   affinity.c         who has seen a prompt before
  *   upstream.c         who runs a choice      tokens.c           what comes back
  *   metrics*.c         /metrics               events*.c          the live view's feed */
 #include "actors/gateway/gateway.h"
@@ -156,6 +157,7 @@ static void destroy(struct actor *actor) {
     free(self->slot);
     free(self->free_slot);
     free(self->upstream);
+    free(self->affinity_block);
     free(self->closing);
     free(self->served_model);
     free(self->api_key);

@@ -22,6 +22,7 @@
 
 #define NS_PER_MS        1000000ull
 #define CHOICE_SLOT_BITS 20
+#define AFFINITY_PAIRS   16384
 
 /* Tokens with their log-probabilities; the alternatives of all lie in one array. */
 struct alternative {
@@ -74,6 +75,8 @@ struct choice {
     uint64_t waiting_since_ns, deadline_ns;
     bool gap_polled; /* a gap has been asked for */
     uint32_t load;   /* what it adds to its actor's outstanding tokens */
+    bool cached_known;      /* the first answer has come */
+    uint32_t cached_tokens; /* of the prompt: its first attention actor had them in its prefix cache */
 
     uint32_t *token; /* generated [tokens] */
     uint32_t tokens, tokens_capacity;
@@ -158,6 +161,9 @@ struct gateway {
     uint64_t sequence_key; /* makes ids differ between gateways */
     struct upstream *upstream;
     uint32_t upstreams, upstreams_capacity;
+    uint64_t affinity[AFFINITY_PAIRS]; /* names of (block of a prompt, attention actor); 0: none */
+    uint64_t *affinity_block;          /* [affinity_blocks] of the choice that is being placed */
+    uint32_t affinity_blocks, affinity_blocks_capacity;
     struct closing *closing;
     uint32_t closings, closings_capacity;
     uint64_t wake_ns; /* no deadline of a sequence or closing is earlier */
@@ -228,6 +234,11 @@ void upstream_review(struct gateway *self, uint64_t now_ns, struct effects *out)
 void upstream_closed(struct gateway *self, uint64_t sequence, actor_id actor);
 /* What is due of choices and closings. */
 void upstream_timer(struct gateway *self, uint64_t now_ns, struct effects *out);
+
+/* affinity.c: who has seen a prompt's beginning before. */
+void affinity_look(struct gateway *self, const struct choice *choice); /* the two below are about it */
+uint32_t affinity_tokens(const struct gateway *self, const struct upstream *upstream);
+void affinity_note(struct gateway *self, const struct upstream *upstream); /* it is placed there */
 
 /* tokens.c: what attention actors answer. */
 void tokens_take(struct gateway *self, const message *envelope, uint64_t now_ns,

@@ -23,13 +23,18 @@ void answer_write_head(struct text *out, const struct gateway *self, const struc
 }
 
 void answer_write_usage(struct text *out, const struct request *request) {
-    uint64_t generated = 0;
-    for (uint32_t i = 0; i < request->choices; i++)
-        generated += request->choice[i]->tokens;
+    uint64_t generated = 0, cached = 0;
+    for (uint32_t i = 0; i < request->choices; i++) {
+        const struct choice *choice = request->choice[i];
+        generated += choice->tokens;
+        if (i == 0 || choice->prompt != request->choice[i - 1]->prompt) /* a prompt counts once */
+            cached += choice->cached_tokens;
+    }
     text_format(out,
                 ",\"usage\":{\"prompt_tokens\":%u,\"completion_tokens\":%" PRIu64
-                ",\"total_tokens\":%" PRIu64 "}",
-                request->tokens, generated, request->tokens + generated);
+                ",\"total_tokens\":%" PRIu64
+                ",\"prompt_tokens_details\":{\"cached_tokens\":%" PRIu64 "}}",
+                request->tokens, generated, request->tokens + generated, cached);
 }
 
 void answer_write_usage_chunk(struct text *out, const struct gateway *self,

@@ -107,6 +107,11 @@ static void take_one(struct gateway *self, const message *envelope, const Troupe
         return;
     }
     choice->request->admitted = true;
+    if (!choice->cached_known) { /* what a later one saves after a failure is not the client's */
+        uint32_t most = choice->prompt->tokens;
+        choice->cached_tokens = tokens->cached_tokens < most ? tokens->cached_tokens : most;
+        choice->cached_known = true;
+    }
     if (tokens->finish == TROUPE__FINISH_REASON__FINISH_ERROR) {
         struct http_error error;
         http_fail(&error, 500, NULL, "the sequence failed: %s", tokens->error);

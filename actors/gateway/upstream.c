@@ -43,27 +43,34 @@ void upstream_busy(struct gateway *self, actor_id actor, uint64_t incarnation, u
     find_or_add(self, actor, incarnation)->busy_until_ns = now_ns + self->retry_ns;
 }
 
-/* Is `a` the better choice? Not lost before lost, not busy before busy, then the fewest outstanding
- * tokens, then the lowest id. */
-static bool better(const struct peer *a, const struct upstream *a_use, const struct peer *b,
-                   const struct upstream *b_use, uint64_t now_ns) {
+/* What a choice would wait for there: the tokens placed there, less those of its own prompt that are
+ * likely to be in the prefix cache. */
+static int64_t cost(const struct gateway *self, const struct upstream *use) {
+    return (int64_t)use->outstanding - (int64_t)affinity_tokens(self, use);
+}
+
+/* Is `a` the better choice? Not lost before lost, not busy before busy, then the lower cost, then the
+ * lowest id. */
+static bool better(const struct gateway *self, const struct peer *a, const struct upstream *a_use,
+                   const struct peer *b, const struct upstream *b_use, uint64_t now_ns) {
     if (a->lost != b->lost)
         return b->lost;
     bool a_busy = a_use->busy_until_ns > now_ns, b_busy = b_use->busy_until_ns > now_ns;
     if (a_busy != b_busy)
         return b_busy;
-    return a_use->outstanding < b_use->outstanding;
+    return cost(self, a_use) < cost(self, b_use);
 }
 
-static struct upstream *choose(struct gateway *self, uint64_t now_ns) {
+static struct upstream *choose(struct gateway *self, const struct choice *choice, uint64_t now_ns) {
     const struct peer *best = NULL;
+    affinity_look(self, choice);
     for (uint32_t i = 0; i < self->member.peers; i++) {
         const struct peer *peer = &self->member.peer[i];
         if (peer->role != ROLE_ATTENTION || peer->state != TROUPE__ACTOR_STATE__STATE_READY)
             continue;
         struct upstream *use = find_or_add(self, peer->id, peer->incarnation);
         if (best == NULL ||
-            better(peer, use, best, find(self, best->id, best->incarnation), now_ns))
+            better(self, peer, use, best, find(self, best->id, best->incarnation), now_ns))
             best = peer;
     }
     return best == NULL ? NULL : find(self, best->id, best->incarnation);
@@ -162,7 +169,7 @@ void upstream_closed(struct gateway *self, uint64_t sequence, actor_id actor) {
 bool upstream_place(struct gateway *self, struct choice *choice, uint64_t now_ns,
                     struct effects *out) {
     ASSERT(choice->state == CHOICE_WAITING);
-    struct upstream *upstream = self->member.serving ? choose(self, now_ns) : NULL;
+    struct upstream *upstream = self->member.serving ? choose(self, choice, now_ns) : NULL;
     if (upstream == NULL)
         return wait_longer(self, choice, now_ns, NEVER, out);
     struct request *request = choice->request;
@@ -185,6 +192,7 @@ bool upstream_place(struct gateway *self, struct choice *choice, uint64_t now_ns
     choice->gap_polled = false;
     choice->load = choice->prompt->tokens + choice->tokens;
     upstream->outstanding += choice->load;
+    affinity_note(self, upstream);
     upstream_closed(self, choice->id, choice->actor); /* it is wanted there again */
     send_submit(self, choice, out);
     set_deadline(self, choice, now_ns + self->poll_ns);

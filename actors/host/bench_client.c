@@ -56,11 +56,12 @@ static int make_request(struct connection *self, const struct bench_target *targ
         free(body);
         return ERR_NO_MEMORY;
     }
-    uint64_t random = call->seed;
+    uint64_t own = call->seed, shared = call->shared_seed;
     used += (size_t)snprintf(body, room, "{\"prompt\":[");
     for (uint32_t i = 0; i < call->prompt_tokens; i++)
         used += (size_t)snprintf(body + used, room - used, "%s%u", i > 0 ? "," : "",
-                                 16 + (uint32_t)(next_random(&random) % (target->vocabulary - 16)));
+                                 16 + (uint32_t)(next_random(i < call->shared_tokens ? &shared : &own) %
+                                                 (target->vocabulary - 16)));
     used += (size_t)snprintf(
         body + used, room - used,
         "],\"max_tokens\":%u,\"temperature\":0,\"ignore_eos\":true,\"stream\":true}",

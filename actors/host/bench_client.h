@@ -14,6 +14,8 @@ struct bench_call {
     uint64_t start_after_ns;
     uint32_t prompt_tokens, max_tokens;
     uint64_t seed; /* of the prompt's tokens */
+    uint32_t shared_tokens; /* of these the first ones, from a seed of their own */
+    uint64_t shared_seed;
 
     bool done;
     int status;         /* HTTP; 0: no answer */

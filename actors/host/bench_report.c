@@ -78,6 +78,13 @@ static void print_figure(const struct bench_report *report, const struct bench_f
            100 * others_share(sample));
 }
 
+static void print_prefix(const struct bench_figure *figure) {
+    const struct bench_sample *sample = sample_at(figure, 0.5);
+    if (sample != NULL)
+        printf("  TTFT of the first request %.2f ms, of one with the same prefix %.2f ms: %.1f times shorter\n",
+               1e3 * sample->first_s, 1e3 * sample->second_s, sample->first_s / sample->second_s);
+}
+
 static void print_spread(const char *name, const struct bench_spread *spread) {
     printf("  %-6s p50 %8.1f ms   p90 %8.1f ms   p99 %8.1f ms\n", name, 1e3 * spread->p50,
            1e3 * spread->p90, 1e3 * spread->p99);
@@ -99,6 +106,8 @@ void bench_print(const struct bench_report *report) {
     for (uint32_t i = 0; i < report->figures; i++) {
         const struct bench_figure *figure = &report->figure[i];
         print_figure(report, figure);
+        if (figure->kind == FIGURE_PREFIX)
+            print_prefix(figure);
         if (figure->kind != FIGURE_LOAD)
             continue;
         printf("  %u requests offered at %.1f/s, %u failed; goodput %.1f/s\n", figure->requests,
@@ -144,6 +153,10 @@ static json_t *figure_json(const struct bench_report *report, const struct bench
         json_object_set_new(out, "limit_share",
                             json_real(limit_share(report, figure, sample->rate)));
         put_usage(out, sample);
+    }
+    if (figure->kind == FIGURE_PREFIX && sample != NULL) {
+        json_object_set_new(out, "ttft_first_s", json_real(sample->first_s));
+        json_object_set_new(out, "ttft_second_s", json_real(sample->second_s));
     }
     if (figure->kind == FIGURE_LOAD) {
         json_object_set_new(out, "requests", json_integer(figure->requests));

@@ -8,13 +8,14 @@
 
 #define BENCH_RUNS_MAX 101
 
-enum figure_kind { FIGURE_DECODE, FIGURE_PREFILL, FIGURE_LOAD };
+enum figure_kind { FIGURE_DECODE, FIGURE_PREFILL, FIGURE_PREFIX, FIGURE_LOAD };
 
 /* One run of one figure. */
 struct bench_sample {
     double rate; /* tokens/s */
     double tokens;
     double seconds;
+    double first_s, second_s; /* FIGURE_PREFIX: TTFT of the first request with a prefix, and of the next */
     struct bench_usage used; /* differences over the run */
 };
 

@@ -2,7 +2,8 @@
  *
  *   decode-N     N streams at once, each its own random prompt; tokens/s of all together while all
  * of them generate prefill-N    one prompt of N tokens and one token of answer; prompt tokens/s
- * until that token arrives load         requests of mixed lengths arriving at random (Poisson);
+ * until that token arrives prefix-N     two prompts one after the other that begin with the same N tokens;
+ * N / TTFT of the second, and both TTFTs load         requests of mixed lengths arriving at random (Poisson);
  * TTFT, TPOT and goodput
  *
  * Figures take turns, run by run, so that what disturbs the machine meanwhile falls on all of them;
@@ -23,9 +24,10 @@
 #define FIGURES_MAX 32
 #define DEFAULT_PLAN                                                                               \
     "decode-1,decode-2,decode-4,decode-8,decode-16,decode-32,prefill-128,prefill-512,prefill-"     \
-    "2048,load"
+    "2048,prefix-512,load"
 #define DECODE_PROMPT   32
 #define DECODE_TOKENS   128
+#define PREFIX_TAIL     16 /* own tokens behind a shared prefix */
 #define CALL_TIMEOUT_NS 300000000000u
 #define LOAD_REQUESTS   60 /* of one run */
 #define GOOD_TTFT_S     0.5
@@ -57,9 +59,11 @@ static int add_figure(struct bench *self, const char *name, struct failure *fail
         figure.kind = FIGURE_DECODE;
     else if (sscanf(name, "prefill-%u%c", &size, &rest) == 1)
         figure.kind = FIGURE_PREFILL;
+    else if (sscanf(name, "prefix-%u%c", &size, &rest) == 1)
+        figure.kind = FIGURE_PREFIX;
     else if (strcmp(name, "load") != 0)
         return fail(failure, ERR_INVALID,
-                    "--figures: expected decode-N, prefill-N or load, found '%s'", name);
+                    "--figures: expected decode-N, prefill-N, prefix-N or load, found '%s'", name);
     if (figure.kind != FIGURE_LOAD && (size == 0 || size > CONTEXT_MAX))
         return fail(failure, ERR_INVALID, "--figures: '%s' is out of range", name);
     if (self->figures == FIGURES_MAX)
@@ -68,6 +72,8 @@ static int add_figure(struct bench *self, const char *name, struct failure *fail
     figure.size = figure.clipped = size;
     if (figure.kind == FIGURE_PREFILL && size > self->context - 1)
         figure.clipped = self->context - 1;
+    if (figure.kind == FIGURE_PREFIX && size > self->context - 1 - PREFIX_TAIL)
+        figure.clipped = self->context - 1 - PREFIX_TAIL;
     self->figure[self->figures++] = figure;
     return 0;
 }
@@ -171,6 +177,33 @@ static int run_prefill(struct bench *self, uint32_t tokens, struct bench_sample 
     return error;
 }
 
+static int run_prefix(struct bench *self, uint32_t tokens, struct bench_sample *ret,
+                      struct failure *failure) {
+    uint64_t prefix = ++self->seed;
+    double ttft[2] = {0};
+    int error = 0;
+    for (int i = 0; i < 2 && error == 0; i++) {
+        struct bench_call call = {.prompt_tokens = tokens + PREFIX_TAIL,
+                                  .max_tokens = 1,
+                                  .seed = ++self->seed,
+                                  .shared_tokens = tokens,
+                                  .shared_seed = prefix};
+        error = run_calls(self, &call, 1, ret, failure);
+        if (error == 0)
+            error = check_call(&call, failure);
+        if (error == 0)
+            ttft[i] = (double)(call.event_ns[0] - call.start_ns) / 1e9;
+        bench_calls_free(&call, 1);
+    }
+    if (error < 0)
+        return error;
+    ret->tokens = tokens + PREFIX_TAIL;
+    ret->rate = ret->tokens / ttft[1];
+    ret->first_s = ttft[0];
+    ret->second_s = ttft[1];
+    return 0;
+}
+
 /* ---- load ---- */
 
 /* Uniform in [0, 1), from a seed: xorshift64*. */
@@ -254,6 +287,8 @@ static int run_figure(struct bench *self, struct bench_figure *figure, struct be
         return run_decode(self, figure->clipped, ret, failure);
     if (figure->kind == FIGURE_PREFILL)
         return run_prefill(self, figure->clipped, ret, failure);
+    if (figure->kind == FIGURE_PREFIX)
+        return run_prefix(self, figure->clipped, ret, failure);
     return run_load(self, figure, ret, failure);
 }
 
@@ -330,6 +365,8 @@ static int open_target(struct bench *self, struct failure *failure) {
     char end = 0;
     self->target.api_key = self->options->api_key;
     self->target.host = self->host;
+    if (self->options->url != NULL)
+        self->seed = clock_now_ns(); /* it may have been measured before: no prompt is sent twice */
     if (self->options->url == NULL) {
         uint64_t start = clock_now_ns();
         int error = bench_server_start(&self->server, self->options, failure);
