@@ -56,6 +56,9 @@ static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effec
     heartbeat.pages_total = self->pages.total;
     heartbeat.prefix_cache_queries = self->prefix_queries;
     heartbeat.prefix_cache_hits = self->prefix_hits;
+    heartbeat.spec_drafts = self->drafts_total;
+    heartbeat.spec_draft_tokens = self->draft_tokens_total;
+    heartbeat.spec_accepted_tokens = self->accepted_total;
     heartbeat.prompt_tokens = self->prompt_total;
     heartbeat.generated_tokens = self->generated_total;
     heartbeat.steps = self->steps;
@@ -234,14 +237,15 @@ static const char *attention_describe(struct actor *actor) {
     snprintf(
         self->description, sizeof self->description,
         "sequences=%u waiting=%u running=%u done=%u pages=%u/%u batch=%llu phase=%d resent=%llu "
-        "stale=%llu hedged=%llu cached=%u hits=%llu%s%s",
+        "stale=%llu hedged=%llu cached=%u hits=%llu drafted=%llu accepted=%llu%s%s",
         self->waiting.count + self->runnings + self->done.count, self->waiting.count,
         self->runnings, self->done.count, self->pages.total - pages_available(&self->pages),
         self->pages.total,
         (unsigned long long)self->last_batch, self->batch.phase,
         (unsigned long long)self->frames_resent, (unsigned long long)self->frames_stale,
         (unsigned long long)self->frames_hedged, self->pages.idle,
-        (unsigned long long)self->prefix_hits, broken != NULL ? " broken: " : "",
+        (unsigned long long)self->prefix_hits, (unsigned long long)self->draft_tokens_total,
+        (unsigned long long)self->accepted_total, broken != NULL ? " broken: " : "",
         broken != NULL ? broken : "");
     return self->description;
 }

@@ -5,6 +5,7 @@
  *   attention_batch.c     which rows go into the next step; programs of a step
  *   attention_dispatch.c  rows to experts and back: parts, replies, resending
  *   attention_sample.c    rows to samplers and back
+ *   attention_draft.c     guessed tokens (MTP): made, verified, kept or dropped
  *   attention_report.c    tokens to gateways */
 #ifndef TROUPE_ATTENTION_H
 #define TROUPE_ATTENTION_H
@@ -72,6 +73,12 @@ struct sequence {
     actor_id gateway;
     uint64_t gateway_incarnation;
     enum sequence_state state;
+    /* Guesses of the tokens after the known ones (attention_draft.c). */
+    uint32_t draft[DRAFTS_MAX];
+    uint32_t drafts, verifying; /* made; of these with rows in the batch in flight */
+    uint32_t drew;              /* tokens that the last batch brought */
+    uint32_t trust, pause;      /* how often the first guess comes true; steps without guesses */
+    uint32_t accepted_drafts, rejected_drafts;
     bool in_batch;  /* has rows in the batch in flight: neither pages nor memory may go */
     bool cancelled; /* dropped when the batch in flight has ended */
     bool reported;  /* scratch of attention_report.c */
@@ -81,6 +88,7 @@ struct sequence {
         given_tokens; /* given: prompt and what a resumed sequence brought along */
     uint32_t tokens, tokens_max;
     uint32_t computed; /* positions 0.. whose latent entries are in the cache */
+    uint32_t computed_before; /* the batch that is ending */
     uint32_t min_tokens, max_tokens;
     uint64_t bias_version;
     uint32_t *page;  /* [pages] */
@@ -124,6 +132,7 @@ enum batch_phase {
     BATCH_LAYERS,   /* programs up to an MoE layer's gate, or up to the end */
     BATCH_EXPERTS,  /* rows are with experts */
     BATCH_SAMPLERS, /* rows are with samplers */
+    BATCH_DRAFTS,   /* what comes next is guessed */
 };
 
 /* A final row: what a sampler is asked about it. */
@@ -131,6 +140,8 @@ struct question {
     struct sequence *sequence;
     uint32_t row, position; /* of the batch; of the sequence */
     uint32_t flags, target;
+    uint32_t drafts; /* guesses that it takes for true */
+    uint32_t drawn;  /* the answer to SAMPLE_DRAW */
 };
 
 enum part_state { PART_FREE, PART_SENT, PART_WAITING /* for a holder, or for its turn */ };
@@ -176,6 +187,9 @@ struct batch {
     uint32_t rows;
     struct sequence **sequence; /* [max_sequences] */
     uint32_t *sequence_rows;    /* [max_sequences] rows of each */
+    uint32_t *sequence_first;   /* [max_sequences] the first of them */
+    struct sequence *drafting[DRAFT_ROWS_MAX]; /* those that guesses are made for, in order */
+    uint32_t draftings;
     uint32_t sequences;
     uint32_t *clear; /* [pages_total] pages handed out at the start of this batch */
     uint32_t clears;
@@ -233,6 +247,7 @@ struct attention {
     struct destination *former; /* scratch: those of the epoch before */
 
     /* Totals since start. */
+    uint64_t drafts_total, draft_tokens_total, accepted_total; /* verifications, guesses, true ones */
     uint64_t prefix_queries, prefix_hits; /* tokens looked for among known pages, and found there */
     uint64_t prompt_total, generated_total, steps, frames, rows, frames_resent, frames_stale, frames_hedged;
     uint64_t *load; /* [layers * experts] rows routed to each */
@@ -277,6 +292,8 @@ bool sequence_draws(
 /* Appends a drawn token and decides whether the sequence is finished. */
 void attention_append(struct attention *self, struct sequence *sequence, uint32_t token);
 bool token_counts_add(struct token_counts *self, uint32_t token);
+void token_counts_pop(struct token_counts *self, uint32_t token); /* undoes the last add */
+bool sequence_counts_output(const struct sequence *sequence); /* for a penalty */
 
 /* attention_batch.c */
 bool batch_init(struct attention *self);
@@ -319,6 +336,20 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
 void sample_adopt(struct attention *self, uint64_t now_ns, struct effects *out);
 void sample_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out);
 void sample_timer(struct attention *self, uint64_t now_ns, struct effects *out);
+
+/* Words that a draw needs when it takes `drafts` guesses for true, and where they are put: at `word`; returns their end. */
+uint32_t sample_words(const struct attention *self, struct sequence *sequence, uint32_t drafts);
+uint32_t *sample_put_words(const struct attention *self, struct sequence *sequence, uint32_t drafts,
+                           struct sample_spec *spec, uint32_t *word);
+
+/* attention_draft.c */
+bool drafts_on(const struct attention *self);
+void draft_begin(struct sequence *sequence);
+/* The batch's draws become tokens, as far as the guesses they build on are true. */
+void draft_settle(struct attention *self);
+/* Asks for the guesses of the next batch; false: there is nothing to remember or to guess. */
+bool draft_start(struct attention *self, struct effects *out);
+void draft_computed(struct attention *self, const struct program_result *result);
 
 /* attention_report.c */
 void report_batch(struct attention *self,

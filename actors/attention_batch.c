@@ -3,10 +3,10 @@
  *
  *   IDLE -> LAYERS (to the gate of an MoE layer) -> EXPERTS
  *        -> LAYERS (combine, on to the next gate) -> EXPERTS -> ...
- *        -> LAYERS (to the end, final rows) -> SAMPLERS -> IDLE
+ *        -> LAYERS (to the end, final rows) -> SAMPLERS -> DRAFTS (attention_draft.c) -> IDLE
  *
  * Continuous batching: a running sequence with one known token not computed yet (decode) gives that
- * row; one with more (prefill, or a resumed sequence that catches up) gives a chunk. Both kinds are
+ * row, and one for each guess of what follows; one with more (prefill, or a resumed sequence that catches up) gives a chunk. Both kinds are
  * taken in turn from where the last batch stopped, and while both kinds exist each is left room, so
  * neither can starve the other. How rows are cut into batches changes no bit of any result. */
 #include "actors/attention.h"
@@ -22,12 +22,14 @@ bool batch_init(struct attention *self) {
     batch->row = calloc(rows, sizeof *batch->row);
     batch->sequence = calloc(sequences, sizeof *batch->sequence);
     batch->sequence_rows = calloc(sequences, sizeof *batch->sequence_rows);
+    batch->sequence_first = calloc(sequences, sizeof *batch->sequence_first);
     batch->clear = calloc(self->pages.total, sizeof *batch->clear);
     batch->question = calloc(rows, sizeof *batch->question);
     batch->select = calloc(rows, sizeof *batch->select);
     batch->order = calloc(rows, sizeof *batch->order);
     batch->sample_part = calloc(rows, sizeof *batch->sample_part);
     return batch->row != NULL && batch->sequence != NULL && batch->sequence_rows != NULL &&
+           batch->sequence_first != NULL &&
            batch->clear != NULL && batch->question != NULL && batch->select != NULL &&
            batch->order != NULL && batch->sample_part != NULL && flight_init(self);
 }
@@ -38,6 +40,7 @@ void batch_free(struct attention *self) {
     free(batch->row);
     free(batch->sequence);
     free(batch->sequence_rows);
+    free(batch->sequence_first);
     free(batch->clear);
     free(batch->question);
     free(batch->select);
@@ -62,8 +65,10 @@ static void add_question(struct batch *batch, struct sequence *sequence, uint32_
         if (sequence->full_logits)
             question.flags |= SAMPLE_FULL_LOGITS;
     }
-    if (position + 1 == sequence->tokens && sequence_draws(sequence))
+    if (position + 1 >= sequence->tokens && sequence_draws(sequence)) {
         question.flags |= SAMPLE_DRAW;
+        question.drafts = position + 1 - sequence->tokens;
+    }
     if (question.flags == 0)
         return;
     if (sequence->logprobs)
@@ -74,12 +79,15 @@ static void add_question(struct batch *batch, struct sequence *sequence, uint32_
 
 static void add_rows(struct batch *batch, struct sequence *sequence, uint32_t count) {
     batch->sequence[batch->sequences] = sequence;
+    batch->sequence_first[batch->sequences] = batch->rows;
     batch->sequence_rows[batch->sequences++] = count;
     sequence->in_batch = true;
+    sequence->verifying = count > remaining(sequence) ? count - remaining(sequence) : 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t position = sequence->computed + i, row = batch->rows++;
         batch->row[row] = (struct batch_row){
-            .token = sequence->token[position],
+            .token = position < sequence->tokens ? sequence->token[position]
+                                                 : sequence->draft[position - sequence->tokens],
             .position = position,
             .sequence = sequence->number,
             .form = position < sequence->prompt_tokens ? MLA_EXPANDED : MLA_ABSORBED,
@@ -104,7 +112,9 @@ static void take_turns(struct attention *self, uint32_t *cursor, bool decode, ui
             return;
         }
         uint32_t count = remaining(sequence);
-        if (count > self->settings.prefill_chunk)
+        if (decode)
+            count += sequence->drafts;
+        else if (count > self->settings.prefill_chunk)
             count = self->settings.prefill_chunk;
         if (count > budget)
             count = budget;
@@ -193,25 +203,16 @@ void batch_combine(struct attention *self, struct effects *out) {
     run_layers(self, self->batch.layer + 1, out);
 }
 
-void batch_computed(struct attention *self, const struct program_result *result, uint64_t now_ns,
-                    struct effects *out) {
-    struct batch *batch = &self->batch;
-    if (batch->phase != BATCH_LAYERS || result->tag != batch->wait_tag)
-        return;
-    if (batch->layer < self->config.layers)
-        dispatch_start(self, result->choice, now_ns, out);
-    else if (batch->questions > 0)
-        sample_start(self, now_ns, out);
-    else
-        batch_end(self, out);
-}
-
 /* ---- the end of a step ---- */
 
 static void advance(struct attention *self, struct sequence *sequence, uint32_t rows) {
     uint32_t from = sequence->computed;
-    sequence->in_batch = false;
+    sequence->computed_before = from;
     sequence->computed += rows;
+    if (sequence->drew > 0) /* without rows of guesses that were wrong */
+        sequence->computed = sequence->tokens - 1;
+    else if (sequence->computed > sequence->tokens)
+        sequence->computed = sequence->tokens;
     pages_learn(self, sequence);
     if (from < sequence->prompt_tokens) {
         uint32_t to = sequence->computed < sequence->prompt_tokens ? sequence->computed
@@ -224,17 +225,57 @@ static void advance(struct attention *self, struct sequence *sequence, uint32_t 
         sequence_finish(sequence, TROUPE__FINISH_REASON__FINISH_LENGTH, 0);
 }
 
-void batch_end(struct attention *self, struct effects *out) {
+/* Those that are finished or not wanted any more leave; the others are left in the batch. */
+static void retire_some(struct attention *self) {
+    struct batch *batch = &self->batch;
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < batch->sequences; i++) {
+        struct sequence *sequence = batch->sequence[i];
+        if (sequence->cancelled || sequence->finish != TROUPE__FINISH_REASON__FINISH_NONE) {
+            sequence->in_batch = false;
+            attention_retire(self, sequence);
+            continue;
+        }
+        batch->sequence[kept] = sequence;
+        batch->sequence_first[kept++] = batch->sequence_first[i];
+    }
+    batch->sequences = kept;
+}
+
+static void become_idle(struct attention *self) {
     struct batch *batch = &self->batch;
     batch->phase = BATCH_IDLE;
+    retire_some(self); /* some may have been cancelled meanwhile */
+    for (uint32_t i = 0; i < batch->sequences; i++)
+        batch->sequence[i]->in_batch = false;
+    batch->sequences = 0;
+}
+
+void batch_end(struct attention *self, struct effects *out) {
+    struct batch *batch = &self->batch;
     self->steps++;
+    draft_settle(self);
     for (uint32_t i = 0; i < batch->sequences; i++)
         advance(self, batch->sequence[i], batch->sequence_rows[i]);
     report_batch(self, out);
-    for (uint32_t i = 0; i < batch->sequences; i++) {
-        struct sequence *sequence = batch->sequence[i];
-        if (sequence->cancelled || sequence->finish != TROUPE__FINISH_REASON__FINISH_NONE)
-            attention_retire(self, sequence);
+    retire_some(self);
+    if (!draft_start(self, out))
+        become_idle(self);
+}
+
+void batch_computed(struct attention *self, const struct program_result *result, uint64_t now_ns,
+                    struct effects *out) {
+    struct batch *batch = &self->batch;
+    if (batch->phase == BATCH_DRAFTS && result->tag == batch->wait_tag) {
+        draft_computed(self, result);
+        become_idle(self);
     }
-    batch->sequences = 0;
+    if (batch->phase != BATCH_LAYERS || result->tag != batch->wait_tag)
+        return;
+    if (batch->layer < self->config.layers)
+        dispatch_start(self, result->choice, now_ns, out);
+    else if (batch->questions > 0)
+        sample_start(self, now_ns, out);
+    else
+        batch_end(self, out);
 }

@@ -4,17 +4,18 @@
  *   FREE -> HELD (one sequence writes it) -> KNOWN, held by sequences -> KNOWN, idle -> FREE
  *
  * A page whose 64 positions are all computed becomes known: it is found again by what it was made
- * of, that is its tokens, the MLA form of each (prompt or generated: the forms have different bits),
- * and everything before them, which the serial number of the page before it stands for. Serial
- * numbers are never used again and the comparison is exact: no hash decides what is equal. The chain
- * begins with the bias version. A sequence that begins with known pages need not compute their
- * positions; the bits in them are those that it would compute, so sharing shows in nothing but time.
- * What nobody holds stays known until its page is wanted: the one used least recently goes first, the
- * end of a chain before its beginning.
+ * of, that is its tokens, the MLA form of each (prompt or generated: the forms have different
+ * bits), and everything before them, which the serial number of the page before it stands for.
+ * Serial numbers are never used again and the comparison is exact: no hash decides what is equal.
+ * The chain begins with the bias version. A sequence that begins with known pages need not compute
+ * their positions; the bits in them are those that it would compute, so sharing shows in nothing
+ * but time. What nobody holds stays known until its page is wanted: the one used least recently
+ * goes first, the end of a chain before its beginning.
  *
  * Invariants (pages_broken): 1. a page is free, idle, or held, and held as often as running
- * sequences name it; 2. a page that is not known is held by one sequence at most; 3. the known pages
- * of a sequence are its first ones, and the chain is theirs; 4. nobody writes into a known page. */
+ * sequences name it; 2. a page that is not known is held by one sequence at most; 3. the known
+ * pages of a sequence are its first ones, and the chain is theirs; 4. nobody writes into a known
+ * page. */
 #include "actors/attention.h"
 
 #include <stdio.h>
@@ -109,9 +110,9 @@ static void list_tokens(const struct sequence *sequence, uint32_t index, uint32_
 static uint32_t find_known(const struct pages *self, uint64_t parent, const uint32_t *token,
                            uint32_t bucket) {
     uint32_t number = self->bucket[bucket];
-    while (number != NO_PAGE &&
-           (self->page[number].parent != parent ||
-            memcmp(self->token + (size_t)number * PAGE_TOKENS, token, PAGE_TOKENS * sizeof *token) != 0))
+    while (number != NO_PAGE && (self->page[number].parent != parent ||
+                                 memcmp(self->token + (size_t)number * PAGE_TOKENS, token,
+                                        PAGE_TOKENS * sizeof *token) != 0))
         number = self->page[number].chain;
     return number;
 }
@@ -128,8 +129,8 @@ static void make_known(struct pages *self, uint32_t number, uint64_t parent, con
 
 static void forget(struct pages *self, uint32_t number) {
     struct page *page = &self->page[number];
-    uint32_t *place = &self->bucket[bucket_of(self, page->parent,
-                                              self->token + (size_t)number * PAGE_TOKENS)];
+    uint32_t *place =
+        &self->bucket[bucket_of(self, page->parent, self->token + (size_t)number * PAGE_TOKENS)];
     while (*place != number)
         place = &self->page[*place].chain;
     *place = page->chain;

@@ -41,6 +41,8 @@ static Troupe__Tokens *add(struct report *report, const struct sequence *sequenc
     troupe__tokens__init(tokens);
     tokens->sequence = sequence->id;
     tokens->cached_tokens = sequence->cached_tokens;
+    tokens->accepted_drafts = sequence->accepted_drafts;
+    tokens->rejected_drafts = sequence->rejected_drafts;
     report->list[report->count++] = tokens;
     report->bytes += 32;
     return tokens;

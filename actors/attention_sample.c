@@ -21,10 +21,32 @@
 
 /* ---- what is asked ---- */
 
-static uint32_t forbidden_count(const struct attention *self, const struct sequence *sequence) {
-    if (sequence->tokens - sequence->prompt_tokens >= sequence->min_tokens)
+static uint32_t forbidden_count(const struct attention *self, const struct sequence *sequence,
+                                uint32_t drafts) {
+    if (sequence->tokens + drafts - sequence->prompt_tokens >= sequence->min_tokens)
         return 0;
     return sequence->stop_tokens + (sequence->ignore_eos ? 0 : self->config.eos_count);
+}
+
+/* Counts as they are once these guesses are tokens; undone by forget_drafts. */
+static void assume_drafts(struct sequence *sequence, uint32_t drafts) {
+    for (uint32_t i = 0; i < drafts && sequence_counts_output(sequence); i++) {
+        bool counted = token_counts_add(&sequence->output_counts, sequence->draft[i]);
+        ASSERT(counted && "memory for token counts");
+    }
+}
+
+static void forget_drafts(struct sequence *sequence, uint32_t drafts) {
+    for (uint32_t i = drafts; i-- > 0 && sequence_counts_output(sequence);)
+        token_counts_pop(&sequence->output_counts, sequence->draft[i]);
+}
+
+uint32_t sample_words(const struct attention *self, struct sequence *sequence, uint32_t drafts) {
+    assume_drafts(sequence, drafts);
+    uint32_t words = 2 * (sequence->biases + forbidden_count(self, sequence, drafts)) +
+                     sequence->prompt_counts.count + 2 * sequence->output_counts.count;
+    forget_drafts(sequence, drafts);
+    return words;
 }
 
 static bool draws(const struct question *question) {
@@ -36,11 +58,7 @@ static bool is_heavy(const struct question *question) {
 }
 
 static uint32_t question_words(const struct attention *self, const struct question *question) {
-    const struct sequence *sequence = question->sequence;
-    if (!draws(question))
-        return 0;
-    return 2 * (sequence->biases + forbidden_count(self, sequence)) +
-           sequence->prompt_counts.count + 2 * sequence->output_counts.count;
+    return draws(question) ? sample_words(self, question->sequence, question->drafts) : 0;
 }
 
 static uint32_t *put_forbidden(uint32_t *word, uint32_t token) {
@@ -49,20 +67,10 @@ static uint32_t *put_forbidden(uint32_t *word, uint32_t token) {
     return word;
 }
 
-/* Writes the variable part of a question at `word`; returns its end. */
-static uint32_t *put_words(const struct attention *self, const struct sequence *sequence,
-                           struct sample_spec *spec, uint32_t *word) {
-    spec->bias_count = sequence->biases + forbidden_count(self, sequence);
+static uint32_t *put_counts(const struct sequence *sequence, struct sample_spec *spec,
+                            uint32_t *word) {
     spec->prompt_count = sequence->prompt_counts.count;
     spec->output_count = sequence->output_counts.count;
-    memcpy(word, sequence->bias, 2 * (size_t)sequence->biases * sizeof *word);
-    word += 2 * sequence->biases;
-    if (forbidden_count(self, sequence) > 0) {
-        for (uint32_t i = 0; !sequence->ignore_eos && i < self->config.eos_count; i++)
-            word = put_forbidden(word, (uint32_t)self->config.eos[i]);
-        for (uint32_t i = 0; i < sequence->stop_tokens; i++)
-            word = put_forbidden(word, sequence->stop_token[i]);
-    }
     for (uint32_t i = 0; i < sequence->prompt_counts.count; i++)
         *word++ = sequence->prompt_counts.token[i];
     for (uint32_t i = 0; i < sequence->output_counts.count; i++) {
@@ -72,16 +80,34 @@ static uint32_t *put_words(const struct attention *self, const struct sequence *
     return word;
 }
 
+uint32_t *sample_put_words(const struct attention *self, struct sequence *sequence, uint32_t drafts,
+                           struct sample_spec *spec, uint32_t *word) {
+    uint32_t forbidden = forbidden_count(self, sequence, drafts);
+    spec->bias_count = sequence->biases + forbidden;
+    memcpy(word, sequence->bias, 2 * (size_t)sequence->biases * sizeof *word);
+    word += 2 * sequence->biases;
+    if (forbidden > 0) {
+        for (uint32_t i = 0; !sequence->ignore_eos && i < self->config.eos_count; i++)
+            word = put_forbidden(word, (uint32_t)self->config.eos[i]);
+        for (uint32_t i = 0; i < sequence->stop_tokens; i++)
+            word = put_forbidden(word, sequence->stop_token[i]);
+    }
+    assume_drafts(sequence, drafts);
+    word = put_counts(sequence, spec, word);
+    forget_drafts(sequence, drafts);
+    return word;
+}
+
 static uint32_t *put_question(const struct attention *self, const struct question *question,
                               struct sample_spec *spec, const uint32_t *words, uint32_t *word) {
-    const struct sequence *sequence = question->sequence;
+    struct sequence *sequence = question->sequence;
     *spec = sequence->sampling;
     spec->flags = question->flags;
     spec->target = question->target;
     spec->counter = question->position + 1;
     spec->top = (question->flags & SAMPLE_LOGPROBS) != 0 ? sequence->top_logprobs : 0;
     spec->first_word = (uint32_t)(word - words);
-    return draws(question) ? put_words(self, sequence, spec, word) : word;
+    return draws(question) ? sample_put_words(self, sequence, question->drafts, spec, word) : word;
 }
 
 /* ---- parts ---- */
@@ -191,6 +217,8 @@ static bool askable(struct attention *self, const struct question *question) {
     struct sequence *sequence = question->sequence;
     if (question_words(self, question) <= FRAME_ITEMS_MAX)
         return true;
+    if (question->drafts > 0)
+        return false; /* its turn may never come */
     sequence_finish(sequence, TROUPE__FINISH_REASON__FINISH_ERROR, 0);
     snprintf(sequence->error, sizeof sequence->error,
              "penalties over %u tokens, a frame holds %u words",
@@ -269,7 +297,7 @@ static void keep_entry(const struct sequence *sequence, struct entry *entry,
 
 _Static_assert(sizeof(struct top_entry) == 2 * sizeof(uint32_t), "copied as words");
 
-static void take_answer(struct attention *self, const struct question *question,
+static void take_answer(struct attention *self, struct question *question,
                         const struct sample_result *result, const uint32_t *words) {
     struct sequence *sequence = question->sequence;
     if (sequence->cancelled)
@@ -286,8 +314,8 @@ static void take_answer(struct attention *self, const struct question *question,
         return;
     if (sequence->entry != NULL)
         keep_entry(sequence, sequence->entry, sequence->entry_top,
-                   sequence->tokens - sequence->given_tokens, result, words);
-    attention_append(self, sequence, result->token);
+                   question->position + 1 - sequence->given_tokens, result, words);
+    question->drawn = result->token;
 }
 
 static void ask_again(struct attention *self, struct part *part) {

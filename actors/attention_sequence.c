@@ -113,6 +113,17 @@ bool token_counts_add(struct token_counts *self, uint32_t token) {
     return true;
 }
 
+/* The last one added has no other behind it in its run of the index: taking it out breaks none. */
+void token_counts_pop(struct token_counts *self, uint32_t token) {
+    uint32_t place = count_place(self, token), at = self->index[place] - 1;
+    ASSERT(self->index[place] != 0);
+    if (--self->times[at] > 0)
+        return;
+    ASSERT(at + 1 == self->count);
+    self->index[place] = 0;
+    self->count--;
+}
+
 static void token_counts_free(struct token_counts *self) {
     free(self->token);
     free(self->times);
@@ -141,7 +152,7 @@ static bool wants_prompt_counts(const struct sequence *sequence) {
     return sequence->sampling.repetition_penalty != 1.0f;
 }
 
-static bool wants_output_counts(const struct sequence *sequence) {
+bool sequence_counts_output(const struct sequence *sequence) {
     return wants_prompt_counts(sequence) || sequence->sampling.presence_penalty != 0.0f ||
            sequence->sampling.frequency_penalty != 0.0f;
 }
@@ -151,7 +162,7 @@ static bool fill_counts(struct sequence *sequence) {
         for (uint32_t i = 0; i < sequence->prompt_tokens; i++)
             if (!token_counts_add(&sequence->prompt_counts, sequence->token[i]))
                 return false;
-    if (wants_output_counts(sequence))
+    if (sequence_counts_output(sequence))
         for (uint32_t i = sequence->prompt_tokens; i < sequence->tokens; i++)
             if (!token_counts_add(&sequence->output_counts, sequence->token[i]))
                 return false;
@@ -408,6 +419,7 @@ static void start_running(struct attention *self, struct sequence *sequence) {
     self->runnings++;
     sequence->number = number;
     sequence->state = SEQUENCE_RUNNING;
+    draft_begin(sequence);
 }
 
 void attention_admit(struct attention *self) {
@@ -464,7 +476,7 @@ static bool stops(const struct attention *self, const struct sequence *sequence,
 void attention_append(struct attention *self, struct sequence *sequence, uint32_t token) {
     ASSERT(sequence->tokens < sequence->tokens_max);
     bool counted =
-        !wants_output_counts(sequence) || token_counts_add(&sequence->output_counts, token);
+        !sequence_counts_output(sequence) || token_counts_add(&sequence->output_counts, token);
     ASSERT(counted && "memory for token counts");
     uint32_t generated = sequence->tokens - sequence->prompt_tokens;
     sequence->token[sequence->tokens++] = token;

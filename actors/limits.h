@@ -30,6 +30,8 @@
 /* Attention. */
 #define PAGE_TOKENS            64 /* positions in one page of the latent cache, and in one attention block */
 #define BATCH_ROWS_MAX         8192
+#define DRAFTS_MAX             8    /* guessed tokens of one sequence in one step */
+#define DRAFT_ROWS_MAX         64   /* sequences that guess in one step */
 #define SEQUENCES_MAX          4096 /* running in one attention actor */
 
 /* HTTP and requests. */

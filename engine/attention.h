@@ -62,8 +62,10 @@ struct mla_work {
     const void *const **block_pages; /* [b] */
 };
 
+struct draft; /* engine/draft.c */
+
 struct attention {
-    struct attention_layer *layer;
+    struct attention_layer *layer; /* [layers], and the MTP module's */
     struct weight_view embedding;
     float *final_norm;
     struct mla_shape shape;
@@ -76,7 +78,9 @@ struct attention {
     struct attention_slot slot[BATCH_SLOTS_MAX];
 
     uint32_t pages;
-    uint8_t *cache;     /* [pages][layers][PAGE_TOKENS][absorbed_stride] activations */
+    struct draft *draft;   /* the MTP module; NULL: left out */
+    uint32_t cache_layers; /* layers, and one of the MTP module */
+    uint8_t *cache;     /* [pages][cache_layers][PAGE_TOKENS][absorbed_stride] activations */
     uint8_t *page_used; /* [pages]: written since it was cleared */
     float *cos_sin; /* [context][rope / 2][2], filled in blocks of PAGE_TOKENS positions when first
                        needed */
@@ -100,6 +104,18 @@ size_t layer_mlp_work_layout(const struct engine *self, struct layer_mlp_work *r
 
 /* Residual += MLA(normed rows), the latent cache written first. engine/attention_mla.c */
 void attention_mla(struct engine *self, struct attention_slot *slot, uint32_t layer);
+
+/* The latent cache only: entries of the slot's normed rows. */
+void attention_store(struct engine *self, struct attention_slot *slot, uint32_t layer);
+/* Checks rows against the rules of struct batch_row, makes room for their page tables and the rotations of their positions. */
+int attention_prepare_rows(struct engine *self, const struct batch_row *row, uint32_t rows);
+/* The token's embedding, [hidden]. */
+void attention_embedding(const struct engine *self, uint32_t token, float *ret);
+
+/* engine/draft.c */
+int draft_open(struct engine *self, uint32_t steps, struct failure *failure);
+void draft_close(struct engine *self);
+void draft_run(struct engine *self, const struct program *program, struct program_result *ret);
 
 uint8_t *cache_at(const struct engine *self, uint32_t page, uint32_t layer);
 

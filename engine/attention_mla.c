@@ -62,7 +62,7 @@ uint8_t *cache_at(const struct engine *self, uint32_t page, uint32_t layer) {
     const struct attention *a = self->attention;
     ASSERT(page < a->pages);
     size_t layer_bytes = PAGE_TOKENS * a->absorbed_stride * self->kernels->activation_bytes;
-    return a->cache + ((size_t)page * self->config->layers + layer) * layer_bytes;
+    return a->cache + ((size_t)page * a->cache_layers + layer) * layer_bytes;
 }
 
 /* One position's rotation of `count` vectors, `from_stride` apart as the projection left them. */
@@ -298,6 +298,17 @@ static void project_queries(const struct engine *self, const struct attention_la
               work->q_low_norm, low_stride);
     kernels->matmul(&weights->q_b.matrix, work->q_low_norm, low_stride, slot->rows, work->q,
                     q_width, &self->parallel);
+}
+
+void attention_store(struct engine *self, struct attention_slot *slot, uint32_t layer) {
+    const struct model_config *c = self->config;
+    const struct attention_layer *weights = &self->attention->layer[layer];
+    struct mla_work work;
+    mla_work_layout(self, &work, self->attention->work);
+    struct mla_job job = {self, slot, weights, &work, layer, 0, 0};
+    self->kernels->matmul(&weights->kv_a.matrix, slot->normed, self->hidden_stride, slot->rows,
+                          work.kv, c->kv_lora + c->rope, &self->parallel);
+    rows_run(&self->parallel, slot->rows, (c->kv_lora + c->rope) / 2, store_rows, &job);
 }
 
 void attention_mla(struct engine *self, struct attention_slot *slot, uint32_t layer) {

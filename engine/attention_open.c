@@ -146,7 +146,7 @@ static int open_memory(struct engine *self, struct failure *failure) {
     /* pages < 2^32, layers <= LAYERS_MAX, and a position's bytes < 2^21: the product can only
      * overflow in the last factor. */
     size_t page_bytes =
-        (size_t)c->layers * PAGE_TOKENS * a->absorbed_stride * self->kernels->activation_bytes;
+        (size_t)a->cache_layers * PAGE_TOKENS * a->absorbed_stride * self->kernels->activation_bytes;
     a->cache = memory_take(a->pages, page_bytes, "latent cache", &self->memory_bytes, failure);
     if (a->cache == NULL)
         return ERR_NO_MEMORY;
@@ -213,10 +213,12 @@ int attention_open(struct engine *self, const struct engine_options *options,
         error = open_norm(self, &a->final_norm, W_FINAL_NORM, 0, c->hidden, failure);
     if (error != 0)
         return error;
-    a->layer = calloc(c->layers, sizeof *a->layer);
+    bool drafts = options->mtp_steps > 0 && c->mtp_layers > 0;
+    a->cache_layers = c->layers + drafts;
+    a->layer = calloc(a->cache_layers, sizeof *a->layer);
     if (a->layer == NULL)
         return fail(failure, ERR_NO_MEMORY, "attention engine: no memory for %u layers", c->layers);
-    for (uint32_t l = 0; l < c->layers; l++) {
+    for (uint32_t l = 0; l < a->cache_layers; l++) {
         error = open_mla(self, &a->layer[l], l, failure);
         if (error == 0)
             error = open_ffn(self, &a->layer[l], l, failure);
@@ -226,6 +228,8 @@ int attention_open(struct engine *self, const struct engine_options *options,
     for (uint32_t s = 0; s < a->slots; s++)
         if ((error = open_slot(self, &a->slot[s], failure)) != 0)
             return error;
+    if (drafts && (error = draft_open(self, options->mtp_steps, failure)) != 0)
+        return error;
     return open_memory(self, failure);
 }
 
@@ -254,7 +258,8 @@ void attention_close(struct engine *self) {
     struct attention *a = self->attention;
     if (a == NULL)
         return;
-    for (uint32_t l = 0; a->layer != NULL && l < self->config->layers; l++)
+    draft_close(self);
+    for (uint32_t l = 0; a->layer != NULL && l < a->cache_layers; l++)
         close_layer(&a->layer[l], self->config->heads);
     free(a->layer);
     for (uint32_t s = 0; s < BATCH_SLOTS_MAX; s++) {

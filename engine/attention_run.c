@@ -1,6 +1,6 @@
 /* The programs of an attention engine (engine/engine.h says what each does). A slot goes EMBED,
  * then for each layer LAYER, in MoE layers SHARED, SCATTER until every chosen expert has answered,
- * COMBINE, and at the end FINISH. */
+ * COMBINE, and at the end FINISH and DRAFT. */
 #include <string.h>
 
 #include "engine/attention.h"
@@ -48,6 +48,19 @@ static size_t check_rows(struct engine *self, const struct batch_row *row, uint3
     return entries;
 }
 
+void attention_embedding(const struct engine *self, uint32_t token, float *ret) {
+    const struct weight_view *view = &self->attention->embedding;
+    size_t at = (view->row0 + (size_t)token) * view->stride + view->col0;
+    if (view->dtype == DTYPE_F32) {
+        memcpy(ret, (const float *)view->data + at, self->hidden * sizeof *ret);
+        return;
+    }
+    ASSERT(view->dtype == DTYPE_BF16);
+    const bf16 *x = (const bf16 *)view->data + at;
+    for (uint32_t i = 0; i < self->hidden; i++)
+        ret[i] = bf16_to_float(x[i]);
+}
+
 struct embed_job {
     const struct engine *engine;
     struct attention_slot *slot;
@@ -55,45 +68,38 @@ struct embed_job {
 
 static void embed_rows(void *argument, uint32_t first, uint32_t end, int part) {
     const struct embed_job *job = argument;
-    const struct weight_view *view = &job->engine->attention->embedding;
-    uint32_t hidden = job->engine->hidden;
     (void)part;
-    for (uint32_t r = first; r < end; r++) {
-        size_t at = (view->row0 + (size_t)job->slot->row[r].token) * view->stride + view->col0;
-        float *residual = job->slot->residual + (size_t)r * hidden;
-        if (view->dtype == DTYPE_F32) {
-            memcpy(residual, (const float *)view->data + at, hidden * sizeof *residual);
-            continue;
-        }
-        ASSERT(view->dtype == DTYPE_BF16);
-        const bf16 *x = (const bf16 *)view->data + at;
-        for (uint32_t i = 0; i < hidden; i++)
-            residual[i] = bf16_to_float(x[i]);
+    for (uint32_t r = first; r < end; r++)
+        attention_embedding(job->engine, job->slot->row[r].token,
+                            job->slot->residual + (size_t)r * job->engine->hidden);
+}
+
+int attention_prepare_rows(struct engine *self, const struct batch_row *row, uint32_t rows) {
+    struct attention *a = self->attention;
+    size_t entries = check_rows(self, row, rows);
+    struct failure failure;
+    int error = memory_grow(&a->page_table, &a->page_table_bytes, entries, sizeof(void *),
+                            "page tables of a batch", &self->memory_bytes, &failure);
+    for (uint32_t r = 0; r < rows && error == 0; r++) {
+        uint32_t page = row[r].pages[row[r].position / PAGE_TOKENS];
+        ASSERT(page < a->pages);
+        a->page_used[page] = 1;
+        prepare_rotation(a, self->config, row[r].position);
     }
+    return error;
 }
 
 static void run_embed(struct engine *self, struct attention_slot *slot,
                       const struct program *program, struct program_result *ret) {
-    struct attention *a = self->attention;
     ASSERT(program->rows <= self->batch_rows);
     slot->rows = 0;
-    size_t entries = check_rows(self, program->row, program->rows);
-    struct failure failure;
-    ret->error = memory_grow(&a->page_table, &a->page_table_bytes, entries, sizeof(void *),
-                             "page tables of a batch", &self->memory_bytes, &failure);
+    ret->error = attention_prepare_rows(self, program->row, program->rows);
     if (ret->error != 0)
         return;
     slot->rows = program->rows;
     slot->final_rows = 0;
     slot->shared_ready = false;
     memcpy(slot->row, program->row, program->rows * sizeof *slot->row);
-    for (uint32_t r = 0; r < slot->rows; r++) {
-        const struct batch_row *row = &slot->row[r];
-        uint32_t page = row->pages[row->position / PAGE_TOKENS];
-        ASSERT(page < a->pages);
-        a->page_used[page] = 1;
-        prepare_rotation(a, self->config, row->position);
-    }
     struct embed_job job = {self, slot};
     rows_run(&self->parallel, slot->rows, self->hidden / 4, embed_rows, &job);
 }
@@ -218,7 +224,7 @@ static void run_finish(struct engine *self, struct attention_slot *slot,
  * memory stays untouched. */
 static void run_clear_pages(struct engine *self, const struct program *program) {
     struct attention *a = self->attention;
-    size_t page_bytes = (size_t)self->config->layers * PAGE_TOKENS * a->absorbed_stride *
+    size_t page_bytes = (size_t)a->cache_layers * PAGE_TOKENS * a->absorbed_stride *
                         self->kernels->activation_bytes;
     for (uint32_t i = 0; i < program->items; i++) {
         ASSERT(program->select[i] < a->pages);
@@ -253,6 +259,9 @@ void attention_run(struct engine *self, const struct program *program, struct pr
         break;
     case PROGRAM_FINISH:
         run_finish(self, slot, program);
+        break;
+    case PROGRAM_DRAFT:
+        draft_run(self, program, ret);
         break;
     default:
         ASSERT(!"a program of another role");

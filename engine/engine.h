@@ -9,7 +9,8 @@
  *   SHARED l     normed -> shared expert                                               (while experts work)
  *   SCATTER      rows of a COMBINE frame -> expert outputs [row, slot]
  *   COMBINE l    expert outputs, shared -> residual, in fixed order (router/combine.h)
- *   FINISH       chosen rows: residual -> final norm -> final rows */
+ *   FINISH       chosen rows: residual -> final norm -> final rows
+ *   DRAFT        rows whose next token is known: entries of the MTP module's cache, guesses of what follows (engine/draft.c) */
 #ifndef TROUPE_ENGINE_H
 #define TROUPE_ENGINE_H
 
@@ -42,7 +43,15 @@ enum program_kind {
     PROGRAM_FINISH,  /* slot, select[] batch rows, items = how many: final row i is batch row select[i] */
     PROGRAM_CLEAR_PAGES, /* select[] page numbers, items: zeroes them (a page is cleared when it is handed to a sequence) */
     PROGRAM_EXPERT,  /* layer, group[], groups, item_row[], items, payload = rows of activations, rows */
+    PROGRAM_DRAFT,   /* slot, draft[], items; spec[] and words[] of those that want guesses, in order (rows from EMBED, layers all done) */
     PROGRAM_SAMPLE,  /* spec[], rows, words[], words_count, payload = hidden rows */
+};
+
+/* A row of the batch whose next token is known by now. Those with no steps come first. */
+struct draft_row {
+    uint32_t row;   /* of the batch */
+    uint32_t next;  /* token at its position + 1 */
+    uint32_t steps; /* guesses wanted: at the positions + 2 and on; its pages hold the positions up to + steps - 1 */
 };
 
 /* Pointers are borrowed until the program has completed (its COMPUTED event has been delivered). */
@@ -55,7 +64,8 @@ struct program {
     const struct frame_group *group;
     const uint32_t *item_row;
     const uint16_t *item_slot;
-    const struct sample_spec *spec;
+    const struct sample_spec *spec; /* DRAFT: counters are those of the first guesses */
+    const struct draft_row *draft;
     const uint32_t *words;
     uint32_t words_count;
     const void *payload;
@@ -72,6 +82,8 @@ struct program_result {
     uint32_t k;
     /* SAMPLE: [rows] results and their words; EXPERT: [items, hidden] float at `output`. Valid until the engine's next program. */
     const struct sample_result *sampled;
+    /* DRAFT: `words` are the guesses, [rows that want some, mtp_steps], of which `steps` count; `output` the raw logits of the last
+     * guesses (tests look at them). */
     const uint32_t *words;
     uint32_t words_count;
     const float *output;
@@ -96,6 +108,7 @@ struct engine_options {
     uint32_t pages;      /* attention: pages of the latent cache */
     uint32_t experts_per_token_override; /* 0: the model's */
     float gate_top_p;    /* 0: off */
+    uint32_t mtp_steps;  /* attention: most guesses of a row; 0: the MTP module is left out */
 };
 
 /* Takes views into `model`, which must outlive the engine; all weights of ATTENTION and SAMPLER are packed here; EXPERT starts empty.

@@ -111,6 +111,9 @@ void sample_row(const struct sample_spec *spec, const uint32_t *words, const flo
                 uint32_t vocabulary, const struct sample_work *work, struct sample_result *ret,
                 uint32_t *ret_words);
 
+/* NaN and infinities of a row of logits become numbers, or -infinity. */
+void sample_clean(float *logits, uint32_t count);
+
 /* --- roles --- */
 
 int attention_open(struct engine *self, const struct engine_options *options,

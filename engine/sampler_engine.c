@@ -107,7 +107,7 @@ struct sample_job {
 
 /* A broken row must not break comparisons: NaN becomes -infinity, and +infinity the largest number.
  */
-static void clean(float *logits, uint32_t count) {
+void sample_clean(float *logits, uint32_t count) {
     for (uint32_t t = 0; t < count; t++) {
         if (isnan(logits[t]))
             logits[t] = -INFINITY;
@@ -122,7 +122,7 @@ static void sample_rows(void *argument, uint32_t first, uint32_t end, int part) 
     for (uint32_t i = first; i < end; i++) {
         uint32_t r = job->first + i;
         float *logits = s->logits + (size_t)i * s->vocabulary;
-        clean(logits, s->vocabulary);
+        sample_clean(logits, s->vocabulary);
         sample_row(&job->program->spec[r], job->program->words, logits, s->vocabulary,
                    &s->work[part], &s->result[r], (uint32_t *)s->words + s->result[r].first_word);
     }

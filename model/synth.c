@@ -121,14 +121,15 @@ static int choose_dtype(json_t *root, enum dtype *ret, struct failure *failure) 
 /* The shape with defaults and what follows from them, as text; *ret_config is what model_open()
  * will make of it. */
 static int make_config(const char *shape_json, size_t bytes, enum dtype *ret_dtype,
-                       double *ret_deviation, char **ret_text, struct model_config *ret_config,
-                       struct failure *failure) {
+                       double *ret_deviation, double *ret_embedding, char **ret_text,
+                       struct model_config *ret_config, struct failure *failure) {
     json_t *root = fields_parse(shape_json, bytes, SHAPE_FILE, failure);
     if (root == NULL)
         return failure->code;
     int code = choose_dtype(root, ret_dtype, failure);
     struct fields fields = {.object = root, .file = SHAPE_FILE, .failure = failure, .code = code};
     *ret_deviation = fields_number_or(&fields, "initializer_range", 1e-6, 10, 0);
+    *ret_embedding = fields_number_or(&fields, "embedding_range", 1e-6, 10, 0);
     code = fields.code;
     if (code == 0) {
         add_missing(root, DEFAULTS);
@@ -171,13 +172,15 @@ struct entry {
     uint32_t rows, columns; /* as stored */
     uint32_t shard;
     uint32_t number; /* order of making, so that sorting is stable */
+    bool guesses;    /* eh_proj */
     uint64_t bytes;
 };
 
 struct plan {
     const struct model_config *config;
     enum dtype dtype;
-    double deviation; /* 0: 1 / sqrt(inputs) */
+    double deviation;           /* 0: 1 / sqrt(inputs) */
+    double embedding_deviation; /* of the embedding; 0: as the others */
     uint64_t seed;
     struct entry *entry;
     size_t count, capacity;
@@ -230,8 +233,13 @@ static int add_matrix(struct plan *plan, const struct weight_spec *spec, bool qu
 
 /* Like the published checkpoints: the head stays in BF16, the correction bias in FP32. */
 static int add_weight(struct plan *plan, enum weight which, const struct weight_spec *spec) {
-    if (spec->kind != WEIGHT_VECTOR)
-        return add_matrix(plan, spec, spec->kind == WEIGHT_MATRIX && which != W_LM_HEAD);
+    if (spec->kind != WEIGHT_VECTOR) {
+        size_t first = plan->count;
+        int code = add_matrix(plan, spec, spec->kind == WEIGHT_MATRIX && which != W_LM_HEAD);
+        for (size_t i = first; i < plan->count; i++) /* the matrix, and its scales */
+            plan->entry[i].guesses = which == W_MTP_EH_PROJ;
+        return code;
+    }
     if (which == W_GATE_BIAS)
         return add_entry(plan, spec, BIAS, DTYPE_F32, spec->rows, 1);
     return add_entry(plan, spec, NORM, plan->dtype == DTYPE_F32 ? DTYPE_F32 : DTYPE_BF16,
@@ -326,6 +334,16 @@ static void draw(uint64_t key, uint64_t first, size_t count, float mean, float d
     }
 }
 
+/* eh_proj of an MTP module: the embedding goes through nearly as it is, as it does in the residual
+ * stream of the main layers, so that a random model's guesses come true now and then. */
+static void pass_embedding(const struct plan *plan, const struct weight_spec *spec, uint32_t row,
+                           uint32_t rows) {
+    for (size_t i = 0; i < (size_t)rows * spec->columns; i++)
+        plan->strip[i] *= 0.1f;
+    for (uint32_t r = 0; r < rows; r++)
+        plan->strip[(size_t)r * spec->columns + row + r] += 1;
+}
+
 /* Rows row .. row + rows - 1 of the matrix (or vector) behind an entry. */
 static void draw_strip(const struct plan *plan, const struct entry *entry, uint32_t row,
                        uint32_t rows) {
@@ -336,8 +354,12 @@ static void draw_strip(const struct plan *plan, const struct entry *entry, uint3
         mean = 1, deviation = 0.1f;
     else if (entry->contents == BIAS)
         deviation = 0.01f;
+    if (plan->embedding_deviation > 0 && strcmp(spec->name, "model.embed_tokens.weight") == 0)
+        deviation = (float)plan->embedding_deviation;
     draw(tensor_key(plan->seed, spec->name), (uint64_t)row * spec->columns,
          (size_t)rows * spec->columns, mean, deviation, plan->strip);
+    if (entry->guesses)
+        pass_embedding(plan, spec, row, rows);
 }
 
 /* The scale of each block of a strip: its largest magnitude becomes the largest E4M3 value. */
@@ -505,8 +527,8 @@ int synth_model_sharded(const char *shape_json, size_t bytes, uint64_t seed, uin
     struct plan plan = {.config = &config, .seed = seed};
     struct synth_output out = {.write = write, .context = context, .failure = failure};
     char *text = NULL;
-    int code =
-        make_config(shape_json, bytes, &plan.dtype, &plan.deviation, &text, &config, failure);
+    int code = make_config(shape_json, bytes, &plan.dtype, &plan.deviation,
+                           &plan.embedding_deviation, &text, &config, failure);
     if (code == 0) {
         out.buffer = malloc(SYNTH_BUFFER_BYTES);
         code = out.buffer != NULL ? list_tensors(&plan) : ERR_NO_MEMORY;

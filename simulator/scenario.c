@@ -131,6 +131,7 @@ void scenario_make_quiet(struct scenario *self) {
     settings_default(&self->settings);
     self->settings.kv_cache_tokens = 4096;
     self->settings.prefix_cache = 0;
+    self->settings.mtp_steps = 0;
     self->settings.batch_tokens = 128;
     self->settings.max_sequences = 32;
     self->settings.join_wait_ms = 100;

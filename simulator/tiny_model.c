@@ -8,10 +8,10 @@
 
 #define SHAPE_HEAD                                                                                 \
     "\"vocab_size\":320,\"hidden_size\":64,\"intermediate_size\":96,\"moe_intermediate_size\":32," \
-    "\"num_hidden_layers\":3,\"num_nextn_predict_layers\":0,\"first_k_dense_replace\":1,"          \
+    "\"num_hidden_layers\":3,\"num_nextn_predict_layers\":1,\"first_k_dense_replace\":1,"          \
     "\"num_attention_heads\":2,\"n_shared_experts\":1,\"kv_lora_rank\":32,"                        \
     "\"qk_nope_head_dim\":16,\"qk_rope_head_dim\":8,\"v_head_dim\":16,"                            \
-    "\"max_position_embeddings\":512"
+    "\"max_position_embeddings\":512,\"embedding_range\":1"
 
 static const char *const SHAPES[TINY_MODELS] = {
     "{\"model_type\":\"deepseek_v3\",\"dtype\":\"fp8\"," SHAPE_HEAD

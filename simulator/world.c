@@ -45,6 +45,7 @@ static int open_engine(struct world *self, struct node *node, struct failure *fa
         .parallel = self->options.parallel,
         .batch_slots = 1,
         .gate_top_p = (float)settings->gate_top_p,
+        .mtp_steps = settings->mtp_steps,
     };
     switch (node->role) {
     case ROLE_ATTENTION:

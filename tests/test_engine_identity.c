@@ -198,6 +198,41 @@ static void cleared_pages_leave_no_trace(void **state) {
     one_process_close(&m);
 }
 
+/* Rows behind a guess that was wrong leave nothing: each generated row is computed beside two wrong
+ * ones, whose places in the cache the next rows take. */
+static void wrong_guesses_leave_no_trace(void **state) {
+    (void)state;
+    struct failure failure;
+    for (int isa = ISA_SCALAR; isa <= ISA_AMX; isa++) {
+        const struct kernels *kernels = isa_available((enum isa)isa)
+                                            ? kernels_select(PROFILE_BF16, (enum isa)isa, &failure)
+                                            : NULL;
+        struct one_process m;
+        if (kernels == NULL)
+            continue;
+        load_tokens("tests/golden/v3-fp8");
+        assert_true(one_process_open(&m, "tests/golden/v3-fp8", kernels, &PARALLEL_SERIAL, ROWS,
+                                     POSITIONS));
+        const uint32_t vocabulary = m.config->vocabulary;
+        float *expected = malloc((size_t)LENGTH * vocabulary * sizeof *expected);
+        float *found = malloc((size_t)vocabulary * sizeof *found);
+        struct batch_row row[LENGTH];
+        run_variant(&m, &VARIANTS[0], expected);
+        for (uint32_t p = 0; p < PROMPT; p++)
+            row[p] = one_process_row(&m, 2, p, tokens[0][p], MLA_EXPANDED);
+        one_process_step(&m, row, PROMPT, NULL, 0, NULL);
+        for (uint32_t p = PROMPT; p < LENGTH; p++) {
+            row[0] = one_process_row(&m, 2, p, tokens[0][p], MLA_ABSORBED);
+            row[1] = one_process_row(&m, 2, p + 1, (tokens[0][p] + 7) % vocabulary, MLA_ABSORBED);
+            row[2] = one_process_row(&m, 2, p + 2, (tokens[0][p] + 9) % vocabulary, MLA_ABSORBED);
+            one_process_step(&m, row, 3, (uint32_t[]){0}, 1, found);
+            assert_memory_equal(found, expected + (size_t)p * vocabulary, vocabulary * sizeof *found);
+        }
+        free(expected), free(found);
+        one_process_close(&m);
+    }
+}
+
 /* After the first steps an engine takes no more memory. (Where the allocator is replaced, as by
  * sanitizers, it reports nothing.) */
 static void steady_state_takes_no_memory(void **state) {
@@ -230,6 +265,7 @@ int main(void) {
         cmocka_unit_test(no_way_of_running_changes_a_bit),
         cmocka_unit_test(large_batches_are_cut_without_a_trace),
         cmocka_unit_test(cleared_pages_leave_no_trace),
+        cmocka_unit_test(wrong_guesses_leave_no_trace),
         cmocka_unit_test(steady_state_takes_no_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -75,6 +75,8 @@ struct choice {
     uint64_t waiting_since_ns, deadline_ns;
     bool gap_polled; /* a gap has been asked for */
     uint32_t load;   /* what it adds to its actor's outstanding tokens */
+    uint64_t accepted_drafts, rejected_drafts; /* guessed tokens, of actors that it has left */
+    uint32_t accepted_now, rejected_now;       /* of the one that runs it */
     bool cached_known;      /* the first answer has come */
     uint32_t cached_tokens; /* of the prompt: its first attention actor had them in its prefix cache */
 

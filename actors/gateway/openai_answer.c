@@ -23,18 +23,22 @@ void answer_write_head(struct text *out, const struct gateway *self, const struc
 }
 
 void answer_write_usage(struct text *out, const struct request *request) {
-    uint64_t generated = 0, cached = 0;
+    uint64_t generated = 0, cached = 0, accepted = 0, rejected = 0;
     for (uint32_t i = 0; i < request->choices; i++) {
         const struct choice *choice = request->choice[i];
         generated += choice->tokens;
+        accepted += choice->accepted_drafts + choice->accepted_now;
+        rejected += choice->rejected_drafts + choice->rejected_now;
         if (i == 0 || choice->prompt != request->choice[i - 1]->prompt) /* a prompt counts once */
             cached += choice->cached_tokens;
     }
     text_format(out,
                 ",\"usage\":{\"prompt_tokens\":%u,\"completion_tokens\":%" PRIu64
                 ",\"total_tokens\":%" PRIu64
-                ",\"prompt_tokens_details\":{\"cached_tokens\":%" PRIu64 "}}",
-                request->tokens, generated, request->tokens + generated, cached);
+                ",\"prompt_tokens_details\":{\"cached_tokens\":%" PRIu64
+                "},\"completion_tokens_details\":{\"accepted_prediction_tokens\":%" PRIu64
+                ",\"rejected_prediction_tokens\":%" PRIu64 "}}",
+                request->tokens, generated, request->tokens + generated, cached, accepted, rejected);
 }
 
 void answer_write_usage_chunk(struct text *out, const struct gateway *self,

@@ -107,6 +107,11 @@ static void take_one(struct gateway *self, const message *envelope, const Troupe
         return;
     }
     choice->request->admitted = true;
+    if (tokens->accepted_drafts >= choice->accepted_now &&
+        tokens->rejected_drafts >= choice->rejected_now) { /* not an older message */
+        choice->accepted_now = tokens->accepted_drafts;
+        choice->rejected_now = tokens->rejected_drafts;
+    }
     if (!choice->cached_known) { /* what a later one saves after a failure is not the client's */
         uint32_t most = choice->prompt->tokens;
         choice->cached_tokens = tokens->cached_tokens < most ? tokens->cached_tokens : most;

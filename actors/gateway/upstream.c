@@ -239,6 +239,9 @@ void upstream_leave(struct gateway *self, struct choice *choice, bool tell, uint
         ASSERT(upstream->outstanding >= choice->load);
         upstream->outstanding -= choice->load;
     }
+    choice->accepted_drafts += choice->accepted_now;
+    choice->rejected_drafts += choice->rejected_now;
+    choice->accepted_now = choice->rejected_now = 0;
     choice->state = CHOICE_WAITING;
     if (!tell)
         return; /* refused: the time that it has waited goes on counting */

@@ -30,6 +30,7 @@ static bool open_engines(struct one_process *self, const struct kernels *kernels
         .batch_rows = self->batch_rows,
         .batch_slots = 1,
         .pages = self->pages_per_sequence * ONE_PROCESS_SEQUENCES,
+        .mtp_steps = 2,
     };
     if (engine_open(&self->attention, self->model, &options, failure) != 0)
         return false;

@@ -205,6 +205,16 @@ void stage_compute(struct stage *self) {
                 sampled[i].token = self->sampled_token;
             result.sampled = sampled;
         }
+        if (program.kind == PROGRAM_DRAFT) {
+            static uint32_t guess[DRAFT_ROWS_MAX * DRAFTS_MAX];
+            uint32_t drafting = 0;
+            for (uint32_t i = 0; i < program.items; i++)
+                drafting += program.draft[i].steps > 0;
+            result.words = guess;
+            result.words_count = drafting * self->settings.mtp_steps;
+            for (uint32_t i = 0; i < result.words_count; i++)
+                guess[i] = self->guessed_token + i % self->settings.mtp_steps;
+        }
         step_once(self, &(struct event){.kind = EVENT_COMPUTED, .computed = &result});
     }
 }

@@ -29,6 +29,7 @@ struct stage {
     Troupe__Envelope *message; /* last one taken by stage_sent */
     /* What the next SAMPLE program answers; gate choices are expert (row + slot) % experts. */
     uint32_t sampled_token;
+    uint32_t guessed_token; /* what a DRAFT program guesses first; its further guesses count up */
 };
 
 /* Settings by default, a model of 3 layers (the first dense), 4 experts (2 per token), hidden 8,
