@@ -6,11 +6,13 @@
 #include <string.h>
 
 #include "actors/host/commands.h"
+#include "actors/host/golden_mtp.h"
 #include "actors/host/local_world.h"
 #include "model/synth.h"
 
 #define F32_DIFFERENCE_MAX 2e-3
 #define BF16_KL_MAX        1.4e-3 /* what the oracle itself loses in BF16 on the demo model */
+#define MTP_KL_MAX         2e-3   /* the module stands on the main layers' output */
 #define RANDOM_KL_MAX      1e-2   /* random weights; the oracle in BF16: 9e-3 */
 
 struct golden {
@@ -19,6 +21,7 @@ struct golden {
     const int32_t *input; /* [sequences, positions] */
     const float *logits;  /* [sequences, positions, vocabulary] */
     uint32_t sequences, positions, vocabulary;
+    const float *mtp_logits; /* [sequences, positions - 1, vocabulary]; NULL if absent */
     const int32_t *greedy_prompt,
         *greedy_output; /* output: the prompt and what follows; NULL if absent */
     uint32_t greedy_prompt_tokens, greedy_tokens;
@@ -83,6 +86,19 @@ static int read_greedy(struct golden *self, struct failure *failure) {
                       : error;
 }
 
+static int read_mtp(struct golden *self, struct failure *failure) {
+    const struct tensor *mtp = safetensors_find(self->tensors, "mtp_logits");
+    if (mtp == NULL)
+        return 0;
+    if (mtp->dtype != DTYPE_F32 || mtp->dims != 3 || mtp->shape[0] != self->sequences ||
+        mtp->shape[1] + 1 != self->positions || mtp->shape[2] != self->vocabulary)
+        return fail(failure, ERR_INVALID,
+                    "golden.safetensors: expected mtp_logits [%u, %u, %u] (F32)", self->sequences,
+                    self->positions - 1, self->vocabulary);
+    self->mtp_logits = mtp->data;
+    return 0;
+}
+
 static int golden_read(struct golden *self, const struct model_config *config,
                        struct failure *failure) {
     const struct tensor *input = need(self, "input_ids", DTYPE_I32, 2, failure);
@@ -107,6 +123,8 @@ static int golden_read(struct golden *self, const struct model_config *config,
     self->logits = logits->data;
     int error = check_tokens(self->input, (uint64_t)self->sequences * self->positions,
                              self->vocabulary, "input_ids", failure);
+    if (error == 0)
+        error = read_mtp(self, failure);
     return error == 0 ? read_greedy(self, failure) : error;
 }
 
@@ -271,6 +289,44 @@ static int run_world(struct local_world *local, const struct options *options,
     return error == 0 ? compare(ret, golden, probe, failure) : error;
 }
 
+struct mtp_comparison {
+    struct comparison comparison;
+    const struct golden *golden;
+};
+
+static void compare_mtp(void *context, uint32_t sequence, uint32_t position, const float *logits) {
+    struct mtp_comparison *self = context;
+    const struct golden *golden = self->golden;
+    size_t at = (size_t)sequence * (golden->positions - 1) + position;
+    compare_position(&self->comparison, golden->mtp_logits + at * golden->vocabulary, logits,
+                     golden->vocabulary);
+}
+
+/* The MTP module, where the oracle and the model have one. */
+static int check_mtp(const struct local_world *local, const struct golden *golden, bool f32,
+                     bool *ret_holds, struct failure *failure) {
+    struct mtp_comparison mtp = {.golden = golden};
+    const struct comparison *found = &mtp.comparison;
+    *ret_holds = true;
+    if (golden->mtp_logits == NULL || model_config(local->directory.model)->mtp_layers == 0)
+        return 0;
+    int error = golden_mtp(local->directory.model, local->kernels, golden->input, golden->sequences,
+                           golden->positions, compare_mtp, &mtp, failure);
+    if (error < 0 || found->positions == 0)
+        return error;
+    char value[64], limit[64];
+    double kl = found->kl_sum / (double)found->positions;
+    *ret_holds = f32 ? found->difference <= F32_DIFFERENCE_MAX : kl <= MTP_KL_MAX;
+    snprintf(value, sizeof value, "%.3g", f32 ? found->difference : kl);
+    snprintf(limit, sizeof limit, "at most %g", f32 ? F32_DIFFERENCE_MAX : MTP_KL_MAX);
+    print_row(f32 ? "MTP: largest difference" : "MTP: mean KL(oracle || ours)", value, limit,
+              *ret_holds);
+    snprintf(value, sizeof value, "%llu of %llu", (unsigned long long)found->top1_equal,
+             (unsigned long long)found->positions);
+    print_row("MTP: best token equal", value, "", true);
+    return 0;
+}
+
 /* Trained weights are held to more than random ones. Random ones come without a tokenizer, or from
  * `troupe synth`, which says so in config.json. */
 static bool is_trained(const char *directory) {
@@ -302,7 +358,12 @@ int command_golden(const struct options *given) {
     } else {
         printf("golden: %s, %s, %u sequences of %u tokens\n", options.golden, local.kernels->name,
                golden.sequences, golden.positions);
-        if (!judge(&comparison, strcmp(options.numerics, "f32") == 0, is_trained(options.golden)))
+        bool f32 = strcmp(options.numerics, "f32") == 0, mtp_holds = true;
+        bool holds = judge(&comparison, f32, is_trained(options.golden));
+        error = check_mtp(&local, &golden, f32, &mtp_holds, &failure);
+        if (error < 0)
+            fprintf(stderr, "troupe check: %s\n", failure.text);
+        else if (!holds || !mtp_holds)
             error = ERR_STATE;
     }
     local_world_close(&local);
