@@ -201,6 +201,7 @@ void nccl_edge_open(struct nccl_edge *self, const struct nccl_edge_options *opti
     self->lane[NCCL_OUT].due_ns = now_ns;
     self->lane[NCCL_OUT].generation = options->generation;
     self->lane[NCCL_IN].due_ns = NEVER;
+    self->lane[NCCL_IN].generation = options->peer_generation;
 }
 
 void nccl_edge_close(struct nccl_edge *self, struct nccl_actions *out) {

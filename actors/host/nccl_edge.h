@@ -65,14 +65,15 @@ struct nccl_message {
 int nccl_message_check(const void *bytes, size_t size, struct failure *failure);
 
 struct nccl_edge_options {
-    uint32_t slots;          /* frames of a lane under way; 1 to NCCL_SLOTS_MAX */
-    uint32_t slot_bytes;     /* the largest frame */
-    uint64_t offer_retry_ns; /* an OFFER not answered is repeated after this long */
-    uint64_t make_ns;        /* longest time for making a communicator */
-    uint64_t frame_ns;       /* longest time for one frame: then the peer counts as lost */
-    uint64_t pause_ns;       /* before a lane is made anew; doubles with each failure */
-    uint32_t failures_max;   /* failures in a row after which a lane is not tried again */
-    uint32_t generation;     /* above all that this process has used towards the peer */
+    uint32_t slots;           /* frames of a lane under way; 1 to NCCL_SLOTS_MAX */
+    uint32_t slot_bytes;      /* the largest frame */
+    uint64_t offer_retry_ns;  /* an OFFER not answered is repeated after this long */
+    uint64_t make_ns;         /* longest time for making a communicator */
+    uint64_t frame_ns;        /* longest time for one frame: then the peer counts as lost */
+    uint64_t pause_ns;        /* before a lane is made anew; doubles with each failure */
+    uint32_t failures_max;    /* failures in a row after which a lane is not tried again */
+    uint32_t generation;      /* of the last lane of this process, whoever its peer was */
+    uint32_t peer_generation; /* of the peer's last lane that was accepted: no id is used twice */
 };
 
 struct nccl_lane {

@@ -47,6 +47,12 @@ struct nccl_wire {
     bool closing; /* disconnected: only its ports are still being taken down */
 };
 
+/* What is remembered of an edge that is gone. */
+struct past {
+    uint64_t incarnation;
+    uint32_t generation;
+};
+
 struct nccl {
     struct transport base;
     struct transport_options options;
@@ -57,6 +63,8 @@ struct nccl {
     struct nccl_wire *held; /* of the frame that is out */
     bool held_stale;        /* its lane has failed meanwhile */
     uint32_t generation;    /* above those of all edges that are gone */
+    struct past past[ACTORS_MAX];
+    size_t pasts;
     struct log_limit limit;
     char description[128];
 };
@@ -355,11 +363,25 @@ static void nccl_release(struct transport *base, struct incoming *frame) {
 /* ---- Edges ---- */
 
 static void wire_remove(struct nccl *self, size_t index) {
-    struct nccl_wire *wire = self->wire[index];
-    const uint32_t generation = wire->machine.lane[NCCL_OUT].generation;
-    self->generation = generation > self->generation ? generation : self->generation;
+    free(self->wire[index]);
     self->wire[index] = self->wire[--self->wires];
-    free(wire);
+}
+
+/* Both ends may meet again under the same incarnations: generations go on. */
+static void remember(struct nccl *self, const struct nccl_wire *wire) {
+    const uint32_t out = wire->machine.lane[NCCL_OUT].generation;
+    self->generation = out > self->generation ? out : self->generation;
+    self->past[self->pasts++ % ACTORS_MAX] =
+        (struct past){wire->incarnation, wire->machine.lane[NCCL_IN].generation};
+}
+
+static uint32_t peer_generation(const struct nccl *self, uint64_t incarnation) {
+    uint32_t ret = 0;
+    for (size_t i = 0; i < self->pasts && i < ACTORS_MAX; i++) {
+        if (self->past[i].incarnation == incarnation && self->past[i].generation > ret)
+            ret = self->past[i].generation;
+    }
+    return ret;
 }
 
 static void nccl_disconnect(struct transport *base, actor_id id) {
@@ -372,8 +394,7 @@ static void nccl_disconnect(struct transport *base, actor_id id) {
     nccl_edge_close(&wire->machine, &actions);
     carry_out(self, wire, &actions);
     wire->closing = true;
-    const uint32_t generation = wire->machine.lane[NCCL_OUT].generation;
-    self->generation = generation > self->generation ? generation : self->generation;
+    remember(self, wire);
     self->nccl.post.disconnect(self->nccl.post.context, id);
 }
 
@@ -414,6 +435,7 @@ static int nccl_connect(struct transport *base, actor_id id, uint64_t incarnatio
     }
     struct nccl_edge_options options = self->nccl.edge;
     options.generation = self->generation;
+    options.peer_generation = peer_generation(self, incarnation);
     nccl_edge_open(&wire->machine, &options, self->options.incarnation, incarnation,
                    self->nccl.now_ns());
     self->wire[self->wires++] = wire;
