@@ -53,6 +53,65 @@ int rope_cuda(void *stream, float *x, size_t x_stride, size_t head_stride, uint3
               uint32_t rope, const uint32_t *position, const float *cos_sin, uint32_t rows);
 #define CUDA_ROW_MAX 16384 /* floats of one row that lie in shared memory */
 
+/* ---- Gate, dispatch, combine (router/): same bits ---- */
+
+struct gate_cuda {  /* struct gate_parameters of router/gate.h */
+    bool softmax;   /* else sigmoid */
+    bool group_max; /* a group's score is its best, else the sum of its two best */
+    bool normalise;
+    uint32_t experts, groups, groups_chosen, k;
+    float scaling, top_p;
+};
+/* logits: [rows, logits_stride], bias: [experts] or NULL; ret_expert, ret_weight: [rows, k] as
+ * gate_choose() gives them. */
+int gate_cuda(void *stream, const struct gate_cuda *parameters, const float *logits,
+              size_t logits_stride, const float *bias, uint32_t rows, uint16_t *ret_expert,
+              float *ret_weight);
+
+/* Places the items (row, slot of its list) of `slots` experts: slot_of [experts] says which slot
+ * holds an expert, -1: none. ret_count [slots]: items of each, at most `capacity`; ret_item [slots,
+ * capacity]: their numbers row * k + slot, ascending; ret_place [items]: where each item lies (slot
+ * * capacity + n), 0xffffffff: nowhere (not held here, unused, or over capacity). */
+int dispatch_cuda(void *stream, const uint16_t *expert, uint32_t items, const int32_t *slot_of,
+                  uint32_t experts, uint32_t slots, uint32_t capacity, uint32_t *ret_count,
+                  uint32_t *ret_item, uint32_t *ret_place);
+/* ret[slot * capacity + n] = x[ret_item / k], row_bytes (a multiple of 4) of each; rows beyond the
+ * count are left as they are. */
+int pack_cuda(void *stream, const void *x, size_t x_stride_bytes, uint32_t row_bytes, uint32_t k,
+              const uint32_t *count, const uint32_t *item, uint32_t slots, uint32_t capacity,
+              void *ret, size_t ret_stride_bytes);
+/* combine_rows() of router/combine.h; item (row, slot) has its output at outputs[place[row * k +
+ * slot]], place NULL: in order. */
+int combine_cuda(void *stream, uint32_t rows, uint32_t k, uint32_t hidden, const float *outputs,
+                 size_t stride, const uint32_t *place, const float *weights,
+                 const uint16_t *experts, const float *shared, size_t shared_stride,
+                 float *residual, size_t residual_stride);
+
+/* ---- FP8 ---- */
+
+/* E4M3 with a scale for each row and 128 channels: scale = max(largest |x|, 2^-100) / 448, q =
+ * e4m3(x / scale). ret: [rows, ret_stride] whole groups of 128, zeros beyond n; scale of (row,
+ * group) at ret_scale[row * scale_row_step + group * scale_group_step]. */
+int quantise_f32_cuda(void *stream, const float *x, size_t x_stride, uint32_t rows, uint32_t n,
+                      uint8_t *ret, size_t ret_stride, float *ret_scale, size_t scale_row_step,
+                      size_t scale_group_step);
+int quantise_bf16_cuda(void *stream, const bf16 *x, size_t x_stride, uint32_t rows, uint32_t n,
+                       uint8_t *ret, size_t ret_stride, float *ret_scale, size_t scale_row_step,
+                       size_t scale_group_step);
+
+/* ---- Sampling (engine/sample.h): same bits, draws included ---- */
+
+struct sample_spec;
+struct sample_result;
+size_t sample_work_bytes_cuda(uint32_t vocabulary); /* of one row */
+/* specs: [rows], words: those of the frame, both as sample_check() passed them. logits: [rows,
+ * logits_stride]; NaN and +infinity in them are replaced. work: rows x sample_work_bytes_cuda().
+ * ret: [rows] without word offsets; ret_top: [rows, 40]: (token, float bits of the log-probability)
+ * of the `top` best. SAMPLE_FULL_LOGITS is the caller's. */
+int sample_cuda(void *stream, const struct sample_spec *specs, const uint32_t *words, float *logits,
+                size_t logits_stride, uint32_t vocabulary, uint32_t rows, void *work,
+                struct sample_result *ret, uint32_t *ret_top);
+
 #ifdef __cplusplus
 }
 #endif

@@ -33,6 +33,8 @@ static inline int launch_result(void) {
 }
 #endif
 
+#define _Noreturn [[noreturn]] /* headers of C */
+
 #include "kernels/cuda/cuda_ops.h"
 
 #define DEVICE static __device__ __forceinline__

@@ -81,8 +81,8 @@ uint8_t *emulated_shared(void); /* the block's dynamic shared memory, 1024-byte 
 void emulated_launch(const char *kernel, dim3 grid, dim3 block, size_t shared,
                      const std::function<void()> &body);
 #define LAUNCH(kernel, grid, block, shared, stream, ...)                                           \
-    (void)(stream);                                                                                \
-    emulated_launch(#kernel, (grid), (block), (shared), [=] { kernel(__VA_ARGS__); })
+    ((void)(stream),                                                                               \
+     emulated_launch(#kernel, (grid), (block), (shared), [=] { kernel(__VA_ARGS__); }))
 
 extern size_t emulated_shared_allowed; /* what the last shared_allow() asked for */
 template <typename Kernel> static inline int shared_allow(Kernel *, size_t bytes) {

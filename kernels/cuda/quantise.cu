@@ -1,0 +1,73 @@
+/* Activations to FP8 (E4M3): a scale for each token and 128 channels. One warp for each group of
+ * 128: four elements a lane. Defined operation by operation, so that a CPU form has the same bits:
+ *   most = largest |x| of the group, at least QUANTISE_LEAST; scale = most / 448
+ *   q = e4m3(x / scale), to nearest even */
+#include "kernels/cuda/numerics.cuh"
+
+enum { THREADS = 128, GROUP = 128 };
+#define QUANTISE_LEAST 0x1p-100f /* the scale of a row of zeros: not zero, not denormal */
+
+static __device__ float activation(const float *x) {
+    return *x;
+}
+static __device__ float activation(const bf16 *x) {
+    return widen_bf16(*x);
+}
+
+template <typename T>
+static __global__ void quantise_kernel(const T *x, size_t x_stride, uint32_t n, uint8_t *ret,
+                                       size_t ret_stride, float *ret_scale, size_t scale_row_step,
+                                       size_t scale_group_step) {
+    const uint32_t lane = threadIdx.x % WARP;
+    const uint32_t group = blockIdx.y * (THREADS / WARP) + threadIdx.x / WARP;
+    const size_t r = blockIdx.x;
+    if (group * GROUP >= n)
+        return;
+    float value[4], most = 0;
+    for (int j = 0; j < 4; j++) {
+        const uint32_t i = group * GROUP + lane * 4 + j;
+        value[j] = i < n ? activation(x + r * x_stride + i) : 0.0f;
+        const float magnitude = value[j] < 0 ? -value[j] : value[j];
+        most = magnitude > most ? magnitude : most;
+    }
+    for (int bit = 16; bit > 0; bit /= 2) {
+        const float other = __shfl_xor_sync(0xffffffff, most, bit);
+        most = other > most ? other : most;
+    }
+    most = most > QUANTISE_LEAST ? most : QUANTISE_LEAST;
+    const float scale = most / 448.0f;
+    uint32_t packed = 0;
+    for (int j = 0; j < 4; j++)
+        packed |= (uint32_t)round_e4m3(value[j] / scale) << 8 * j;
+    *(uint32_t *)(ret + r * ret_stride + group * GROUP + lane * 4) = packed;
+    if (lane == 0)
+        ret_scale[r * scale_row_step + group * scale_group_step] = scale;
+}
+
+/* ret rows hold whole groups: ret_stride at least n rounded up to 128, zeros beyond n. */
+template <typename T>
+static int launch(void *stream, const T *x, size_t x_stride, uint32_t rows, uint32_t n,
+                  uint8_t *ret, size_t ret_stride, float *ret_scale, size_t scale_row_step,
+                  size_t scale_group_step) {
+    if (rows == 0 || n == 0)
+        return 0;
+    const uint32_t groups = (n + GROUP - 1) / GROUP, at_once = THREADS / WARP;
+    auto *kernel = quantise_kernel<T>;
+    LAUNCH(kernel, dim3(rows, (groups + at_once - 1) / at_once), THREADS, 0, stream, x, x_stride, n,
+           ret, ret_stride, ret_scale, scale_row_step, scale_group_step);
+    return launch_result();
+}
+
+int quantise_f32_cuda(void *stream, const float *x, size_t x_stride, uint32_t rows, uint32_t n,
+                      uint8_t *ret, size_t ret_stride, float *ret_scale, size_t scale_row_step,
+                      size_t scale_group_step) {
+    return launch(stream, x, x_stride, rows, n, ret, ret_stride, ret_scale, scale_row_step,
+                  scale_group_step);
+}
+
+int quantise_bf16_cuda(void *stream, const bf16 *x, size_t x_stride, uint32_t rows, uint32_t n,
+                       uint8_t *ret, size_t ret_stride, float *ret_scale, size_t scale_row_step,
+                       size_t scale_group_step) {
+    return launch(stream, x, x_stride, rows, n, ret, ret_stride, ret_scale, scale_row_step,
+                  scale_group_step);
+}
