@@ -51,7 +51,7 @@ LDFLAGS += $(addprefix -Wl$(comma)-rpath$(comma),$(firstword $(patsubst %/libncc
 endif
 CUDA_OBJECTS := $(if $(NVCC),$(KERNELS_CUDA:%.cu=$(BUILD)/%.o))
 # The kernels as plain C++ for the emulator of the tests.
-EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o
+EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o $(BUILD)/emulated/cuda_emulator_ptx.o
 OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o $(BUILD)/web/page.o
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 CUDA_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_cuda_*.c))
@@ -134,7 +134,7 @@ $(BUILD)/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
 NVCCFLAGS := -std=c++17 -O3 -fmad=false -ftz=true -prec-div=true -prec-sqrt=true -I. -Werror all-warnings \
   -gencode=arch=compute_90a,code=sm_90a -Xcompiler -Wall,-Wextra,-Werror,-fno-strict-aliasing -Xptxas -v
 EMULATED_FLAGS := -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -I. -DTROUPE_EMULATED -Wall -Wextra \
-  -Wno-unknown-pragmas -Werror $(if $(SANITIZER),-fsanitize=$(SANITIZER) -fno-sanitize-recover=all -Wno-maybe-uninitialized)
+  -Wno-unknown-pragmas -Wno-psabi -Werror $(if $(SANITIZER),-fsanitize=$(SANITIZER) -fno-sanitize-recover=all -Wno-maybe-uninitialized)
 
 # What ptxas says of registers and spills stays beside the object; tests/cuda_spills.sh reads it.
 $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu
@@ -147,7 +147,7 @@ $(BUILD)/emulated/kernels/cuda/%.o: kernels/cuda/%.cu
 	@echo "  CXX $<"
 	@$(CXX) $(EMULATED_FLAGS) -MMD -MP -x c++ -c -o $@ $<
 
-$(BUILD)/emulated/cuda_emulator.o: tests/support/cuda_emulator.cc
+$(BUILD)/emulated/%.o: tests/support/%.cc
 	@mkdir -p $(@D)
 	@echo "  CXX $<"
 	@$(CXX) $(EMULATED_FLAGS) -MMD -MP -c -o $@ $<

@@ -144,6 +144,8 @@ static struct exception exceptions[] = {
     {"actors/errors.c", "stderr", "likewise", false},
     {"actors/errors.c", "abort", "the one place that ends the process outside main", false},
     {"kernels/cuda/*", "cuda_runtime.h", "kernels for GPUs, and their launches", false},
+    {"kernels/cuda/ptx.cuh", "cuda.h", "the type of tensor maps", false},
+    {"kernels/cuda/ptx.cuh", "tests/support/cuda_emulator_ptx.h", "likewise", false},
     {"kernels/cuda/device.cuh", "tests/support/cuda_emulator.h", "stands in for it in tests", false},
 };
 

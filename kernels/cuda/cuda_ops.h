@@ -112,6 +112,42 @@ int sample_cuda(void *stream, const struct sample_spec *specs, const uint32_t *w
                 size_t logits_stride, uint32_t vocabulary, uint32_t rows, void *work,
                 struct sample_result *ret, uint32_t *ret_top);
 
+/* ---- Matrix products (gemm.cu): own bits, row-independent ---- */
+
+/* A copy engine's description of a matrix; opaque. */
+struct tensor_map_cuda {
+#ifdef __cplusplus
+    alignas(64) uint8_t bytes[128];
+#else
+    _Alignas(64) uint8_t bytes[128];
+#endif
+};
+
+/* y = x W^T. x: [rows, k], W: [groups * n, k], y: [rows, n] float, y_stride apart. Dense: groups 0
+ * or 1. Masked: x and y are [groups * rows, ...], of each group's rows the first count[group] are
+ * computed, the others left alone. Contiguous: rows r of block r / 128 belong to group
+ * block_group[r / 128], -1: to none. FP8 only: a_scale of (row, 128 of k), b_scale [groups, n / 128
+ * rounded up, k / 128 rounded up]. count and block_group are device memory, read when it runs. */
+struct gemm_args {
+    uint32_t rows, n, k, groups;
+    float *y;
+    size_t y_stride;
+    const uint32_t *count;      /* [groups], NULL: not masked */
+    const int32_t *block_group; /* [rows / 128 rounded up], NULL: not contiguous */
+    const float *a_scale, *b_scale;
+    size_t a_scale_row_step, a_scale_group_step;
+};
+struct gemm_cuda {
+    struct tensor_map_cuda x, w;
+    struct gemm_args args;
+    bool fp8;
+};
+/* Once for each pair of buffers. Rows of x and W lie x_stride_bytes and w_stride_bytes apart, both
+ * multiples of 16. */
+int gemm_plan_cuda(struct gemm_cuda *ret, bool fp8, const void *x, size_t x_stride_bytes,
+                   const void *w, size_t w_stride_bytes, const struct gemm_args *args);
+int gemm_run_cuda(void *stream, const struct gemm_cuda *plan);
+
 #ifdef __cplusplus
 }
 #endif
