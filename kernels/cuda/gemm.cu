@@ -1,14 +1,14 @@
 /* The matrix products: y = x W^T for BF16, and for FP8 with a scale for each row and 128 of K of x
  * and for each 128 x 128 of W. Dense, or grouped by expert: `masked` (each expert has room for
  * `rows` rows, of which count[expert] are there: decode) or `contiguous` (blocks of 128 rows, each
- * of one expert: prefill). Own bits, row-independent: an element's sum runs over K in one fixed order
- * whatever the tile, the batch and the group.
+ * of one expert: prefill). Own bits, row-independent: an element's sum runs over K in one fixed
+ * order whatever the tile, the batch and the group.
  *
  * A block computes 64 or 128 rows x 128 outputs. Its last warpgroup only copies: one thread brings
- * tiles of 128 bytes of K by tensor map into a ring of stages. The other warpgroups multiply 64 rows
- * each. FP8: the tensor cores' sums are kept over 128 of K only, then multiplied by the scales and
- * added in FP32 registers (DeepSeek-V3, 2412.19437, section 3.3.2), because their own accumulator is
- * narrower than FP32.
+ * tiles of 128 bytes of K by tensor map into a ring of stages. The other warpgroups multiply 64
+ * rows each. FP8: the tensor cores' sums are kept over 128 of K only, then multiplied by the scales
+ * and added in FP32 registers (DeepSeek-V3, 2412.19437, section 3.3.2), because their own
+ * accumulator is narrower than FP32.
  *
  *   full[s]: the tiles of stage s have arrived       empty[s]: all warps have read them */
 #include "kernels/cuda/tensor_map.cuh"
@@ -29,9 +29,9 @@ template <int GROUPS> struct shape {
 
 /* What of the problem a block has. */
 struct part {
-    uint32_t row, rows;   /* first row of x and y, and how many from there on are there */
-    uint32_t group;       /* whose weights */
-    uint32_t column;      /* first output */
+    uint32_t row, rows; /* first row of x and y, and how many from there on are there */
+    uint32_t group;     /* whose weights */
+    uint32_t column;    /* first output */
 };
 
 template <int GROUPS> static __device__ bool part_of_block(const gemm_args &args, part *ret) {
@@ -71,7 +71,8 @@ static __device__ void produce(const gemm_args &args, const CUtensorMap *a, cons
     }
 }
 
-/* acc += partial * (scale of the row * scale of the block of weights), for the thread's two rows. */
+/* acc += partial * (scale of the row * scale of the block of weights), for the thread's two rows.
+ */
 static __device__ void promote(float (&acc)[64], const float (&partial)[64], float first,
                                float second) {
 #pragma unroll
@@ -112,12 +113,12 @@ static __device__ void consume(const gemm_args &args, const part &at, uint8_t *m
     const uint32_t last = at.rows - 1;
     const float *first_scale = NULL, *second_scale = NULL, *b_scale = NULL;
     if (FP8) {
-        first_scale = args.a_scale + (size_t)(at.row + (row < last ? row : last)) *
-                                         args.a_scale_row_step;
-        second_scale = args.a_scale + (size_t)(at.row + (row + 8 < last ? row + 8 : last)) *
-                                          args.a_scale_row_step;
-        b_scale = args.b_scale +
-                  ((size_t)at.group * ((args.n + 127) / 128) + at.column / 128) * blocks;
+        first_scale =
+            args.a_scale + (size_t)(at.row + (row < last ? row : last)) * args.a_scale_row_step;
+        second_scale = args.a_scale +
+                       (size_t)(at.row + (row + 8 < last ? row + 8 : last)) * args.a_scale_row_step;
+        b_scale =
+            args.b_scale + ((size_t)at.group * ((args.n + 127) / 128) + at.column / 128) * blocks;
     }
     float acc[64];
 #pragma unroll

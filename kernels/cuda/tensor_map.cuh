@@ -11,8 +11,8 @@ static inline const CUtensorMap &tensor_map(const struct tensor_map_cuda &map) {
     return *(const CUtensorMap *)(const void *)&map;
 }
 
-/* Boxes of `box_rows` rows of 128 bytes, swizzled, of a matrix of [rows, columns] elements of 1 or 2
- * bytes, rows `row_bytes` (a multiple of 16) apart; zeros outside. 0 or a CUDA error. */
+/* Boxes of `box_rows` rows of 128 bytes, swizzled, of a matrix of [rows, columns] elements of 1 or
+ * 2 bytes, rows `row_bytes` (a multiple of 16) apart; zeros outside. 0 or a CUDA error. */
 static inline int tensor_map_make(struct tensor_map_cuda *ret, const void *base, uint64_t rows,
                                   uint64_t columns, uint32_t element_bytes, uint64_t row_bytes,
                                   uint32_t box_rows) {
@@ -21,8 +21,9 @@ static inline int tensor_map_make(struct tensor_map_cuda *ret, const void *base,
     if (row_bytes % 16 != 0 || (uintptr_t)base % 16 != 0 || box_rows > 256 || rows == 0 ||
         columns == 0)
         return 1; /* cudaErrorInvalidValue */
-    *map = {(const uint8_t *)base, columns * element_bytes, rows,         row_bytes, TILE_ROW_BYTES,
-            box_rows,              element_bytes};
+    *map = {
+        (const uint8_t *)base, columns * element_bytes, rows, row_bytes, TILE_ROW_BYTES, box_rows,
+        element_bytes};
     return 0;
 #else
     typedef CUresult encode_function(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,

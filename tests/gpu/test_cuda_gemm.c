@@ -42,7 +42,8 @@ static void fill(struct problem *p, struct array *a, size_t elements) {
 static void make(struct problem *p) {
     const uint32_t element = p->fp8 ? 1 : 2;
     p->x_rows = p->mode == MASKED ? p->rows * p->groups : p->rows;
-    const size_t x_elements = (size_t)p->x_rows * stride(p), w_elements = (size_t)p->groups * p->n * stride(p);
+    const size_t x_elements = (size_t)p->x_rows * stride(p),
+                 w_elements = (size_t)p->groups * p->n * stride(p);
     p->x = array_make(x_elements * element + 16);
     p->w = array_make(w_elements * element);
     p->y = array_make(((size_t)p->x_rows * (p->n + 3) + 1) * 4);
@@ -58,12 +59,14 @@ static void make(struct problem *p) {
         ((float *)p->b_scale.host)[i] = p->exact ? (float)(1 + random_below(&random_state, 2))
                                                  : random_float(&random_state, 0.001f, 0.02f);
     for (uint32_t g = 0; g < p->groups; g++) /* the first expert has nothing, the last all it may */
-        ((uint32_t *)p->count.host)[g] = g == 0               ? 0
-                                         : g + 1 == p->groups ? p->rows
-                                                              : random_below(&random_state, p->rows + 1);
+        ((uint32_t *)p->count.host)[g] = g == 0 ? 0
+                                         : g + 1 == p->groups
+                                             ? p->rows
+                                             : random_below(&random_state, p->rows + 1);
     for (uint32_t b = 0; b < (p->rows + 127) / 128; b++)
-        ((int32_t *)p->block_group.host)[b] =
-            random_below(&random_state, 4) == 0 ? -1 : (int32_t)random_below(&random_state, p->groups);
+        ((int32_t *)p->block_group.host)[b] = random_below(&random_state, 4) == 0
+                                                  ? -1
+                                                  : (int32_t)random_below(&random_state, p->groups);
     fill_bytes(&p->y, 0x77);
 }
 
@@ -102,7 +105,8 @@ static void run(struct problem *p) {
 /* Which group's weights a row meets; -1: it is not computed. */
 static int group_of(const struct problem *p, uint32_t row) {
     if (p->mode == MASKED)
-        return row % p->rows < ((uint32_t *)p->count.host)[row / p->rows] ? (int)(row / p->rows) : -1;
+        return row % p->rows < ((uint32_t *)p->count.host)[row / p->rows] ? (int)(row / p->rows)
+                                                                          : -1;
     return p->mode == CONTIGUOUS ? ((int32_t *)p->block_group.host)[row / 128] : 0;
 }
 
@@ -112,7 +116,8 @@ static void check_element(const struct problem *p, uint32_t row, uint32_t n, int
         double term = (double)value_of(p, &p->x, (size_t)row * stride(p) + k) *
                       (double)value_of(p, &p->w, ((size_t)group * p->n + n) * stride(p) + k);
         if (p->fp8) {
-            const size_t b = ((size_t)group * ((p->n + 127) / 128) + n / 128) * k_blocks(p) + k / 128;
+            const size_t b =
+                ((size_t)group * ((p->n + 127) / 128) + n / 128) * k_blocks(p) + k / 128;
             term *= (double)((float *)p->a_scale.host)[(size_t)k / 128 * p->x_rows + row] *
                     (double)((float *)p->b_scale.host)[b];
         }
@@ -140,8 +145,13 @@ static void check(const struct problem *p) {
 
 static void one(bool fp8, enum mode mode, uint32_t rows, uint32_t n, uint32_t k, uint32_t groups) {
     for (int exact = 0; exact < 2; exact++) {
-        struct problem p = {
-            .fp8 = fp8, .exact = exact, .mode = mode, .rows = rows, .n = n, .k = k, .groups = groups};
+        struct problem p = {.fp8 = fp8,
+                            .exact = exact,
+                            .mode = mode,
+                            .rows = rows,
+                            .n = n,
+                            .k = k,
+                            .groups = groups};
         make(&p);
         run(&p);
         check(&p);
@@ -177,7 +187,8 @@ static void test_contiguous(void **state) {
 /* A row's bits are the same alone, in a batch, in a large tile and as one of an expert's rows. */
 static void test_rows_are_independent(void **state) {
     for (int fp8 = 0; fp8 < 2; fp8++) {
-        struct problem p = {.fp8 = fp8, .mode = DENSE, .rows = 100, .n = 128, .k = 400, .groups = 1};
+        struct problem p = {
+            .fp8 = fp8, .mode = DENSE, .rows = 100, .n = 128, .k = 400, .groups = 1};
         make(&p);
         run(&p);
         const uint32_t element = fp8 ? 1 : 2;

@@ -187,7 +187,8 @@ void emulated_wgmma(const emulated_product &product) {
             for (unsigned k = 0; k < 16; k++) {
                 /* k of a row lies in register 2 (k / 8) + half of thread k % 8 / 2 of the four. */
                 const uint32_t word = product.a[2 * (k / 8) + half];
-                const uint32_t from = emulated_shuffle(0xffffffffu, word, thread % 32 / 4 * 4 + k % 8 / 2);
+                const uint32_t from =
+                    emulated_shuffle(0xffffffffu, word, thread % 32 / 4 * 4 + k % 8 / 2);
                 rows.value[half][k] = bf16_to_float((bf16)(k % 2 == 0 ? from : from >> 16));
             }
         registers_of[product.d].push_back(rows);

@@ -67,13 +67,11 @@ static inline void wgmma_bf16_n64(float (&d)[32], uint64_t a, uint64_t b, bool a
 }
 static inline void wgmma_bf16_n256_transposed(float (&d)[128], const uint32_t (&a)[4], uint64_t b,
                                               bool accumulate) {
-    emulated_wgmma(
-        {d, 256, 16, false, true, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
+    emulated_wgmma({d, 256, 16, false, true, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
 }
 static inline void wgmma_bf16_n128_transposed(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                               bool accumulate) {
-    emulated_wgmma(
-        {d, 128, 16, false, true, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
+    emulated_wgmma({d, 128, 16, false, true, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
 }
 
 #endif
