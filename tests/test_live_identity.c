@@ -68,6 +68,8 @@ static const struct setting settings[] = {
     {"avx512", "--experts 2 --isa avx512", ISA_AVX512, true},
     {"amx", "--experts 2 --isa amx", ISA_AMX, true},
     {"transport zmq", "--experts 4 --transport zmq", ISA_SCALAR, true},
+    {"in one process", "--in-process --experts 4", ISA_SCALAR, false},
+    {"in one process, among 16", "--in-process --experts 3 --attention 2", ISA_SCALAR, true},
     {"small frames", "--experts 3 --frame-rows 3", ISA_SCALAR, true},
     {"prefix cache off, among 16", "--experts 2 --prefix-cache 0", ISA_SCALAR, true},
     {"guessed tokens, 1 step", "--experts 2 --mtp-steps 1 --mtp-acceptance 0", ISA_SCALAR, false},

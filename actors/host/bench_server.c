@@ -65,6 +65,8 @@ static void make_arguments(const struct bench_server *self, const struct options
     add_number(list, &count, "--samplers", options->samplers);
     if (options->allow_faults)
         list[count++] = strdup("--allow-faults");
+    if (options->in_process)
+        list[count++] = strdup("--in-process");
     count += options_changed_knobs(options, list + count, ARGUMENTS_MAX - 1 - count);
     list[count] = NULL;
 }
@@ -175,7 +177,10 @@ static void add_process(long pid, enum role role, struct bench_usage *ret) {
         closedir(tasks);
 }
 
+/* In one process with all others (troupe.pid), everything counts as attention. */
 static enum role role_of(const char *file_name) {
+    if (strcmp(file_name, "troupe.pid") == 0)
+        return ROLE_ATTENTION;
     for (int role = ROLE_COORDINATOR; role <= ROLE_SAMPLER; role++) {
         if (strncmp(file_name, role_name((enum role)role), strlen(role_name((enum role)role))) == 0)
             return (enum role)role;

@@ -86,6 +86,8 @@ static const struct option_row table[] = {
            "weights that an expert process may hold, 0: no limit (default 0)"),
     TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
     TEXT("config", config, "FILE", FOR_MODELS, "YAML file with knobs"),
+    FLAG("in-process", in_process, FOR_SERVE | FOR_BENCH,
+         "all actors in one process, on one thread: no scaling, no restarts"),
     FLAG("verbose", verbose,
          FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS,
          "log everything"),

@@ -40,7 +40,7 @@ struct options {
     uint64_t layer, experts, attention, samplers, port, gpu, listen_fd, max_tokens, seed, memory_mib,
         jobs, runs, processes, hosts, spare, groups, window, expert_bytes, horizon;
     double temperature, rate;
-    bool allow_faults, verbose, help, once, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
+    bool allow_faults, in_process, verbose, help, once, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
     int positionals;

@@ -46,7 +46,9 @@ void process_catch_signals(struct bell *bell) {
 /* ---- effects ---- */
 
 static void post_message(struct process *self, actor_id to, void *bytes, size_t size) {
-    if (mailbox_send(self->control, to, bytes, size) < 0)
+    if (self->neighbour != NULL)
+        neighbour_send(self->neighbour, to, bytes, size);
+    else if (mailbox_send(self->control, to, bytes, size) < 0)
         log_limited(&self->limit, TRACE_WARNING, "the queue of outgoing messages is full");
 }
 
@@ -224,14 +226,20 @@ static void connect_data(struct process *self, const struct effect *effect) {
 }
 
 static void carry_connect(struct process *self, const struct effect *effect) {
-    mailbox_connect(self->control, effect->connect.id, effect->connect.control_address);
+    if (self->neighbour != NULL)
+        neighbour_connect(self->neighbour, effect->connect.id, effect->connect.control_address);
+    else
+        mailbox_connect(self->control, effect->connect.id, effect->connect.control_address);
     if (effect->connect.data && effect->connect.data_address[0] != 0)
         connect_data(self, effect);
 }
 
 static void carry_disconnect(struct process *self, const struct effect *effect) {
     actor_id id = effect->connect.id;
-    mailbox_disconnect(self->control, id);
+    if (self->neighbour != NULL)
+        neighbour_disconnect(self->neighbour, id);
+    else
+        mailbox_disconnect(self->control, id);
     if (self->shm != NULL)
         self->shm->class->disconnect(self->shm, id);
     if (self->data_zmq != NULL)
@@ -288,8 +296,7 @@ static void step_once(struct process *self, const struct event *event) {
     flush(self);
 }
 
-/* One event with all that follows from it. */
-static void step(struct process *self, const struct event *event) {
+void process_step(struct process *self, const struct event *event) {
     step_once(self, event);
     while (self->computed_count > 0 && !self->exiting) {
         struct program_result result = self->computed[self->computed_first];
@@ -311,7 +318,7 @@ static bool drain_frames(struct process *self, struct transport *transport) {
         if (!transport->class->receive(transport, &incoming))
             break;
         if (self->inject == NULL || !inject_deaf(self->inject))
-            step(self, &(struct event){.kind = EVENT_FRAME, .frame = &incoming.frame});
+            process_step(self, &(struct event){.kind = EVENT_FRAME, .frame = &incoming.frame});
         transport->class->release(transport, &incoming);
         any = true;
     }
@@ -324,7 +331,7 @@ static bool drain_lost(struct process *self) {
     bool any = false;
     while (self->nccl != NULL && !self->exiting &&
            transport_nccl_lost(self->nccl, &event.peer.id, &event.peer.incarnation)) {
-        step(self, &event);
+        process_step(self, &event);
         any = true;
     }
     return any;
@@ -340,13 +347,14 @@ static void learn_id(struct process *self, const message *envelope) {
 static bool drain_messages(struct process *self) {
     bool any = false;
     for (int i = 0; i < EVENTS_PER_TURN && !self->exiting; i++) {
-        message *envelope = mailbox_receive(self->control);
+        message *envelope = self->neighbour != NULL ? neighbour_receive(self->neighbour)
+                                                    : mailbox_receive(self->control);
         if (envelope == NULL)
             break;
         log_line(TRACE_DEBUG, "<- %s from %u", wire_name(envelope), envelope->from);
         learn_id(self, envelope);
         if (self->inject == NULL || !inject_deaf(self->inject))
-            step(self, &(struct event){.kind = EVENT_MESSAGE, .message = envelope});
+            process_step(self, &(struct event){.kind = EVENT_MESSAGE, .message = envelope});
         wire_free(&envelope);
         any = true;
     }
@@ -362,7 +370,7 @@ static bool drain_http(struct process *self) {
         struct event event = {.kind = EVENT_HTTP_REQUEST, .http = &arrived->request};
         if (arrived->gone)
             event = (struct event){.kind = EVENT_CLIENT_GONE, .client = arrived->request.client};
-        step(self, &event);
+        process_step(self, &event);
         http_event_free(&arrived);
         any = true;
     }
@@ -386,7 +394,7 @@ static bool drain_loaded(struct process *self) {
             event.loaded.error = loaded->failure.code;
             event.loaded.text = loaded->failure.text;
         }
-        step(self, &event);
+        process_step(self, &event);
         loaded_free(&loaded);
         any = true;
     }
@@ -410,59 +418,84 @@ static void sleep_until_rung(struct process *self, uint32_t seen, uint64_t sleep
         shm->class->await_none(shm);
 }
 
+int process_stop_signals(void) {
+    return stop_signals;
+}
+
+bool process_turn(struct process *self, uint64_t *ret_until_ns) {
+    bool any = drain_frames(self, self->shm);
+    any |= drain_frames(self, self->data_zmq);
+    any |= drain_frames(self, self->nccl);
+    any |= drain_lost(self);
+    any |= drain_messages(self);
+    any |= drain_http(self);
+    any |= drain_loaded(self);
+    uint64_t held_ns = post_held(self);
+    if (held_ns != NEVER)
+        flush(self);
+    uint64_t now = clock_now_ns(), due = actor_deadline(self->actor);
+    if (due <= now && !self->exiting) {
+        process_step(self, &(struct event){.kind = EVENT_TIMER});
+        any = true;
+    }
+    *ret_until_ns = due;
+    uint64_t edges_ns = self->nccl != NULL ? transport_nccl_deadline(self->nccl) : NEVER;
+    if (edges_ns < *ret_until_ns)
+        *ret_until_ns = edges_ns > now ? edges_ns : now;
+    if (held_ns < *ret_until_ns)
+        *ret_until_ns = held_ns > now ? held_ns : now;
+    return any;
+}
+
 static void loop(struct process *self) {
-    uint64_t spin_ns = (uint64_t)self->options->settings.spin_us * 1000u, end_ns = NEVER;
+    uint64_t spin_ns = (uint64_t)self->options->settings.spin_us * 1000u, end_ns = NEVER, until;
     int signals = 0;
-    step(self, &(struct event){.kind = EVENT_START});
+    process_step(self, &(struct event){.kind = EVENT_START});
     while (!self->exiting) {
         uint32_t seen = bell_seen(&self->bell);
-        bool any = drain_frames(self, self->shm);
-        any |= drain_frames(self, self->data_zmq);
-        any |= drain_frames(self, self->nccl);
-        any |= drain_lost(self);
-        any |= drain_messages(self);
-        any |= drain_http(self);
-        any |= drain_loaded(self);
-        uint64_t held_ns = post_held(self);
-        if (held_ns != NEVER)
-            flush(self);
+        bool any = process_turn(self, &until);
         uint64_t now = clock_now_ns();
         if (stop_signals > signals && !self->exiting) {
             signals = stop_signals;
             end_ns = end_ns == NEVER ? now + SHUTDOWN_GRACE_NS
                                      : now; /* the second signal ends at once */
-            step(self, &(struct event){.kind = EVENT_SHUTDOWN});
+            process_step(self, &(struct event){.kind = EVENT_SHUTDOWN});
+            any = true;
         }
         if (now >= end_ns) {
             log_line(TRACE_WARNING, "ended before everything admitted was finished");
             break;
         }
-        uint64_t due = actor_deadline(self->actor);
-        if (due <= now && !self->exiting) {
-            step(self, &(struct event){.kind = EVENT_TIMER});
-            any = true;
-        }
         if (any || self->exiting)
             continue;
-        uint64_t until = due < end_ns ? due : end_ns;
-        uint64_t edges_ns = self->nccl != NULL ? transport_nccl_deadline(self->nccl) : NEVER;
-        if (edges_ns < until)
-            until = edges_ns > now ? edges_ns : now;
-        if (held_ns < until)
-            until = held_ns > now ? held_ns : now;
-        uint64_t sleep_ns = until - now < SLEEP_MAX_NS ? until - now : SLEEP_MAX_NS;
+        if (end_ns < until)
+            until = end_ns;
+        uint64_t sleep_ns = until <= now                  ? 0
+                            : until - now < SLEEP_MAX_NS ? until - now
+                                                         : SLEEP_MAX_NS;
         sleep_until_rung(self, seen, sleep_ns, spin_ns);
     }
+}
+
+void process_prepare(struct process *self, enum role role, const struct options *options) {
+    self->role = role;
+    self->options = options;
+    snprintf(self->name, sizeof self->name, "%s",
+             options->name != NULL ? options->name : role_name(role));
+    effects_init(&self->effects);
+}
+
+void process_share(struct process *self, const struct shared_host *shared) {
+    self->together = shared->neighbours;
+    self->bell = (struct bell){.page = shared->bell->page};
+    self->pool = shared->pool;
 }
 
 int process_run(enum role role, const struct options *options) {
     struct process *self = calloc(1, sizeof *self);
     struct failure failure = {0};
     ASSERT(self != NULL);
-    self->role = role;
-    self->options = options;
-    snprintf(self->name, sizeof self->name, "%s",
-             options->name != NULL ? options->name : role_name(role));
+    process_prepare(self, role, options);
     /* Under a supervisor the run directory keeps the log and only what is wrong goes to the
      * terminal. */
     bool quiet = options->log != NULL && !options->verbose;
@@ -478,7 +511,6 @@ int process_run(enum role role, const struct options *options) {
     snprintf(title, sizeof title, "troupe:%.8s", self->name);
     prctl(PR_SET_NAME, title);
     numerics_enter();
-    effects_init(&self->effects);
     int error = process_open(self, &failure);
     if (error < 0) {
         log_line(TRACE_ERROR, "cannot start: %s", failure.text);

@@ -134,6 +134,16 @@ static void discard_message(void *item) {
     wire_free(&envelope);
 }
 
+/* In one process with the other actors: its name is its address, and the coordinator's is known. */
+static int open_neighbour(struct process *self, struct failure *failure) {
+    snprintf(self->coordinator, sizeof self->coordinator, "%s", role_name(ROLE_COORDINATOR));
+    snprintf(self->data_address, sizeof self->data_address, "shm=%s", self->name);
+    self->neighbour = neighbour_join(self->together, self->name, self->identity.incarnation);
+    if (self->neighbour == NULL)
+        return fail(failure, ERR_NO_MEMORY, "no place for %s among the actors of this process", self->name);
+    return has_data_plane(self->role) ? transport_local_open(&self->shm, self->neighbour, failure) : 0;
+}
+
 static int open_control(struct process *self, struct failure *failure) {
     struct mailbox_options mailbox = {
         .name = "control",
@@ -295,11 +305,20 @@ static int pack_engine(void *argument, struct failure *failure) {
     return engine_open(&self->engine, self->directory.model, &engine, failure);
 }
 
+static int open_sockets(struct process *self, struct failure *failure) {
+    self->zmq = zmq_ctx_new();
+    zmq_ctx_set(self->zmq, ZMQ_MAX_SOCKETS, 8192);
+    int error = open_control(self, failure);
+    if (error == 0 && has_data_plane(self->role))
+        error = open_data(self, failure);
+    return error == 0 && self->options->gpu != UINT64_MAX ? open_nccl(self, failure) : error;
+}
+
 static int open_engine(struct process *self, struct failure *failure) {
     const struct settings *settings = &self->options->settings;
     int threads = settings->threads > 0 ? (int)settings->threads : pool_processors();
     self->identity.threads = (uint32_t)threads;
-    int error = pool_open(&self->pool, threads, failure);
+    int error = self->together == NULL ? pool_open(&self->pool, threads, failure) : 0;
     if (error == 0)
         error = background_run(settings->background_nice, pack_engine, self, failure);
     if (error == 0 && self->role == ROLE_EXPERT)
@@ -422,7 +441,7 @@ int process_open(struct process *self, struct failure *failure) {
     int error = options->cpus != NULL ? pin(options->cpus, failure) : 0;
     if (error == 0 && options->gpu != UINT64_MAX)
         error = open_gpu(self, failure);
-    if (error == 0)
+    if (error == 0 && self->together == NULL)
         error = choose_addresses(self, failure);
     if (error == 0)
         error = background_run(options->settings.background_nice, open_model, self, failure);
@@ -430,26 +449,21 @@ int process_open(struct process *self, struct failure *failure) {
         error = failure->code;
     self->identity.incarnation = clock_random();
     clock_host_name(self->host);
-    if (error == 0)
+    if (error == 0 && self->together == NULL)
         error = open_bell(self, failure);
     if (error == 0 && options->allow_faults)
         error = inject_open(&self->inject, options->run_dir, self->name, &self->bell, failure);
     if (error < 0)
         return error;
-    self->zmq = zmq_ctx_new();
-    zmq_ctx_set(self->zmq, ZMQ_MAX_SOCKETS, 8192);
-    error = open_control(self, failure);
-    if (error == 0 && has_data_plane(self->role))
-        error = open_data(self, failure);
-    if (error == 0 && options->gpu != UINT64_MAX)
-        error = open_nccl(self, failure);
+    error = self->together != NULL ? open_neighbour(self, failure) : open_sockets(self, failure);
     if (error == 0 && has_data_plane(self->role))
         error = open_engine(self, failure);
     if (error < 0)
         return error;
     self->identity.role = self->role;
     self->identity.name = self->name;
-    self->identity.control_address = mailbox_address(self->control);
+    self->identity.control_address =
+        self->together != NULL ? self->name : mailbox_address(self->control);
     self->identity.data_address = self->data_address;
     self->identity.host = self->host;
     self->identity.coordinator_address = self->coordinator;
@@ -475,8 +489,10 @@ static void log_counters(const struct transport *transport) {
 }
 
 void process_close(struct process *self) {
-    process_catch_signals(NULL);
-    background_enter(self->options->settings.background_nice); /* nobody waits for it any more */
+    if (self->together == NULL) {
+        process_catch_signals(NULL);
+        background_enter(self->options->settings.background_nice); /* nobody waits for it any more */
+    }
     inject_close(&self->inject);
     log_counters(self->shm);
     log_counters(self->data_zmq);
@@ -497,9 +513,12 @@ void process_close(struct process *self) {
     effects_free(&self->effects);
     if (self->engine != NULL)
         engine_close(&self->engine);
-    pool_close(&self->pool);
+    neighbour_leave(&self->neighbour);
+    if (self->together == NULL)
+        pool_close(&self->pool);
     if (self->tokenizer != NULL)
         tokenizer_close(&self->tokenizer);
     model_directory_close(&self->directory);
-    bell_close(&self->bell);
+    if (self->together == NULL)
+        bell_close(&self->bell);
 }

@@ -11,6 +11,7 @@
 #include "actors/host/loader.h"
 #include "actors/host/log.h"
 #include "actors/host/mailbox.h"
+#include "actors/host/neighbours.h"
 #include "actors/host/pool.h"
 #include "actors/host/process.h"
 #include "actors/host/gpu_device.h"
@@ -35,6 +36,8 @@ struct process {
     struct engine *engine;
     struct loader *loader;
     struct mailbox *control;
+    struct neighbours *together; /* in one process with others: instead of sockets, pool and bell of its own */
+    struct neighbour *neighbour;
     struct inject *inject; /* NULL: no faults on purpose */
     struct transport *shm, *data_zmq, *nccl; /* NULL: not used */
     struct gpu_device gpu;                  /* where there is one */
@@ -48,6 +51,24 @@ struct process {
     int exit_code;
     struct log_limit limit;
 };
+
+/* Of a host that runs several actors: their shared things; set before process_open. */
+struct shared_host {
+    struct neighbours *neighbours;
+    struct bell *bell;
+    struct pool *pool;
+};
+/* Name, profile and effects of a process that is to be opened. */
+void process_prepare(struct process *self, enum role role, const struct options *options);
+void process_share(struct process *self, const struct shared_host *shared);
+
+/* Delivers one event, with all that follows from it. */
+void process_step(struct process *self, const struct event *event);
+/* One turn: whatever has come, then what is due by the clock. True: something was done, more may be there. Else *ret_until_ns says when
+ * the actor wants to be woken if nothing comes. */
+bool process_turn(struct process *self, uint64_t *ret_until_ns);
+/* SIGTERM and SIGINT so far. */
+int process_stop_signals(void);
 
 /* Everything up to the created actor. On failure: what was opened is in `self`, process_close
  * closes it. */

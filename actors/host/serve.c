@@ -34,6 +34,7 @@
 #include "actors/host/process.h"
 #include "actors/host/run_dir.h"
 #include "actors/host/supervisor_link.h"
+#include "actors/host/together.h"
 #include "actors/host/transport.h"
 #include "model/chat.h"
 #include "proto/wire.h"
@@ -364,9 +365,10 @@ static void announce(const struct serve *self) {
     snprintf(url, sizeof url, "http://%s%s%s:%u", v6 ? "[" : "", host, v6 ? "]" : "", port);
     if (options->api_key != NULL)
         snprintf(key, sizeof key, " -H 'Authorization: Bearer KEY'");
-    printf("serving %s at %s (%s; %llu attention, %llu expert, %llu sampler processes)\n",
-           options->model, url, options->numerics, (unsigned long long)options->attention,
-           (unsigned long long)options->experts, (unsigned long long)options->samplers);
+    printf("serving %s at %s (%s; %llu attention, %llu expert, %llu sampler %s)\n", options->model,
+           url, options->numerics, (unsigned long long)options->attention,
+           (unsigned long long)options->experts, (unsigned long long)options->samplers,
+           options->in_process ? "actors in one process" : "processes");
     printf("run directory %s\ntry:\n", self->run_dir.path);
     if (self->chat)
         printf("  curl -s %s/v1/chat/completions -H 'Content-Type: application/json'%s -d "
@@ -380,6 +382,10 @@ static void announce(const struct serve *self) {
                url, key);
     printf("Ctrl-C ends it\n");
     fflush(stdout);
+}
+
+static void announce_ready(void *context) {
+    announce(context);
 }
 
 static void watch_ready(struct serve *self, bool readable) {
@@ -505,7 +511,6 @@ static void take_messages(struct serve *self) {
 
 /* ---- the loop ---- */
 
-
 static void take_signals(struct serve *self) {
     struct signalfd_siginfo info;
     while (read(self->signals, &info, sizeof info) == (ssize_t)sizeof info) {
@@ -620,8 +625,27 @@ static int serve_open(struct serve *self, struct failure *failure) {
         error = http_listen(&self->listening, options->host, (uint16_t)options->port, failure);
     if (error == 0)
         error = run_dir_open(&self->run_dir, options->run_dir, failure);
-    if (error == 0)
-        error = open_signals(self, failure);
+    return error;
+}
+
+/* All actors in this process: one log, one pid file. */
+static int open_together(struct serve *self, struct failure *failure) {
+    char path[RUN_DIR_BYTES + 64], pid[32];
+    bool verbose = self->options->verbose;
+    snprintf(path, sizeof path, "%s/troupe.log", self->run_dir.path);
+    snprintf(pid, sizeof pid, "%d\n", (int)getpid());
+    log_open(&(struct log_options){
+        .name = "troupe",
+        .file = path,
+        .file_level = verbose ? TRACE_DEBUG : TRACE_INFO,
+        .stderr_level = verbose ? TRACE_DEBUG : TRACE_WARNING,
+    });
+    return run_dir_write(&self->run_dir, "troupe.pid", pid, failure);
+}
+
+static int open_supervision(struct serve *self, struct failure *failure) {
+    const struct options *options = self->options;
+    int error = open_signals(self, failure);
     if (error == 0)
         error = open_coordinator_socket(self, failure);
     if (error == 0 && options->admin_token[0] != 0)
@@ -680,9 +704,14 @@ int command_serve(const struct options *given) {
         .name = "supervisor",
         .stderr_level = options.verbose ? TRACE_DEBUG : TRACE_INFO,
     });
-    if (serve_open(&self, &failure) < 0) {
+    int error = serve_open(&self, &failure);
+    if (error == 0)
+        error = options.in_process ? open_together(&self, &failure) : open_supervision(&self, &failure);
+    if (error < 0) {
         fprintf(stderr, "troupe serve: %s\n", failure.text);
         self.exit_code = EXIT_FAILED;
+    } else if (options.in_process) {
+        self.exit_code = together_run(&options, self.listening, self.run_dir.path, announce_ready, &self);
     } else {
         supervise(&self);
     }
