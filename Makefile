@@ -169,14 +169,29 @@ $(GPU_TESTS): $(BUILD)/tests-gpu/%: $(BUILD)/tests/gpu/%.o $(BUILD)/tests-gpu/gp
 	@echo "  LD $@"
 	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka $(LDLIBS_CUDA)
 
-.PHONY: cuda test-gpu
-cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS)) ## build everything for the GPU (needs nvcc, no card)
+# cuBLASLt to measure beside, where it is installed.
+CUBLASLT := $(firstword $(wildcard $(addsuffix /libcublasLt.so,$(CUDA_LIBRARIES) $(CUDA_ROOT)/lib)))
+BENCH_GPU := $(if $(CUBLASLT),$(BUILD)/bench-gpu)
+$(BUILD)/bench/gpu/bench_gpu.o: bench/gpu/bench_gpu.cc
+	@mkdir -p $(@D)
+	@echo "  CXX $<"
+	@$(CXX) -std=gnu++17 -O2 -g -I. -I$(CUDA_ROOT)/include -Wall -Wextra -Werror -MMD -MP -c -o $@ $<
+
+$(BUILD)/bench-gpu: $(BUILD)/bench/gpu/bench_gpu.o $(CUDA_OBJECTS)
+	@echo "  LD $@"
+	@$(CXX) -o $@ $^ $(CUBLASLT) -Wl,-rpath,$(dir $(CUBLASLT)) $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt -lpthread
+
+.PHONY: cuda test-gpu bench-gpu
+bench-gpu: $(BENCH_GPU) ## measure the kernels on a card, beside cuBLASLt
+	@$(if $(BENCH_GPU),$(BENCH_GPU),echo "this needs nvcc and cuBLASLt" >&2; exit 1)
+
+cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS) $(BENCH_GPU)) ## build everything for the GPU (needs nvcc, no card)
 	@$(if $(NVCC),true,echo "there is no nvcc: set CUDA_HOME or put it on the PATH" >&2; exit 1)
 
 test-gpu: cuda ## run the kernel tests on a card
 	@for test in $(GPU_TESTS); do echo "$$test"; $$test || exit 1; done
 
--include $(EMULATED:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TESTS:$(BUILD)/tests/%=$(BUILD)/tests/gpu/%.d) $(BUILD)/tests-gpu/gpu_card.d
+-include $(EMULATED:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TESTS:$(BUILD)/tests/%=$(BUILD)/tests/gpu/%.d) $(BUILD)/tests-gpu/gpu_card.d $(BUILD)/bench/gpu/bench_gpu.d
 
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_SUPPORT) $(BUILD)/libtroupe.a
 	@echo "  LD $@"

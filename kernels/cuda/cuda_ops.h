@@ -148,6 +148,58 @@ int gemm_plan_cuda(struct gemm_cuda *ret, bool fp8, const void *x, size_t x_stri
                    const void *w, size_t w_stride_bytes, const struct gemm_args *args);
 int gemm_run_cuda(void *stream, const struct gemm_cuda *plan);
 
+/* ---- Multi-head latent attention (kernels/ops.h says what it computes): own bits, row-independent
+ * ---- */
+
+#define CUDA_UNSUPPORTED 801 /* cudaErrorNotSupported: no kernel for these widths */
+#define MLA_SPLIT_CUDA   16u /* pages of 64 positions that one block walks */
+
+/* Absorbed form. q: [rows, heads, q_stride] and the cache [pages, 64, cache_stride] as
+ * kernels->mla_absorbed has them; strides are multiples of 8. kv_lora 512 or 128, rope at most 64.
+ * position, pages and work are device memory, read when it runs. */
+struct mla_absorbed_args {
+    uint32_t heads, kv_lora, rope;
+    float scale;
+    const uint32_t *position; /* [rows] */
+    const uint32_t *pages;    /* [rows, pages_stride]: page number of each 64 positions */
+    size_t pages_stride;
+    uint32_t splits; /* of the longest sequence: its pages / MLA_SPLIT_CUDA, rounded up */
+    float *work;     /* mla_absorbed_work_bytes_cuda() */
+};
+struct mla_absorbed_cuda {
+    struct tensor_map_cuda q, cache;
+    struct mla_absorbed_args args;
+};
+size_t mla_absorbed_work_bytes_cuda(uint32_t kv_lora, uint32_t heads, uint32_t rows,
+                                    uint32_t splits);
+int mla_absorbed_plan_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, size_t q_stride,
+                           uint32_t rows, const bf16 *cache, size_t cache_stride,
+                           uint32_t cache_pages, const struct mla_absorbed_args *args);
+/* ret: [rows, heads, ret_stride]. */
+int mla_absorbed_cuda(void *stream, const struct mla_absorbed_cuda *plan, uint32_t rows, bf16 *ret,
+                      size_t ret_stride);
+
+/* Expanded form, of one sequence: rows with ascending positions. q: [rows, heads, q_stride] as
+ * kernels->mla_expanded has it. nope and rope, each padded to 32, in 3 chunks of 64 with v at most
+ * 128 and over 64, or in one with v at most 64. */
+struct mla_expanded_args {
+    uint32_t rows, heads, nope, rope, v, q_stride;
+    float scale;
+    const uint32_t *position; /* [rows], device memory */
+};
+size_t mla_expanded_key_bytes_cuda(const struct mla_expanded_args *args, uint32_t positions);
+size_t mla_expanded_value_bytes_cuda(const struct mla_expanded_args *args, uint32_t positions);
+/* Keys and values of positions 0 .. positions - 1 from the output of kv_b, [positions, kv_stride]
+ * float, and the cache's rotated keys, which begin at element rope_at of a position. pages: of the
+ * sequence, device memory. */
+int mla_expand_cuda(void *stream, const struct mla_expanded_args *args, const float *kv,
+                    size_t kv_stride, const bf16 *cache, size_t cache_stride, uint32_t rope_at,
+                    const uint32_t *pages, uint32_t positions, bf16 *ret_key, bf16 *ret_value);
+/* ret: [rows, heads * v], ret_stride apart. */
+int mla_expanded_cuda(void *stream, const struct mla_expanded_args *args, const bf16 *q,
+                      const bf16 *key, const bf16 *value, uint32_t positions, bf16 *ret,
+                      size_t ret_stride);
+
 #ifdef __cplusplus
 }
 #endif

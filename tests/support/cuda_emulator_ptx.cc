@@ -221,4 +221,6 @@ void emulated_wgmma_wait(unsigned left) {
             make_next(product, emulated_now->linear);
         self.group.pop_front();
     }
+    __syncwarp(); /* the instruction is the whole warp's: no lane goes on before the others are done
+                   */
 }

@@ -69,6 +69,10 @@ static inline void wgmma_bf16_n256_transposed(float (&d)[128], const uint32_t (&
                                               bool accumulate) {
     emulated_wgmma({d, 256, 16, false, true, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
 }
+static inline void wgmma_bf16_n64_transposed(float (&d)[32], const uint32_t (&a)[4], uint64_t b,
+                                             bool accumulate) {
+    emulated_wgmma({d, 64, 16, false, true, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
+}
 static inline void wgmma_bf16_n128_transposed(float (&d)[64], const uint32_t (&a)[4], uint64_t b,
                                               bool accumulate) {
     emulated_wgmma({d, 128, 16, false, true, accumulate, true, 0, b, {a[0], a[1], a[2], a[3]}});
