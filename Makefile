@@ -51,10 +51,11 @@ LDFLAGS += $(addprefix -Wl$(comma)-rpath$(comma),$(firstword $(patsubst %/libncc
 endif
 CUDA_OBJECTS := $(if $(NVCC),$(KERNELS_CUDA:%.cu=$(BUILD)/%.o))
 # The kernels as plain C++ for the emulator of the tests.
-EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o $(BUILD)/emulated/cuda_emulator_ptx.o
+EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o $(BUILD)/emulated/cuda_emulator_ptx.o \
+  $(BUILD)/emulated/cuda_emulator_faults.o
 OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o $(BUILD)/web/page.o
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
-CUDA_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_cuda_*.c))
+CUDA_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_*.c))
 TEST_SUPPORT := $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/support/*.c))
 
 .PHONY: all help deps serve test format tidy clean
@@ -157,7 +158,7 @@ $(CUDA_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/gpu/%.o $(EMULATED) $(BUILD)/lib
 	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka -lstdc++
 
 # The same tests on a card.
-GPU_TESTS := $(CUDA_TESTS:$(BUILD)/tests/%=$(BUILD)/tests-gpu/%)
+GPU_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests-gpu/%,$(wildcard tests/gpu/test_cuda_*.c))
 LDLIBS_CUDA := $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt -lstdc++
 
 $(BUILD)/tests-gpu/gpu_card.o: tests/support/gpu_card.cc

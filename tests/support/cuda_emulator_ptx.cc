@@ -70,30 +70,40 @@ uint32_t place_transposed(uint64_t descriptor, unsigned row, unsigned k) {
                     k % 8 * 128 + row % 64 * 2);
 }
 
-float element(const emulated_product &p, uint64_t descriptor, bool transposed, unsigned row,
-              unsigned k) {
+float of_bf16(uint32_t bits) {
+    return __uint_as_float(bits << 16);
+}
+float of_e4m3(uint8_t bits) {
+    static float table[256];
+    if (table[0x38] == 0)
+        for (int i = 0; i < 256; i++)
+            table[i] = e4m3_to_float((uint8_t)i);
+    return table[bits];
+}
+
+/* Row `row` of an operand, k elements. */
+void read_row(const emulated_product &p, uint64_t descriptor, bool transposed, unsigned row,
+              float *ret) {
     if (descriptor >> 62 != 1) {
         fprintf(stderr, "emulator: a descriptor without 128-byte swizzle\n");
         abort();
     }
     const uint8_t *shared = emulated_shared();
-    if (p.e4m3)
-        return e4m3_to_float(shared[place_plain(descriptor, row, k)]);
-    bf16 value;
-    memcpy(&value,
-           shared + (transposed ? place_transposed(descriptor, row, k)
-                                : place_plain(descriptor, row, k * 2)),
-           sizeof value);
-    return bf16_to_float(value);
+    const unsigned bytes = p.e4m3 ? 1 : 2, step = transposed ? 1 : 16 / bytes;
+    for (unsigned k = 0; k < p.k; k += step) { /* 16 bytes stay together */
+        const uint8_t *at = shared + (transposed ? place_transposed(descriptor, row, k)
+                                                 : place_plain(descriptor, row, k * bytes));
+        for (unsigned i = 0; i < step; i++)
+            ret[k + i] =
+                p.e4m3 ? of_e4m3(at[i]) : of_bf16(at[2 * i] | (uint32_t)at[2 * i + 1] << 8);
+    }
 }
 
 /* The thread's two rows of A. */
 void rows_of_a(const emulated_product &p, unsigned thread, float a[2][32]) {
     const unsigned first = thread / 32 % 4 * 16 + thread % 32 / 4;
     for (unsigned half = 0; half < 2; half++)
-        for (unsigned k = 0; k < p.k; k++)
-            if (!p.a_in_registers)
-                a[half][k] = element(p, p.a_tile, false, first + 8 * half, k);
+        read_row(p, p.a_tile, false, first + 8 * half, a[half]);
 }
 
 /* Registers of A hold what four neighbouring threads share: they are given to the row's threads by
@@ -106,8 +116,7 @@ void make(const emulated_product &p, unsigned thread, const float a[2][32]) {
     for (unsigned j = 0; j < p.n / 8; j++)
         for (unsigned c = 0; c < 2; c++) {
             float b[32];
-            for (unsigned k = 0; k < p.k; k++)
-                b[k] = element(p, p.b_tile, p.transposed, 8 * j + thread % 4 * 2 + c, k);
+            read_row(p, p.b_tile, p.transposed, 8 * j + thread % 4 * 2 + c, b);
             for (unsigned half = 0; half < 2; half++) {
                 float *d = &p.d[4 * j + 2 * half + c];
                 double sum = p.accumulate ? (double)*d : 0;
@@ -189,7 +198,7 @@ void emulated_wgmma(const emulated_product &product) {
                 const uint32_t word = product.a[2 * (k / 8) + half];
                 const uint32_t from =
                     emulated_shuffle(0xffffffffu, word, thread % 32 / 4 * 4 + k % 8 / 2);
-                rows.value[half][k] = bf16_to_float((bf16)(k % 2 == 0 ? from : from >> 16));
+                rows.value[half][k] = of_bf16(k % 2 == 0 ? from & 0xffff : from >> 16);
             }
         registers_of[product.d].push_back(rows);
     }
