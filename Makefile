@@ -19,14 +19,6 @@ CFLAGS_BASE += -fsanitize=$(SANITIZER) -fno-sanitize-recover=all -Wno-maybe-unin
 LDFLAGS += -fsanitize=$(SANITIZER)
 endif
 
-FOLDERS := actors actors/gateway actors/host bench config coordinator engine kernels kernels/reference model proto router simulator
-ifeq ($(ARCH),x86_64)
-FOLDERS += kernels/x86
-endif
-SOURCES := $(foreach folder,$(FOLDERS),$(wildcard $(folder)/*.c))
-ifneq ($(ARCH),x86_64)
-SOURCES := $(filter-out %_sse42.c %_avx512.c %_amx.c,$(SOURCES))
-endif
 # CUDA where it is (nvcc on the PATH or under CUDA_HOME; CUDA=0: leave it out) and NCCL beside it. Sanitizers do without.
 CUDA ?= 1
 ifneq ($(CUDA)$(SANITIZER),0$(SANITIZER))
@@ -39,20 +31,34 @@ CUDA_ROOT := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 CUDA_LIBRARIES := $(firstword $(patsubst %/libcudart_static.a,%,$(wildcard $(addprefix $(CUDA_ROOT)/,lib64/libcudart_static.a lib/libcudart_static.a targets/*/lib/libcudart_static.a))))
 NCCL_HEADER := $(firstword $(wildcard $(addsuffix /nccl.h,$(NCCL_HOME)/include $(CUDA_ROOT)/include /usr/include)))
 endif
+
+FOLDERS := actors actors/gateway actors/host bench config coordinator engine kernels kernels/reference model proto router simulator
+ifeq ($(ARCH),x86_64)
+FOLDERS += kernels/x86
+endif
+ifneq ($(NVCC),)
+FOLDERS += kernels/cuda
+endif
+SOURCES := $(foreach folder,$(FOLDERS),$(wildcard $(folder)/*.c))
+ifneq ($(ARCH),x86_64)
+SOURCES := $(filter-out %_sse42.c %_avx512.c %_amx.c,$(SOURCES))
+endif
 MAIN := actors/host/main.c
 LIBRARY_SOURCES := $(filter-out $(MAIN) $(if $(NCCL_HEADER),%_without_cuda.c,%_with_cuda.c),$(SOURCES))
 KERNELS_CUDA := $(sort $(wildcard kernels/cuda/*.cu))
 # What includes headers of CUDA; they are a library's, with warnings of their own.
 WITH_CUDA := $(if $(NCCL_HEADER),$(patsubst %.c,$(BUILD)/%.o,$(filter %_with_cuda.c,$(LIBRARY_SOURCES))))
 $(WITH_CUDA): CPPFLAGS += -isystem $(CUDA_ROOT)/include -isystem $(dir $(NCCL_HEADER))
-ifneq ($(WITH_CUDA),)
-LDLIBS += $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt
+ifneq ($(NVCC),)
+LDLIBS += $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt -lstdc++
+endif
+ifneq ($(NCCL_HEADER),)
 LDFLAGS += $(addprefix -Wl$(comma)-rpath$(comma),$(firstword $(patsubst %/libnccl.so.2,%,$(wildcard $(dir $(NCCL_HEADER))../lib/libnccl.so.2 $(CUDA_LIBRARIES)/libnccl.so.2))))
 endif
 CUDA_OBJECTS := $(if $(NVCC),$(KERNELS_CUDA:%.cu=$(BUILD)/%.o))
 # The kernels as plain C++ for the emulator of the tests.
 EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o $(BUILD)/emulated/cuda_emulator_ptx.o \
-  $(BUILD)/emulated/cuda_emulator_faults.o
+  $(BUILD)/emulated/cuda_emulator_faults.o $(BUILD)/emulated/kernels/cuda/table.o
 OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o $(BUILD)/web/page.o
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 CUDA_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_*.c))
@@ -94,7 +100,7 @@ tests-built: $(TESTS) $(CUDA_TESTS)
 $(BUILD)/troupe: $(BUILD)/actors/host/main.o $(BUILD)/libtroupe.a
 	$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
-$(BUILD)/libtroupe.a: $(OBJECTS)
+$(BUILD)/libtroupe.a: $(OBJECTS) $(CUDA_OBJECTS)
 	@rm -f $@
 	@ar qcs $@ $^
 
@@ -134,7 +140,7 @@ $(BUILD)/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
 # ---- GPU: kernels/cuda by nvcc, and by the C++ compiler for the emulator ----
 NVCCFLAGS := -std=c++17 -O3 -fmad=false -ftz=true -prec-div=true -prec-sqrt=true -I. -Werror all-warnings \
   -gencode=arch=compute_90a,code=sm_90a -Xcompiler -Wall,-Wextra,-Werror,-fno-strict-aliasing -Xptxas -v
-EMULATED_FLAGS := -std=gnu++17 -O2 -g -ffp-contract=off -fno-strict-aliasing -I. -DTROUPE_EMULATED -Wall -Wextra \
+EMULATED_FLAGS := -std=gnu++17 -O2 -g $(shell grep -qsw fma /proc/cpuinfo && echo -mfma) -ffp-contract=off -fno-strict-aliasing -I. -DTROUPE_EMULATED -Wall -Wextra \
   -Wno-unknown-pragmas -Wno-psabi -Werror $(if $(SANITIZER),-fsanitize=$(SANITIZER) -fno-sanitize-recover=all -Wno-maybe-uninitialized)
 
 # What ptxas says of registers and spills stays beside the object; tests/cuda_spills.sh reads it.
@@ -142,6 +148,11 @@ $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu
 	@mkdir -p $(@D)
 	@echo "  NVCC $<"
 	@$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas) >&2; exit 1; }
+
+$(BUILD)/emulated/kernels/cuda/table.o: kernels/cuda/table.c | $(BUILD)/proto/troupe.pb-c.h
+	@mkdir -p $(@D)
+	@echo "  CC $< (emulated)"
+	@$(CC) $(CPPFLAGS) $(CFLAGS_BASE) $(CFLAGS) -MMD -MP -c -o $@ $<
 
 $(BUILD)/emulated/kernels/cuda/%.o: kernels/cuda/%.cu
 	@mkdir -p $(@D)
@@ -153,22 +164,22 @@ $(BUILD)/emulated/%.o: tests/support/%.cc
 	@echo "  CXX $<"
 	@$(CXX) $(EMULATED_FLAGS) -MMD -MP -c -o $@ $<
 
-$(CUDA_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/gpu/%.o $(EMULATED) $(BUILD)/libtroupe.a
+MODEL_SUPPORT := $(BUILD)/tests/support/one_process.o $(BUILD)/tests/support/model_files.o
+$(CUDA_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/gpu/%.o $(MODEL_SUPPORT) $(EMULATED) $(BUILD)/libtroupe.a
 	@echo "  LD $@"
 	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka -lstdc++
 
 # The same tests on a card.
 GPU_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests-gpu/%,$(wildcard tests/gpu/test_cuda_*.c))
-LDLIBS_CUDA := $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt -lstdc++
 
 $(BUILD)/tests-gpu/gpu_card.o: tests/support/gpu_card.cc
 	@mkdir -p $(@D)
 	@echo "  CXX $<"
 	@$(CXX) -std=gnu++17 -O2 -g -I. -I$(CUDA_ROOT)/include -Wall -Wextra -Werror -MMD -MP -c -o $@ $<
 
-$(GPU_TESTS): $(BUILD)/tests-gpu/%: $(BUILD)/tests/gpu/%.o $(BUILD)/tests-gpu/gpu_card.o $(CUDA_OBJECTS) $(BUILD)/libtroupe.a
+$(GPU_TESTS): $(BUILD)/tests-gpu/%: $(BUILD)/tests/gpu/%.o $(BUILD)/tests-gpu/gpu_card.o $(MODEL_SUPPORT) $(BUILD)/libtroupe.a
 	@echo "  LD $@"
-	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka $(LDLIBS_CUDA)
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS) -lcmocka
 
 # cuBLASLt to measure beside, where it is installed.
 CUBLASLT := $(firstword $(wildcard $(addsuffix /libcublasLt.so,$(CUDA_LIBRARIES) $(CUDA_ROOT)/lib)))

@@ -13,6 +13,8 @@ int packed_open(struct packed *ret, const struct kernels *kernels, const struct 
 }
 
 void packed_close(struct packed *self) {
+    if (self->matrix.release != NULL)
+        self->matrix.release(&self->matrix);
     memory_free(self->memory);
     *self = (struct packed){0};
 }

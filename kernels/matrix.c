@@ -41,6 +41,10 @@ static float view_float(const struct weight_view *view, uint32_t n, uint32_t k) 
     }
 }
 
+float weight_element(const struct weight_view *view, uint32_t n, uint32_t k) {
+    return view_float(view, n, k);
+}
+
 /* ---- Where things lie in the memory of a packed matrix ---- */
 
 /* Views come from a checked model, so sizes that overflow are a bug of the caller. */

@@ -58,6 +58,7 @@ struct matrix {
     const uint32_t *segment_k; /* [segments + 1]: first k of each */
     const uint32_t *segment_block; /* [segments + 1]: first 32-wide block of each */
     size_t bytes;           /* of memory used */
+    void (*release)(struct matrix *self); /* gives back what lies elsewhere; NULL: nothing does */
 };
 
 /* Shape of multi-head latent attention. */

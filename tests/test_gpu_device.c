@@ -62,11 +62,22 @@ static void without_a_card_the_reason_is_told(void **state) {
     assert_int_equal(nccl_api_open(&api, 0, &failure), ERR_UNSUPPORTED);
 }
 
+/* The profile of the GPU is for attention that it has kernels for. */
+static void a_model_is_judged_before_it_is_loaded(void **state) {
+    struct failure failure = {0};
+    const struct mla_shape deepseek = {.nope = 128, .rope = 64, .v = 128};
+    const struct mla_shape odd = {.nope = 256, .rope = 64, .v = 128};
+    assert_int_equal(gpu_device_offers(&odd, &failure), ERR_UNSUPPORTED);
+    if (strstr(failure.text, "without CUDA") == NULL)
+        assert_int_equal(gpu_device_offers(&deepseek, &failure), 0);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(memory_is_judged_before_it_is_taken),
         cmocka_unit_test(other_architectures_are_refused),
         cmocka_unit_test(an_unknown_place_binds_nothing),
+        cmocka_unit_test(a_model_is_judged_before_it_is_loaded),
         cmocka_unit_test(without_a_card_the_reason_is_told),
     };
     return cmocka_run_group_tests_name("gpu device", tests, NULL, NULL);

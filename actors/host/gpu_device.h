@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "actors/errors.h"
+#include "kernels/ops.h"
 
 struct gpu_device {
     uint32_t index;
@@ -26,6 +27,13 @@ int gpu_device_check(const struct gpu_device *self, struct failure *failure);
 /* Binds this process to the processors next to the device. A topology that does not know the device
  * (containers hide it) is no error: false, and nothing is bound. */
 int gpu_device_pin(const struct gpu_device *self, struct failure *failure);
+
+/* The kernels of the numerics profile bf16-sm90, on this device from now on; NULL: as above. One
+ * for the process, one thread at a time. */
+const struct kernels *gpu_device_kernels(const struct gpu_device *self, struct failure *failure);
+
+/* Whether it has kernels for a model's attention; ERR_UNSUPPORTED names the widths. */
+int gpu_device_offers(const struct mla_shape *shape, struct failure *failure);
 
 #define GPU_RESERVE_BYTES (512u << 20) /* for the CUDA context, NCCL and fragments */
 

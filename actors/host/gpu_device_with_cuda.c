@@ -4,6 +4,9 @@
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/table.h"
+
 int gpu_device_open(struct gpu_device *ret, uint32_t index, struct failure *failure) {
     int devices = 0;
     cudaError_t error = cudaGetDeviceCount(&devices);
@@ -38,4 +41,13 @@ int gpu_device_open(struct gpu_device *ret, uint32_t index, struct failure *fail
     if (code == 0)
         *ret = found;
     return code;
+}
+
+const struct kernels *gpu_device_kernels(const struct gpu_device *self, struct failure *failure) {
+    device_use_cuda((int)self->index);
+    return kernels_cuda("bf16 sm90", failure);
+}
+
+int gpu_device_offers(const struct mla_shape *shape, struct failure *failure) {
+    return kernels_cuda_offer(shape, failure) ? 0 : failure->code;
 }

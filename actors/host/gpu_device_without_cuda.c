@@ -8,3 +8,14 @@ int gpu_device_open(struct gpu_device *ret, uint32_t index, struct failure *fail
                 "CUDA_HOME and build again, or leave out --gpu",
                 index);
 }
+
+const struct kernels *gpu_device_kernels(const struct gpu_device *self, struct failure *failure) {
+    (void)self;
+    fail(failure, ERR_UNSUPPORTED, "this troupe was built without CUDA");
+    return NULL;
+}
+
+int gpu_device_offers(const struct mla_shape *shape, struct failure *failure) {
+    (void)shape;
+    return fail(failure, ERR_UNSUPPORTED, "this troupe was built without CUDA");
+}

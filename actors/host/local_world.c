@@ -11,8 +11,11 @@ int local_world_open(struct local_world *ret, const char *model, const struct op
     if (error == 0 && (self.kernels = options_kernels(options, failure)) == NULL)
         error = failure->code;
     if (error == 0)
-        error = pool_open(&self.pool, options->settings.threads > 0 ? (int)options->settings.threads
-                                                                  : pool_processors(), failure);
+        error = options_check_model(options, model_config(self.directory.model), failure);
+    if (error == 0)
+        error = pool_open(&self.pool, options_on_gpu(options)        ? 1
+                                      : options->settings.threads > 0 ? (int)options->settings.threads
+                                                                      : pool_processors(), failure);
     if (error < 0) {
         local_world_close(&self);
         return error;

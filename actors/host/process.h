@@ -15,6 +15,11 @@
 int process_run(enum role role, const struct options *options);
 
 /* Kernels as --numerics and --isa say. */
+/* The numerics profile is a GPU's: engines then have one compute thread. */
+bool options_on_gpu(const struct options *options);
+/* Whether the chosen numerics profile has kernels for the model. */
+int options_check_model(const struct options *options, const struct model_config *config,
+                        struct failure *failure);
 const struct kernels *options_kernels(const struct options *options, struct failure *failure);
 
 /* Names of a troupe's things. `run`: 16 hex digits that follow from the coordinator's address and

@@ -46,8 +46,24 @@ int coordinator_address_in(const char *run_dir, char *ret, size_t room, struct f
     return 0;
 }
 
+bool options_on_gpu(const struct options *options) {
+    return strcmp(options->numerics, "bf16-sm90") == 0;
+}
+
+int options_check_model(const struct options *options, const struct model_config *config,
+                        struct failure *failure) {
+    const struct mla_shape shape = {.nope = config->nope, .rope = config->rope, .v = config->v};
+    return options_on_gpu(options) ? gpu_device_offers(&shape, failure) : 0;
+}
+
 const struct kernels *options_kernels(const struct options *options, struct failure *failure) {
     static const char *const names[] = {"scalar", "avx512", "amx"};
+    if (options_on_gpu(options)) {
+        struct gpu_device device;
+        uint32_t index = options->gpu != UINT64_MAX ? (uint32_t)options->gpu : 0;
+        return gpu_device_open(&device, index, failure) == 0 ? gpu_device_kernels(&device, failure)
+                                                             : NULL;
+    }
     enum isa isa = ISA_BEST;
     for (int i = 0; i < 3; i++) {
         if (strcmp(options->isa, names[i]) == 0)
@@ -317,6 +333,8 @@ static int open_sockets(struct process *self, struct failure *failure) {
 static int open_engine(struct process *self, struct failure *failure) {
     const struct settings *settings = &self->options->settings;
     int threads = settings->threads > 0 ? (int)settings->threads : pool_processors();
+    if (options_on_gpu(self->options)) /* the device is one thread's at a time */
+        threads = 1;
     self->identity.threads = (uint32_t)threads;
     int error = self->together == NULL ? pool_open(&self->pool, threads, failure) : 0;
     if (error == 0)
@@ -436,6 +454,15 @@ static int create_actor(struct process *self, struct failure *failure) {
     return self->actor != NULL ? 0 : fail(failure, ERR_NO_MEMORY, "no memory for the actor");
 }
 
+/* Only those who compute need the device. */
+static const struct kernels *choose_kernels(const struct process *self, struct failure *failure) {
+    if (options_on_gpu(self->options) && !has_data_plane(self->role))
+        return kernels_select(PROFILE_BF16, ISA_BEST, failure);
+    if (options_check_model(self->options, model_config(self->directory.model), failure) < 0)
+        return NULL;
+    return options_kernels(self->options, failure);
+}
+
 int process_open(struct process *self, struct failure *failure) {
     const struct options *options = self->options;
     int error = options->cpus != NULL ? pin(options->cpus, failure) : 0;
@@ -445,7 +472,7 @@ int process_open(struct process *self, struct failure *failure) {
         error = choose_addresses(self, failure);
     if (error == 0)
         error = background_run(options->settings.background_nice, open_model, self, failure);
-    if (error == 0 && (self->kernels = options_kernels(options, failure)) == NULL)
+    if (error == 0 && (self->kernels = choose_kernels(self, failure)) == NULL)
         error = failure->code;
     self->identity.incarnation = clock_random();
     clock_host_name(self->host);

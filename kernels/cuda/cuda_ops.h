@@ -51,6 +51,15 @@ int embed_cuda(void *stream, const bf16 *table, size_t table_stride, uint32_t vo
  * x: [rows, x_stride]. */
 int rope_cuda(void *stream, float *x, size_t x_stride, size_t head_stride, uint32_t heads,
               uint32_t rope, const uint32_t *position, const float *cos_sin, uint32_t rows);
+/* ---- Memory (memory.cu): blocking; 0 or a CUDA error ---- */
+
+/* The device of all that follows, in every thread; 0 at the start. */
+void device_use_cuda(int index);
+int device_take_cuda(size_t bytes, void **ret);
+void device_give_cuda(void *memory);
+int device_put_cuda(void *memory, const void *from, size_t bytes);
+int device_get_cuda(void *to, const void *memory, size_t bytes);
+
 #define CUDA_ROW_MAX 16384 /* floats of one row that lie in shared memory */
 
 /* ---- Gate, dispatch, combine (router/): same bits ---- */
@@ -170,6 +179,7 @@ struct mla_absorbed_cuda {
     struct tensor_map_cuda q, cache;
     struct mla_absorbed_args args;
 };
+bool mla_absorbed_offers_cuda(uint32_t kv_lora, uint32_t rope);
 size_t mla_absorbed_work_bytes_cuda(uint32_t kv_lora, uint32_t heads, uint32_t rows,
                                     uint32_t splits);
 int mla_absorbed_plan_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, size_t q_stride,
@@ -187,6 +197,7 @@ struct mla_expanded_args {
     float scale;
     const uint32_t *position; /* [rows], device memory */
 };
+bool mla_expanded_offers_cuda(const struct mla_expanded_args *args);
 size_t mla_expanded_key_bytes_cuda(const struct mla_expanded_args *args, uint32_t positions);
 size_t mla_expanded_value_bytes_cuda(const struct mla_expanded_args *args, uint32_t positions);
 /* Keys and values of positions 0 .. positions - 1 from the output of kv_b, [positions, kv_stride]

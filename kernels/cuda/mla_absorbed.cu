@@ -177,8 +177,9 @@ static int run(void *stream, const struct mla_absorbed_cuda *plan, uint32_t rows
 static bool is_wide(const mla_absorbed_args *args) { /* DeepSeek-V2, V3, Kimi K2, Moonlight */
     return args->kv_lora == 512 && args->rope <= 64;
 }
-static bool is_narrow(const mla_absorbed_args *args) { /* the demo model */
-    return args->kv_lora == 128 && args->rope <= 64;
+
+bool mla_absorbed_offers_cuda(uint32_t kv_lora, uint32_t rope) {
+    return (kv_lora == 512 || kv_lora == 128) && rope <= 64;
 }
 
 size_t mla_absorbed_work_bytes_cuda(uint32_t kv_lora, uint32_t heads, uint32_t rows,
@@ -190,7 +191,7 @@ int mla_absorbed_plan_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, size_t 
                            uint32_t rows, const bf16 *cache, size_t cache_stride,
                            uint32_t cache_pages, const struct mla_absorbed_args *args) {
     ret->args = *args;
-    if (!is_wide(args) && !is_narrow(args))
+    if (!mla_absorbed_offers_cuda(args->kv_lora, args->rope))
         return CUDA_UNSUPPORTED;
     int error = tensor_map_make(&ret->q, q, (uint64_t)rows * args->heads, q_stride, 2, q_stride * 2,
                                 MLA_ROWS);

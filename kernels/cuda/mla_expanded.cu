@@ -214,14 +214,20 @@ static int run(void *stream, const mla_expanded_args &args, const bf16 *q, const
     return launch_result();
 }
 
+/* DeepSeek-V2, V3, Kimi K2: 128 + 64, 128; the demo model: 32 + 32, 32. */
+bool mla_expanded_offers_cuda(const struct mla_expanded_args *args) {
+    return (key_chunks(args) == 3 && chunks(args->v) == 2) ||
+           (key_chunks(args) == 1 && chunks(args->v) == 1);
+}
+
 int mla_expanded_cuda(void *stream, const struct mla_expanded_args *args, const bf16 *q,
                       const bf16 *key, const bf16 *value, uint32_t positions, bf16 *ret,
                       size_t ret_stride) {
     if (args->rows == 0)
         return 0;
-    if (key_chunks(args) == 3 && chunks(args->v) == 2) /* 128 + 64, 128 */
+    if (!mla_expanded_offers_cuda(args))
+        return CUDA_UNSUPPORTED;
+    if (key_chunks(args) == 3) /* 128 + 64, 128 */
         return run<3, 2>(stream, *args, q, key, value, positions, ret, ret_stride);
-    if (key_chunks(args) == 1 && chunks(args->v) == 1) /* the demo model: 32 + 32, 32 */
-        return run<1, 1>(stream, *args, q, key, value, positions, ret, ret_stride);
-    return CUDA_UNSUPPORTED;
+    return run<1, 1>(stream, *args, q, key, value, positions, ret, ret_stride);
 }

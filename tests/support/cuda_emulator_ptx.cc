@@ -89,13 +89,25 @@ void read_row(const emulated_product &p, uint64_t descriptor, bool transposed, u
         abort();
     }
     const uint8_t *shared = emulated_shared();
-    const unsigned bytes = p.e4m3 ? 1 : 2, step = transposed ? 1 : 16 / bytes;
-    for (unsigned k = 0; k < p.k; k += step) { /* 16 bytes stay together */
-        const uint8_t *at = shared + (transposed ? place_transposed(descriptor, row, k)
-                                                 : place_plain(descriptor, row, k * bytes));
-        for (unsigned i = 0; i < step; i++)
-            ret[k + i] =
-                p.e4m3 ? of_e4m3(at[i]) : of_bf16(at[2 * i] | (uint32_t)at[2 * i + 1] << 8);
+    if (transposed) {
+        for (unsigned k = 0; k < p.k; k++) {
+            uint16_t bits;
+            memcpy(&bits, shared + place_transposed(descriptor, row, k), sizeof bits);
+            ret[k] = of_bf16(bits);
+        }
+    } else if (p.e4m3) {
+        for (unsigned k = 0; k < p.k; k += 16) { /* 16 bytes stay together */
+            const uint8_t *at = shared + place_plain(descriptor, row, k);
+            for (unsigned i = 0; i < 16; i++)
+                ret[k + i] = of_e4m3(at[i]);
+        }
+    } else {
+        for (unsigned k = 0; k < p.k; k += 8) {
+            uint16_t bits[8];
+            memcpy(bits, shared + place_plain(descriptor, row, k * 2), sizeof bits);
+            for (unsigned i = 0; i < 8; i++)
+                ret[k + i] = of_bf16(bits[i]);
+        }
     }
 }
 
@@ -112,19 +124,35 @@ struct a_rows {
     float value[2][16];
 };
 
+/* One row of sums: += a[k] * b[k][column], k ascending. Columns side by side, so that the compiler
+ * makes vectors of them. */
+#if defined(__x86_64__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default"), optimize("O3")))
+#endif
+void add_products(double *__restrict sum, const float *__restrict a, const float (*b)[64], unsigned k,
+                  unsigned columns) {
+    for (unsigned i = 0; i < k; i++)
+        for (unsigned c = 0; c < columns; c++)
+            sum[c] += (double)a[i] * (double)b[i][c];
+}
+
 void make(const emulated_product &p, unsigned thread, const float a[2][32]) {
-    for (unsigned j = 0; j < p.n / 8; j++)
-        for (unsigned c = 0; c < 2; c++) {
-            float b[32];
-            read_row(p, p.b_tile, p.transposed, 8 * j + thread % 4 * 2 + c, b);
-            for (unsigned half = 0; half < 2; half++) {
-                float *d = &p.d[4 * j + 2 * half + c];
-                double sum = p.accumulate ? (double)*d : 0;
-                for (unsigned k = 0; k < p.k; k++)
-                    sum += (double)a[half][k] * (double)b[k];
-                *d = (float)sum;
-            }
-        }
+    static float b[32][64]; /* [k][the thread's columns] */
+    const unsigned columns = p.n / 4;
+    for (unsigned i = 0; i < columns; i++) {
+        float row[32];
+        read_row(p, p.b_tile, p.transposed, 8 * (i / 2) + thread % 4 * 2 + i % 2, row);
+        for (unsigned k = 0; k < p.k; k++)
+            b[k][i] = row[k];
+    }
+    for (unsigned half = 0; half < 2; half++) {
+        double sum[64];
+        for (unsigned i = 0; i < columns; i++)
+            sum[i] = p.accumulate ? (double)p.d[4 * (i / 2) + 2 * half + i % 2] : 0;
+        add_products(sum, a[half], b, p.k, columns);
+        for (unsigned i = 0; i < columns; i++)
+            p.d[4 * (i / 2) + 2 * half + i % 2] = (float)sum[i];
+    }
 }
 
 std::unordered_map<const float *, std::deque<a_rows>> registers_of; /* by d: A of each product */

@@ -1,0 +1,276 @@
+/* The device as a table of operations (kernels/ops.h), so that engine/ runs on it unchanged:
+ * products and attention on the device, each call to its end, rows in host memory; the row
+ * operations, whose bits are the CPU's anyway, on the CPU. This is the form for being right: golden
+ * logits, identity, whole troupes. It is not the form for being fast, which keeps everything on the
+ * device and never waits inside a layer (docs/gpu.md).
+ *
+ * Weights lie on the device in BF16, those stored as E4M3 multiplied by their scales and rounded.
+ * One thread at a time may use it: engines with a device have one compute thread. */
+#include "kernels/cuda/table.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/internal.h"
+#include "kernels/rows.h"
+
+/* What `data` of a matrix points to. */
+struct device_matrix {
+    void *weights;   /* [n, stride] BF16 */
+    uint32_t stride; /* elements */
+};
+
+/* Device memory that grows to a high-water mark and stays; and the host's side of it. */
+struct room {
+    void *device;
+    uint8_t *host;
+    size_t bytes;
+};
+static struct {
+    struct kernels table;
+    const struct kernels *cpu;
+    struct room x, y, cache, pages, position, work, key, value, ret;
+} device;
+
+/* The device failed: what it holds is lost, and so is this process. */
+static void must(int error) {
+    ASSERT(error == 0);
+}
+
+static void room_grow(struct room *room, size_t bytes) {
+    if (bytes <= room->bytes)
+        return;
+    if (room->device != NULL)
+        device_give_cuda(room->device);
+    free(room->host);
+    room->bytes = bytes + bytes / 2;
+    must(device_take_cuda(room->bytes, &room->device));
+    room->host = malloc(room->bytes);
+    ASSERT(room->host != NULL);
+}
+
+/* ---- Matrices ---- */
+
+static size_t matrix_bytes(const struct weight_view *view) {
+    (void)view;
+    return 64;
+}
+
+static void matrix_release(struct matrix *self) {
+    struct device_matrix *on_device = self->data;
+    device_give_cuda(on_device->weights);
+    on_device->weights = NULL;
+}
+
+static void matrix_pack(struct matrix *ret, const struct weight_view *view, void *memory) {
+    _Static_assert(sizeof(struct device_matrix) <= 64, "fits what matrix_bytes asks for");
+    struct device_matrix *to = memory;
+    to->stride = (uint32_t)activation_stride(view->k);
+    const size_t bytes = (size_t)view->n * to->stride * sizeof(bf16);
+    bf16 *rows = calloc(bytes > 0 ? bytes : 1, 1);
+    ASSERT(rows != NULL);
+    for (uint32_t n = 0; n < view->n; n++)
+        for (uint32_t k = 0; k < view->k; k++)
+            rows[(size_t)n * to->stride + k] = bf16_from_float(weight_element(view, n, k));
+    must(device_take_cuda(bytes, &to->weights));
+    must(device_put_cuda(to->weights, rows, bytes));
+    free(rows);
+    *ret = (struct matrix){.n = view->n,
+                           .k = view->k,
+                           .dtype = DTYPE_BF16,
+                           .data = to,
+                           .bytes = 64 + bytes,
+                           .release = matrix_release};
+}
+
+/* y = x W^T on the device; both stay there. */
+static void product(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
+                    float *y) {
+    const struct device_matrix *weights = w->data;
+    const struct gemm_args args = {
+        .rows = rows, .n = w->n, .k = w->k, .groups = 1, .y = y, .y_stride = w->n};
+    struct gemm_cuda plan;
+    must(gemm_plan_cuda(&plan, false, x, x_stride * sizeof(bf16), weights->weights,
+                        weights->stride * sizeof(bf16), &args));
+    must(gemm_run_cuda(NULL, &plan));
+}
+
+static void matmul(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,
+                   size_t y_stride, const struct parallel *parallel) {
+    (void)parallel;
+    if (rows == 0 || w->n == 0)
+        return;
+    const size_t width = activation_stride(w->k), out = (size_t)w->n * sizeof(float);
+    room_grow(&device.x, (size_t)rows * width * sizeof(bf16));
+    room_grow(&device.y, rows * out);
+    for (uint32_t r = 0; r < rows; r++)
+        memcpy(device.x.host + r * width * sizeof(bf16), (const bf16 *)x + r * x_stride,
+               width * sizeof(bf16));
+    must(device_put_cuda(device.x.device, device.x.host, (size_t)rows * width * sizeof(bf16)));
+    product(w, device.x.device, width, rows, device.y.device);
+    must(device_get_cuda(device.y.host, device.y.device, rows * out));
+    for (uint32_t r = 0; r < rows; r++)
+        memcpy(y + r * y_stride, device.y.host + r * out, out);
+}
+
+/* ---- Attention ---- */
+
+static uint32_t pages_of(uint32_t position) {
+    return position / PAGE_TOKENS + 1;
+}
+
+/* Puts the pages of all rows on the device, those of neighbouring rows with the same table once.
+ * device.pages: [rows, *ret_stride] their numbers there. Returns how many there are. */
+static uint32_t put_pages(const struct mla_rows *rows, size_t page_bytes, uint32_t *ret_stride) {
+    uint32_t longest = 0, total = 0;
+    for (uint32_t r = 0; r < rows->rows; r++) {
+        const uint32_t pages = pages_of(rows->position[r]);
+        longest = pages > longest ? pages : longest;
+        total += pages;
+    }
+    room_grow(&device.pages, (size_t)rows->rows * longest * sizeof(uint32_t));
+    room_grow(&device.cache, total * page_bytes);
+    uint32_t *number = (uint32_t *)device.pages.host, used = 0, there = 0;
+    memset(number, 0, (size_t)rows->rows * longest * sizeof *number);
+    for (uint32_t r = 0; r < rows->rows; r++) {
+        const bool same = r > 0 && rows->pages[r] == rows->pages[r - 1];
+        const uint32_t pages = pages_of(rows->position[r]);
+        there = same ? there : 0; /* of the table, put so far */
+        for (uint32_t b = 0; b < pages; b++) {
+            uint32_t *to = &number[(size_t)r * longest + b];
+            if (b < there) {
+                *to = number[(size_t)(r - 1) * longest + b];
+                continue;
+            }
+            memcpy(device.cache.host + used * page_bytes, rows->pages[r][b], page_bytes);
+            *to = used++;
+        }
+        if (pages < there) /* rows of a table ascend; were they not, its pages come again */
+            there = pages;
+        else
+            there = pages;
+    }
+    must(device_put_cuda(device.cache.device, device.cache.host, used * page_bytes));
+    must(device_put_cuda(device.pages.device, number,
+                         (size_t)rows->rows * longest * sizeof *number));
+    *ret_stride = longest;
+    return used;
+}
+
+static void put_positions(const struct mla_rows *rows) {
+    room_grow(&device.position, rows->rows * sizeof(uint32_t));
+    must(device_put_cuda(device.position.device, rows->position, rows->rows * sizeof(uint32_t)));
+}
+
+static void put_queries(const void *q, size_t bytes) {
+    room_grow(&device.x, bytes);
+    must(device_put_cuda(device.x.device, q, bytes));
+}
+
+static void mla_absorbed(const struct mla_shape *shape, const struct mla_rows *rows, const void *q,
+                         size_t q_stride, void *ret, size_t ret_stride,
+                         const struct parallel *parallel) {
+    const size_t stride = cache_stride(shape->kv_lora, shape->rope);
+    const size_t width = activation_stride(shape->kv_lora),
+                 states = (size_t)rows->rows * shape->heads;
+    if (rows->rows == 0)
+        return;
+    if (!mla_absorbed_offers_cuda(shape->kv_lora, shape->rope)) {
+        device.cpu->mla_absorbed(shape, rows, q, q_stride, ret, ret_stride, parallel);
+        return;
+    }
+    uint32_t table_stride;
+    const uint32_t pages = put_pages(rows, PAGE_TOKENS * stride * sizeof(bf16), &table_stride);
+    const uint32_t splits = (table_stride + MLA_SPLIT_CUDA - 1) / MLA_SPLIT_CUDA;
+    put_positions(rows);
+    put_queries(q, states * q_stride * sizeof(bf16));
+    room_grow(&device.work,
+              mla_absorbed_work_bytes_cuda(shape->kv_lora, shape->heads, rows->rows, splits));
+    room_grow(&device.ret, states * width * sizeof(bf16));
+    const struct mla_absorbed_args args = {.heads = shape->heads,
+                                           .kv_lora = shape->kv_lora,
+                                           .rope = shape->rope,
+                                           .scale = shape->scale,
+                                           .position = device.position.device,
+                                           .pages = device.pages.device,
+                                           .pages_stride = table_stride,
+                                           .splits = splits,
+                                           .work = device.work.device};
+    struct mla_absorbed_cuda plan;
+    must(mla_absorbed_plan_cuda(&plan, device.x.device, q_stride, rows->rows, device.cache.device,
+                                stride, pages, &args));
+    must(mla_absorbed_cuda(NULL, &plan, rows->rows, device.ret.device, width));
+    must(device_get_cuda(device.ret.host, device.ret.device, states * width * sizeof(bf16)));
+    for (size_t i = 0; i < states; i++)
+        memcpy((bf16 *)ret + i * ret_stride, device.ret.host + i * width * sizeof(bf16),
+               width * sizeof(bf16));
+}
+
+static void mla_expanded(const struct mla_shape *shape, const struct mla_rows *rows,
+                         const struct matrix *kv_b, const void *q, size_t q_stride, void *ret,
+                         size_t ret_stride, const struct parallel *parallel) {
+    (void)parallel;
+    if (rows->rows == 0)
+        return;
+    /* The last row sees what all others see. */
+    const struct mla_rows last = {1, rows->position + rows->rows - 1, rows->pages + rows->rows - 1};
+    const size_t stride = cache_stride(shape->kv_lora, shape->rope);
+    const uint32_t positions = last.position[0] + 1;
+    const struct mla_expanded_args args = {.rows = rows->rows,
+                                           .heads = shape->heads,
+                                           .nope = shape->nope,
+                                           .rope = shape->rope,
+                                           .v = shape->v,
+                                           .q_stride = (uint32_t)q_stride,
+                                           .scale = shape->scale,
+                                           .position = NULL};
+    struct mla_expanded_args with_positions = args;
+    uint32_t table_stride;
+    put_pages(&last, PAGE_TOKENS * stride * sizeof(bf16), &table_stride);
+    put_positions(rows);
+    put_queries(q, (size_t)rows->rows * shape->heads * q_stride * sizeof(bf16));
+    with_positions.position = device.position.device;
+    room_grow(&device.y, (size_t)positions * kv_b->n * sizeof(float));
+    room_grow(&device.key, mla_expanded_key_bytes_cuda(&args, positions));
+    room_grow(&device.value, mla_expanded_value_bytes_cuda(&args, positions));
+    const size_t width = (size_t)shape->heads * shape->v;
+    room_grow(&device.ret, rows->rows * width * sizeof(bf16));
+    /* The pages lie one after the other there: the latents of all positions are rows. */
+    product(kv_b, device.cache.device, stride, positions, device.y.device);
+    must(mla_expand_cuda(NULL, &with_positions, device.y.device, kv_b->n, device.cache.device,
+                         stride, (uint32_t)activation_stride(shape->kv_lora), device.pages.device,
+                         positions, device.key.device, device.value.device));
+    must(mla_expanded_cuda(NULL, &with_positions, device.x.device, device.key.device,
+                           device.value.device, positions, device.ret.device, width));
+    must(device_get_cuda(device.ret.host, device.ret.device, rows->rows * width * sizeof(bf16)));
+    for (uint32_t r = 0; r < rows->rows; r++) {
+        bf16 *to = (bf16 *)ret + r * ret_stride;
+        memset(to, 0, activation_stride(width) * sizeof(bf16));
+        memcpy(to, device.ret.host + r * width * sizeof(bf16), width * sizeof(bf16));
+    }
+}
+
+const struct kernels *kernels_cuda(const char *name, struct failure *failure) {
+    device.cpu = kernels_select(PROFILE_BF16, ISA_BEST, failure);
+    if (device.cpu == NULL)
+        return NULL;
+    device.table = *device.cpu;
+    device.table.name = name;
+    device.table.matrix_bytes = matrix_bytes;
+    device.table.matrix_pack = matrix_pack;
+    device.table.matmul = matmul;
+    device.table.mla_absorbed = mla_absorbed;
+    device.table.mla_expanded = mla_expanded;
+    return &device.table;
+}
+
+bool kernels_cuda_offer(const struct mla_shape *shape, struct failure *failure) {
+    const struct mla_expanded_args args = {.nope = shape->nope, .rope = shape->rope, .v = shape->v};
+    if (mla_expanded_offers_cuda(&args))
+        return true;
+    fail(failure, ERR_UNSUPPORTED,
+         "there are no GPU kernels for attention with keys of %u + %u and values of %u",
+         shape->nope, shape->rope, shape->v);
+    return false;
+}
