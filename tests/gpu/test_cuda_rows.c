@@ -90,6 +90,13 @@ static void test_convert(void **state) {
         assert_int_equal(convert_cuda(NULL, array_device(&x), shape->x_stride, shape->rows,
                                       shape->n, array_device(&narrow), shape->ret_stride),
                          0);
+        if (s == FEW_ROWS) { /* once is enough for the emulator */
+            array_get(&narrow);
+            assert_same(&narrow, expected, "convert");
+            free(expected), free(expected_wide);
+            array_free(&x), array_free(&narrow), array_free(&wide);
+            continue;
+        }
         assert_int_equal(widen_cuda(NULL, array_device(&narrow), shape->ret_stride, shape->rows,
                                     shape->n, array_device(&wide), shape->x_stride),
                          0);
