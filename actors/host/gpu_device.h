@@ -28,9 +28,10 @@ int gpu_device_check(const struct gpu_device *self, struct failure *failure);
  * (containers hide it) is no error: false, and nothing is bound. */
 int gpu_device_pin(const struct gpu_device *self, struct failure *failure);
 
-/* The kernels of the numerics profile bf16-sm90, on this device from now on; NULL: as above. One
- * for the process, one thread at a time. */
-const struct kernels *gpu_device_kernels(const struct gpu_device *self, struct failure *failure);
+/* The kernels of a numerics profile of the GPU (bf16-sm90, fp8-sm90), on this device from now on;
+ * NULL: as above. One for the process, one thread at a time. */
+const struct kernels *gpu_device_kernels(const struct gpu_device *self, const char *numerics,
+                                         struct failure *failure);
 
 /* Whether it has kernels for a model's attention; ERR_UNSUPPORTED names the widths. */
 int gpu_device_offers(const struct mla_shape *shape, struct failure *failure);

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/table.h"
@@ -43,9 +44,10 @@ int gpu_device_open(struct gpu_device *ret, uint32_t index, struct failure *fail
     return code;
 }
 
-const struct kernels *gpu_device_kernels(const struct gpu_device *self, struct failure *failure) {
+const struct kernels *gpu_device_kernels(const struct gpu_device *self, const char *numerics,
+                                         struct failure *failure) {
     device_use_cuda((int)self->index);
-    return kernels_cuda("bf16 sm90", failure);
+    return kernels_cuda(numerics, strncmp(numerics, "fp8", 3) == 0, failure);
 }
 
 int gpu_device_offers(const struct mla_shape *shape, struct failure *failure) {

@@ -9,8 +9,9 @@ int gpu_device_open(struct gpu_device *ret, uint32_t index, struct failure *fail
                 index);
 }
 
-const struct kernels *gpu_device_kernels(const struct gpu_device *self, struct failure *failure) {
-    (void)self;
+const struct kernels *gpu_device_kernels(const struct gpu_device *self, const char *numerics,
+                                         struct failure *failure) {
+    (void)self, (void)numerics;
     fail(failure, ERR_UNSUPPORTED, "this troupe was built without CUDA");
     return NULL;
 }

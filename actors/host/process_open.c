@@ -47,7 +47,8 @@ int coordinator_address_in(const char *run_dir, char *ret, size_t room, struct f
 }
 
 bool options_on_gpu(const struct options *options) {
-    return strcmp(options->numerics, "bf16-sm90") == 0;
+    return strcmp(options->numerics, "bf16-sm90") == 0 ||
+           strcmp(options->numerics, "fp8-sm90") == 0;
 }
 
 int options_check_model(const struct options *options, const struct model_config *config,
@@ -61,7 +62,7 @@ const struct kernels *options_kernels(const struct options *options, struct fail
     if (options_on_gpu(options)) {
         struct gpu_device device;
         uint32_t index = options->gpu != UINT64_MAX ? (uint32_t)options->gpu : 0;
-        return gpu_device_open(&device, index, failure) == 0 ? gpu_device_kernels(&device, failure)
+        return gpu_device_open(&device, index, failure) == 0 ? gpu_device_kernels(&device, options->numerics, failure)
                                                              : NULL;
     }
     enum isa isa = ISA_BEST;

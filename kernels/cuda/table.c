@@ -4,8 +4,10 @@
  * logits, identity, whole troupes. It is not the form for being fast, which keeps everything on the
  * device and never waits inside a layer (docs/gpu.md).
  *
- * Weights lie on the device in BF16, those stored as E4M3 multiplied by their scales and rounded.
- * One thread at a time may use it: engines with a device have one compute thread. */
+ * Weights lie on the device in BF16, those stored as E4M3 multiplied by their scales and rounded;
+ * in the fp8 profile those stored as E4M3 stay so, where their part of the file is cut at the
+ * borders of its 128 x 128 blocks, and meet activations quantised for each row and 128 of K. One
+ * thread at a time may use it: engines with a device have one compute thread. */
 #include "kernels/cuda/table.h"
 
 #include <stdlib.h>
@@ -15,9 +17,12 @@
 #include "kernels/internal.h"
 #include "kernels/rows.h"
 
+enum { BLOCK = 128 };
+
 /* What `data` of a matrix points to. */
 struct device_matrix {
-    void *weights;   /* [n, stride] BF16 */
+    void *weights;   /* [n, stride] BF16, or E4M3 */
+    float *scales;   /* E4M3: [n / 128 rounded up, k / 128 rounded up], on the device; else NULL */
     uint32_t stride; /* elements */
 };
 
@@ -30,7 +35,8 @@ struct room {
 static struct {
     struct kernels table;
     const struct kernels *cpu;
-    struct room x, y, cache, pages, position, work, key, value, ret;
+    bool fp8;
+    struct room x, y, quantised, scales, cache, pages, position, work, key, value, ret;
 } device;
 
 /* The device failed: what it holds is lost, and so is this process. */
@@ -60,12 +66,46 @@ static size_t matrix_bytes(const struct weight_view *view) {
 static void matrix_release(struct matrix *self) {
     struct device_matrix *on_device = self->data;
     device_give_cuda(on_device->weights);
-    on_device->weights = NULL;
+    if (on_device->scales != NULL)
+        device_give_cuda(on_device->scales);
+    *on_device = (struct device_matrix){0};
 }
 
-static void matrix_pack(struct matrix *ret, const struct weight_view *view, void *memory) {
-    _Static_assert(sizeof(struct device_matrix) <= 64, "fits what matrix_bytes asks for");
-    struct device_matrix *to = memory;
+static uint32_t blocks(uint32_t n) {
+    return (n + BLOCK - 1) / BLOCK;
+}
+
+static bool stays_e4m3(const struct weight_view *view) {
+    return device.fp8 && view->dtype == DTYPE_E4M3 && view->scale != NULL && !view->transposed &&
+           view->block == BLOCK && view->row0 % BLOCK == 0 && view->col0 % BLOCK == 0;
+}
+
+static void pack_e4m3(struct device_matrix *to, const struct weight_view *view) {
+    to->stride = blocks(view->k) * BLOCK;
+    const size_t bytes = (size_t)view->n * to->stride;
+    const size_t scales = (size_t)blocks(view->n) * blocks(view->k);
+    uint8_t *rows = calloc(bytes, 1);
+    float *scale = calloc(scales, sizeof *scale);
+    ASSERT(rows != NULL && scale != NULL);
+    for (uint32_t n = 0; n < view->n; n++)
+        memcpy(rows + (size_t)n * to->stride,
+               (const uint8_t *)view->data + ((size_t)view->row0 + n) * view->stride + view->col0,
+               view->k);
+    for (uint32_t n = 0; n < blocks(view->n); n++)
+        for (uint32_t k = 0; k < blocks(view->k); k++)
+            scale[(size_t)n * blocks(view->k) + k] =
+                view->scale[((size_t)view->row0 / BLOCK + n) * view->scale_stride +
+                            view->col0 / BLOCK + k];
+    must(device_take_cuda(bytes, &to->weights));
+    must(device_take_cuda(scales * sizeof *scale, (void **)&to->scales));
+    must(device_put_cuda(to->weights, rows, bytes));
+    must(device_put_cuda(to->scales, scale, scales * sizeof *scale));
+    free(rows);
+    free(scale);
+}
+
+static void pack_bf16(struct device_matrix *to, const struct weight_view *view) {
+    to->scales = NULL;
     to->stride = (uint32_t)activation_stride(view->k);
     const size_t bytes = (size_t)view->n * to->stride * sizeof(bf16);
     bf16 *rows = calloc(bytes > 0 ? bytes : 1, 1);
@@ -76,23 +116,48 @@ static void matrix_pack(struct matrix *ret, const struct weight_view *view, void
     must(device_take_cuda(bytes, &to->weights));
     must(device_put_cuda(to->weights, rows, bytes));
     free(rows);
+}
+
+static void matrix_pack(struct matrix *ret, const struct weight_view *view, void *memory) {
+    _Static_assert(sizeof(struct device_matrix) <= 64, "fits what matrix_bytes asks for");
+    struct device_matrix *to = memory;
+    const bool e4m3 = stays_e4m3(view);
+    if (e4m3)
+        pack_e4m3(to, view);
+    else
+        pack_bf16(to, view);
     *ret = (struct matrix){.n = view->n,
                            .k = view->k,
-                           .dtype = DTYPE_BF16,
+                           .dtype = e4m3 ? DTYPE_E4M3 : DTYPE_BF16,
                            .data = to,
-                           .bytes = 64 + bytes,
+                           .bytes = 64 + (size_t)view->n * to->stride * (e4m3 ? 1 : sizeof(bf16)),
                            .release = matrix_release};
 }
 
-/* y = x W^T on the device; both stay there. */
+/* y = x W^T on the device; both stay there. x: [rows, x_stride] BF16. */
 static void product(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                     float *y) {
     const struct device_matrix *weights = w->data;
-    const struct gemm_args args = {
+    struct gemm_args args = {
         .rows = rows, .n = w->n, .k = w->k, .groups = 1, .y = y, .y_stride = w->n};
     struct gemm_cuda plan;
-    must(gemm_plan_cuda(&plan, false, x, x_stride * sizeof(bf16), weights->weights,
-                        weights->stride * sizeof(bf16), &args));
+    if (weights->scales == NULL) {
+        must(gemm_plan_cuda(&plan, false, x, x_stride * sizeof(bf16), weights->weights,
+                            weights->stride * sizeof(bf16), &args));
+        must(gemm_run_cuda(NULL, &plan));
+        return;
+    }
+    const size_t width = (size_t)blocks(w->k) * BLOCK;
+    room_grow(&device.quantised, rows * width);
+    room_grow(&device.scales, (size_t)rows * blocks(w->k) * sizeof(float));
+    must(quantise_bf16_cuda(NULL, x, x_stride, rows, w->k, device.quantised.device, width,
+                            device.scales.device, 1, rows));
+    args.a_scale = device.scales.device;
+    args.b_scale = weights->scales;
+    args.a_scale_row_step = 1;
+    args.a_scale_group_step = rows;
+    must(gemm_plan_cuda(&plan, true, device.quantised.device, width, weights->weights,
+                        weights->stride, &args));
     must(gemm_run_cuda(NULL, &plan));
 }
 
@@ -251,7 +316,8 @@ static void mla_expanded(const struct mla_shape *shape, const struct mla_rows *r
     }
 }
 
-const struct kernels *kernels_cuda(const char *name, struct failure *failure) {
+const struct kernels *kernels_cuda(const char *name, bool fp8, struct failure *failure) {
+    device.fp8 = fp8;
     device.cpu = kernels_select(PROFILE_BF16, ISA_BEST, failure);
     if (device.cpu == NULL)
         return NULL;

@@ -4,10 +4,11 @@
 
 #include "kernels/ops.h"
 
-/* The table on the calling thread's current device: the bf16 profile with own bits, so a troupe
- * must not mix it with others (process_open.c names its numerics "bf16-sm90"). One for the process,
- * one thread at a time. `name` is kept. */
-const struct kernels *kernels_cuda(const char *name, struct failure *failure);
+/* The table on the device of device_use_cuda(): the bf16 profile with own bits; with `fp8` weights
+ * that are stored as E4M3 stay so and meet quantised activations. A troupe must not mix either with
+ * other profiles (options.c: the numerics bf16-sm90 and fp8-sm90). One for the process, one thread
+ * at a time; asked for again it becomes what was asked for last. `name` is kept. */
+const struct kernels *kernels_cuda(const char *name, bool fp8, struct failure *failure);
 /* Whether a model's attention has kernels; else ERR_UNSUPPORTED with the widths. */
 bool kernels_cuda_offer(const struct mla_shape *shape, struct failure *failure);
 
