@@ -56,6 +56,7 @@ static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effec
     heartbeat.pages_total = self->pages.total;
     heartbeat.prefix_cache_queries = self->prefix_queries;
     heartbeat.prefix_cache_hits = self->prefix_hits;
+    heartbeat.preemptions = self->preemptions;
     heartbeat.spec_drafts = self->drafts_total;
     heartbeat.spec_draft_tokens = self->draft_tokens_total;
     heartbeat.spec_accepted_tokens = self->accepted_total;
@@ -231,7 +232,7 @@ static uint64_t attention_deadline(const struct actor *actor) {
     return self->member.exited || deadline < parts ? deadline : parts;
 }
 
-static const char *attention_describe(struct actor *actor) {
+static const char *describe_most(struct actor *actor) {
     struct attention *self = (struct attention *)actor;
     const char *broken = pages_broken(self);
     snprintf(
@@ -247,6 +248,14 @@ static const char *attention_describe(struct actor *actor) {
         (unsigned long long)self->prefix_hits, (unsigned long long)self->draft_tokens_total,
         (unsigned long long)self->accepted_total, broken != NULL ? " broken: " : "",
         broken != NULL ? broken : "");
+    return self->description;
+}
+
+static const char *attention_describe(struct actor *actor) {
+    struct attention *self = (struct attention *)actor;
+    size_t used = strlen(describe_most(actor));
+    snprintf(self->description + used, sizeof self->description - used, " preempted=%llu",
+             (unsigned long long)self->preemptions);
     return self->description;
 }
 

@@ -1,6 +1,7 @@
 /* The attention actor's rooms share this header; nobody else includes it.
  *   attention.c           life, events, admission of messages, heartbeats
  *   attention_sequence.c  sequences: SUBMIT checked, tables, lists, pages, finishing
+ *   attention_admit.c     who runs, and who is put back when pages run out
  *   attention_pages.c     pages of the latent cache: held, shared, evicted
  *   attention_batch.c     which rows go into the next step; programs of a step
  *   attention_dispatch.c  rows to experts and back: parts, replies, resending
@@ -25,6 +26,7 @@ struct page {
     uint32_t previous, next; /* idle: less, more recently used */
     uint64_t serial;         /* known: never used again; 0: not known */
     uint64_t parent;         /* serial of the page before it, or what its chain begins with */
+    uint64_t cleared;        /* number of the batch that clears it, or cleared it last */
 };
 
 struct pages {
@@ -41,7 +43,7 @@ struct pages {
 /* ---- sequences ---- */
 
 enum sequence_state {
-    SEQUENCE_WAITING, /* no pages yet */
+    SEQUENCE_WAITING, /* no pages yet, or put back: they went to others */
     SEQUENCE_RUNNING, /* has a number and pages; prefill while more than one known token is not
                          computed */
     SEQUENCE_DONE,    /* kept for Poll until Cancel; no pages */
@@ -79,6 +81,9 @@ struct sequence {
     uint32_t drew;              /* tokens that the last batch brought */
     uint32_t trust, pause;      /* how often the first guess comes true; steps without guesses */
     uint32_t accepted_drafts, rejected_drafts;
+    int32_t priority; /* the smaller, the earlier */
+    uint64_t arrival; /* counts all that have come */
+    bool begun;       /* has been admitted before */
     bool in_batch;  /* has rows in the batch in flight: neither pages nor memory may go */
     bool cancelled; /* dropped when the batch in flight has ended */
     bool reported;  /* scratch of attention_report.c */
@@ -92,7 +97,7 @@ struct sequence {
     uint32_t min_tokens, max_tokens;
     uint64_t bias_version;
     uint32_t *page;  /* [pages] */
-    uint32_t pages;  /* needed at most */
+    uint32_t pages;  /* needed at most, [pages] */
     uint32_t held, known; /* pages held while RUNNING; of these the first ones that others may hold too */
     uint64_t chain;       /* serial of the last known page */
     uint32_t cached_tokens; /* not computed when it was first admitted, because pages were known */
@@ -181,6 +186,8 @@ struct batch {
     enum batch_phase phase;
     uint32_t slot;
     uint64_t number, wait_tag;
+    uint64_t started_ns;
+    uint32_t prompt_rows; /* rows of sequences that do not decode */
     uint32_t layer;        /* the MoE layer that BATCH_LAYERS ends with or BATCH_EXPERTS is about;
                               config.layers: none */
     struct batch_row *row; /* [batch_tokens] */
@@ -236,6 +243,7 @@ struct attention {
 
     struct batch batch;
     uint64_t last_batch, last_tag;
+    uint64_t decode_ns, prompt_row_ns; /* usual time of a batch without prompt rows; of each of these; 0: not known */
 
     /* Who holds what, of the adopted epoch. */
     struct placement placement;
@@ -247,6 +255,7 @@ struct attention {
     struct destination *former; /* scratch: those of the epoch before */
 
     /* Totals since start. */
+    uint64_t arrivals, preemptions;
     uint64_t drafts_total, draft_tokens_total, accepted_total; /* verifications, guesses, true ones */
     uint64_t prefix_queries, prefix_hits; /* tokens looked for among known pages, and found there */
     uint64_t prompt_total, generated_total, steps, frames, rows, frames_resent, frames_stale, frames_hedged;
@@ -255,6 +264,13 @@ struct attention {
         load_heartbeats; /* heartbeats that still carry loads after the last change */
     char description[256];
 };
+
+/* attention_admit.c, between batches; pages that are handed out join batch.clear */
+void attention_wait(struct attention *self, struct sequence *sequence); /* in order of rank */
+/* Every running sequence gets a page for its next row; where there is none, somebody is put back. */
+void attention_grow(struct attention *self);
+/* Waiting sequences that fit run. */
+void attention_admit(struct attention *self);
 
 /* attention_pages.c */
 bool pages_init(struct attention *self);
@@ -280,12 +296,12 @@ void attention_on_cancel(struct attention *self, const message *envelope);
 void attention_cancel_gateway(struct attention *self, actor_id gateway);
 /* Between batches: some more sequences go back to their gateways, which submit them elsewhere. */
 void attention_hand_over(struct attention *self, uint64_t now_ns, struct effects *out);
-/* Moves waiting sequences that fit to the running ones; their pages join batch.clear. */
-void attention_admit(struct attention *self);
 void sequence_finish(struct sequence *sequence, Troupe__FinishReason reason, uint32_t stopped_by);
 /* A running sequence leaves: kept as DONE, or dropped if it was cancelled. Not while it is in a
  * batch. */
 void attention_retire(struct attention *self, struct sequence *sequence);
+void attention_leave(struct attention *self, struct sequence *sequence); /* running: its pages go */
+void attention_stop_waiting(struct attention *self, struct sequence *sequence);
 void attention_drop_all(struct attention *self);
 bool sequence_draws(
     const struct sequence *sequence); /* another token is wanted after the known ones */
@@ -303,7 +319,7 @@ void batch_start(struct attention *self, uint64_t now_ns,
 void batch_computed(struct attention *self, const struct program_result *result, uint64_t now_ns,
                     struct effects *out);
 void batch_combine(struct attention *self, struct effects *out); /* all experts have answered */
-void batch_end(struct attention *self, struct effects *out);
+void batch_end(struct attention *self, uint64_t now_ns, struct effects *out);
 struct program *batch_program(struct attention *self, struct effects *out, enum program_kind kind,
                               uint32_t layer);
 

@@ -6,13 +6,17 @@
  *        -> LAYERS (to the end, final rows) -> SAMPLERS -> DRAFTS (attention_draft.c) -> IDLE
  *
  * Continuous batching: a running sequence with one known token not computed yet (decode) gives that
- * row, and one for each guess of what follows; one with more (prefill, or a resumed sequence that catches up) gives a chunk. Both kinds are
- * taken in turn from where the last batch stopped, and while both kinds exist each is left room, so
- * neither can starve the other. How rows are cut into batches changes no bit of any result. */
+ * row, and one for each guess of what follows; one with more (prefill, or a resumed sequence that
+ * catches up) gives a chunk. Both kinds are taken in turn from where the last batch stopped, and
+ * while both kinds exist each is left room, so neither can starve the other; prompt rows are few
+ * enough that a step stays within step_budget_us. How rows are cut into batches changes no bit of
+ * any result. */
 #include "actors/attention.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+#define PROMPT_ROWS_MIN 16u /* beside rows that decode, however long they take */
 
 /* ---- memory ---- */
 
@@ -29,9 +33,9 @@ bool batch_init(struct attention *self) {
     batch->order = calloc(rows, sizeof *batch->order);
     batch->sample_part = calloc(rows, sizeof *batch->sample_part);
     return batch->row != NULL && batch->sequence != NULL && batch->sequence_rows != NULL &&
-           batch->sequence_first != NULL &&
-           batch->clear != NULL && batch->question != NULL && batch->select != NULL &&
-           batch->order != NULL && batch->sample_part != NULL && flight_init(self);
+           batch->sequence_first != NULL && batch->clear != NULL && batch->question != NULL &&
+           batch->select != NULL && batch->order != NULL && batch->sample_part != NULL &&
+           flight_init(self);
 }
 
 void batch_free(struct attention *self) {
@@ -57,7 +61,8 @@ static uint32_t remaining(const struct sequence *sequence) {
 static void add_question(struct batch *batch, struct sequence *sequence, uint32_t row,
                          uint32_t position) {
     struct question question = {.sequence = sequence, .row = row, .position = position};
-    if (sequence->score_prompt && position < sequence->prompt_tokens) {
+    if (sequence->score_prompt && position < sequence->prompt_tokens &&
+        position >= sequence->prompt_complete) { /* computed again: it has been asked */
         if (position + 1 < sequence->prompt_tokens) {
             question.flags |= SAMPLE_SCORE;
             question.target = sequence->token[position + 1];
@@ -97,6 +102,17 @@ static void add_rows(struct batch *batch, struct sequence *sequence, uint32_t co
     }
 }
 
+/* Rows of a sequence that decodes: the last token and its guesses, as far as there are pages;
+ * nobody is put back for a guess. */
+static uint32_t decode_rows(struct attention *self, struct sequence *sequence) {
+    uint32_t end = sequence->computed + 1 + sequence->drafts;
+    while (sequence->held * PAGE_TOKENS < end && pages_available(&self->pages) > 0)
+        pages_take(self, sequence, 1);
+    if (end > sequence->held * PAGE_TOKENS)
+        end = sequence->held * PAGE_TOKENS;
+    return end - sequence->computed;
+}
+
 /* One round over the running sequences, starting at the cursor; at most `budget` rows. The cursor
  * stays at the first sequence that got nothing. */
 static void take_turns(struct attention *self, uint32_t *cursor, bool decode, uint32_t budget) {
@@ -111,10 +127,8 @@ static void take_turns(struct attention *self, uint32_t *cursor, bool decode, ui
             *cursor = number;
             return;
         }
-        uint32_t count = remaining(sequence);
-        if (decode)
-            count += sequence->drafts;
-        else if (count > self->settings.prefill_chunk)
+        uint32_t count = decode ? decode_rows(self, sequence) : remaining(sequence);
+        if (!decode && count > self->settings.prefill_chunk)
             count = self->settings.prefill_chunk;
         if (count > budget)
             count = budget;
@@ -122,6 +136,34 @@ static void take_turns(struct attention *self, uint32_t *cursor, bool decode, ui
         budget -= count;
         *cursor = (number + 1) % numbers;
     }
+}
+
+/* Prompt rows that may join those that decode, so that a step takes about step_budget_us. */
+static uint32_t prompt_rows_in_time(const struct attention *self) {
+    uint64_t budget_ns = (uint64_t)self->settings.step_budget_us * 1000;
+    if (budget_ns == 0)
+        return UINT32_MAX;
+    if (self->prompt_row_ns == 0 || budget_ns <= self->decode_ns)
+        return PROMPT_ROWS_MIN;
+    uint64_t rows = (budget_ns - self->decode_ns) / self->prompt_row_ns;
+    return rows < PROMPT_ROWS_MIN ? PROMPT_ROWS_MIN
+           : rows < UINT32_MAX    ? (uint32_t)rows
+                                  : UINT32_MAX;
+}
+
+static void average(uint64_t *average_ns, uint64_t ns) {
+    *average_ns = *average_ns == 0 ? ns : (7 * *average_ns + ns) / 8;
+}
+
+/* What the batch has taken. Times decide how many rows go together, which no bit depends on. */
+static void note_time(struct attention *self, uint64_t now_ns) {
+    const struct batch *batch = &self->batch;
+    uint64_t ns = now_ns - batch->started_ns;
+    if (batch->prompt_rows == 0)
+        average(&self->decode_ns, ns);
+    else
+        average(&self->prompt_row_ns,
+                (ns > self->decode_ns ? ns - self->decode_ns : 0) / batch->prompt_rows);
 }
 
 static void choose_rows(struct attention *self) {
@@ -140,7 +182,11 @@ static void choose_rows(struct attention *self) {
             kept = budget > 1 || self->last_batch % 2 == 0 ? 1 : 0;
     }
     take_turns(self, &self->decode_cursor, true, budget - kept);
-    take_turns(self, &self->prefill_cursor, false, budget - self->batch.rows);
+    uint32_t before = self->batch.rows, most = budget - before;
+    if (decoding > 0 && most > prompt_rows_in_time(self))
+        most = prompt_rows_in_time(self);
+    take_turns(self, &self->prefill_cursor, false, most);
+    self->batch.prompt_rows = self->batch.rows - before;
     if (self->batch.rows < budget && decoding > budget - kept)
         take_turns(self, &self->decode_cursor, true, budget - self->batch.rows);
 }
@@ -181,6 +227,7 @@ void batch_start(struct attention *self, uint64_t now_ns, struct effects *out) {
     if (batch->phase != BATCH_IDLE)
         return;
     batch->rows = batch->sequences = batch->questions = batch->clears = 0;
+    attention_grow(self);
     attention_admit(self);
     choose_rows(self);
     if (batch->rows == 0) {
@@ -188,6 +235,7 @@ void batch_start(struct attention *self, uint64_t now_ns, struct effects *out) {
         return;
     }
     batch->number = ++self->last_batch;
+    batch->started_ns = now_ns;
     if (batch->clears > 0) {
         struct program *program = batch_program(self, out, PROGRAM_CLEAR_PAGES, 0);
         program->select = batch->clear;
@@ -218,7 +266,10 @@ static void advance(struct attention *self, struct sequence *sequence, uint32_t 
         uint32_t to = sequence->computed < sequence->prompt_tokens ? sequence->computed
                                                                    : sequence->prompt_tokens;
         self->prompt_total += to - from;
-        sequence->prompt_complete = to < sequence->prompt_entries ? to : sequence->prompt_entries;
+        if (to > sequence->prompt_entries)
+            to = sequence->prompt_entries;
+        if (to > sequence->prompt_complete) /* not if it is computed again */
+            sequence->prompt_complete = to;
     }
     if (sequence->finish == TROUPE__FINISH_REASON__FINISH_NONE &&
         sequence->computed == sequence->tokens && !sequence_draws(sequence))
@@ -251,9 +302,10 @@ static void become_idle(struct attention *self) {
     batch->sequences = 0;
 }
 
-void batch_end(struct attention *self, struct effects *out) {
+void batch_end(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct batch *batch = &self->batch;
     self->steps++;
+    note_time(self, now_ns);
     draft_settle(self);
     for (uint32_t i = 0; i < batch->sequences; i++)
         advance(self, batch->sequence[i], batch->sequence_rows[i]);
@@ -277,5 +329,5 @@ void batch_computed(struct attention *self, const struct program_result *result,
     else if (batch->questions > 0)
         sample_start(self, now_ns, out);
     else
-        batch_end(self, out);
+        batch_end(self, now_ns, out);
 }

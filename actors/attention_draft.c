@@ -97,6 +97,9 @@ static uint32_t wanted(const struct attention *self, struct sequence *sequence) 
         most = DRAFTS_MAX;
     if (most > sequence->tokens_max - sequence->tokens - 1) /* each is a row that draws */
         most = sequence->tokens_max - sequence->tokens - 1;
+    uint32_t places = sequence->held * PAGE_TOKENS - sequence->computed + 1; /* in its pages */
+    if (most > places)
+        most = places;
     while (steps < most && (chance = chance * sequence->trust / TRUST_ONE) >= least)
         steps++;
     return steps < most ? steps : most;

@@ -217,7 +217,11 @@ void pages_take(struct attention *self, struct sequence *sequence, uint32_t coun
     ASSERT(sequence->held + count <= sequence->pages);
     for (uint32_t i = 0; i < count; i++) {
         uint32_t number = take_any(&self->pages);
+        struct page *page = &self->pages.page[number];
         sequence->page[sequence->held++] = number;
+        if (page->cleared == self->last_batch + 1)
+            continue; /* taken, given back and taken again before the batch begins */
+        page->cleared = self->last_batch + 1;
         batch->clear[batch->clears++] = number;
     }
 }

@@ -262,7 +262,7 @@ void sample_start(struct attention *self, uint64_t now_ns, struct effects *out) 
     for (uint32_t turn = 0; turn < turns; turn++)
         cut_parts(self, turn, turns, now_ns);
     if (batch->sample_missing == 0)
-        batch_end(self, out);
+        batch_end(self, now_ns, out);
     else
         pump(self, now_ns, out);
 }
@@ -368,7 +368,7 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
     note_answer(self, part, header->from, now_ns);
     batch->sample_missing -= part->count;
     if (batch->sample_missing == 0)
-        batch_end(self, out);
+        batch_end(self, now_ns, out);
     else
         pump(self, now_ns, out);
 }

@@ -2,14 +2,14 @@
  * back here.
  *
  *   (Submit) -> WAITING -> RUNNING -> DONE -> (Cancel) gone
+ *   pages run out, or a better priority waits: RUNNING -> WAITING (attention_admit.c)
  *   drained: WAITING, RUNNING -> DONE, finish CANCELLED: the gateway submits the history elsewhere
  *
  * Cancel takes a sequence from any state, once no batch uses it.
  *
- * Invariants: 1. a sequence that runs holds every page it can ever need, so nothing that runs waits
- * for pages; 2. a page is cleared before its first use, and shared only once it is complete
- * (attention_pages.c); 3. waiting sequences are admitted in order of arrival, so none starves; 4. what waits, runs or is
- * done is in the hash, and nothing else. */
+ * Invariants: 1. a sequence that runs holds the pages of its known tokens; 2. a page is cleared before
+ * its first use, and shared only once it is complete (attention_pages.c); 3. what waits, runs or is done
+ * is in the hash, and nothing else. */
 #include "actors/attention.h"
 
 #include <math.h>
@@ -345,6 +345,7 @@ static struct sequence *sequence_create(const struct attention *self, actor_id g
     sequence->ignore_eos = submit->ignore_eos;
     sequence->full_logits = submit->full_logits;
     sequence->bias_version = submit->bias_version;
+    sequence->priority = submit->priority;
     sequence->score_prompt = submit->prompt_logprobs || submit->full_logits;
     if (sequence->score_prompt)
         sequence->prompt_entries = submit->prompt_tokens - (submit->full_logits ? 0 : 1);
@@ -405,38 +406,17 @@ void attention_on_submit(struct attention *self, const message *envelope, struct
         report_sequence(self, sequence, sequence->told_tokens, 0, out);
         return;
     }
-    sequence->state = SEQUENCE_WAITING;
-    list_append(&self->waiting, sequence);
+    sequence->arrival = ++self->arrivals;
+    attention_wait(self, sequence);
 }
 
 /* ---- running ---- */
 
-static void start_running(struct attention *self, struct sequence *sequence) {
-    uint32_t number = 0;
-    while (self->running[number] != NULL)
-        number++;
-    self->running[number] = sequence;
-    self->runnings++;
-    sequence->number = number;
-    sequence->state = SEQUENCE_RUNNING;
-    draft_begin(sequence);
+void attention_stop_waiting(struct attention *self, struct sequence *sequence) {
+    list_remove(&self->waiting, sequence);
 }
 
-void attention_admit(struct attention *self) {
-    while (self->waiting.first != NULL && self->runnings < self->settings.max_sequences) {
-        struct sequence *sequence = self->waiting.first;
-        uint32_t idle, found = pages_find(self, sequence, &idle);
-        if (sequence->pages - found > pages_available(&self->pages) - idle)
-            return;
-        list_remove(&self->waiting, sequence);
-        start_running(self, sequence);
-        pages_share(self, sequence, found);
-        pages_take(self, sequence, sequence->pages - found);
-        sequence->cached_tokens = sequence->computed;
-    }
-}
-
-static void leave_running(struct attention *self, struct sequence *sequence) {
+void attention_leave(struct attention *self, struct sequence *sequence) {
     ASSERT(self->running[sequence->number] == sequence && !sequence->in_batch);
     self->running[sequence->number] = NULL;
     self->runnings--;
@@ -444,7 +424,7 @@ static void leave_running(struct attention *self, struct sequence *sequence) {
 }
 
 void attention_retire(struct attention *self, struct sequence *sequence) {
-    leave_running(self, sequence);
+    attention_leave(self, sequence);
     if (sequence->cancelled) {
         hash_remove(self, sequence);
         sequence_free(sequence);

@@ -427,6 +427,182 @@ static void test_cancel_while_guessing(void **state) {
     stage_free(&stage);
 }
 
+/* ---- who runs ---- */
+
+/* Reads all TOKENS of the log: each sequence's in order, without gap or repetition. Returns how many
+ * tokens the sequences 1..8 were told in all; ret_end[i]: which one ended i-th. */
+static uint32_t check_streams(struct stage *stage, uint64_t *ret_end) {
+    uint32_t next[9] = {0}, ends = 0, count = 0;
+    const message *envelope;
+    while ((envelope = stage_sent(stage, TROUPE__ENVELOPE__BODY_TOKENS)) != NULL)
+        for (size_t i = 0; i < envelope->tokens->n_tokens; i++) {
+            const Troupe__Tokens *tokens = envelope->tokens->tokens[i];
+            assert_in_range(tokens->sequence, 1, 8);
+            assert_int_equal(tokens->first, next[tokens->sequence]);
+            next[tokens->sequence] += (uint32_t)tokens->n_token;
+            count += (uint32_t)tokens->n_token;
+            if (tokens->finish != TROUPE__FINISH_REASON__FINISH_NONE)
+                ret_end[ends++] = tokens->sequence;
+        }
+    return count;
+}
+
+static void test_the_youngest_is_put_back_when_pages_run_out(void **state) {
+    for (uint32_t prefix_cache = 0; prefix_cache < 2; prefix_cache++) {
+        struct stage stage;
+        stage_init(&stage, ROLE_ATTENTION);
+        stage.settings.kv_cache_tokens = 4 * PAGE_TOKENS;
+        stage.settings.prefix_cache = prefix_cache;
+        create(&stage);
+        for (uint64_t i = 1; i <= 3; i++) { /* each grows to 3 pages */
+            struct request *request = make_request(i, 60, 100);
+            request->token[0] = 3 + (uint32_t)i;
+            submit(&stage, GATEWAY, request);
+        }
+        stage_answer_all(&stage, 9);
+        uint64_t end[3] = {0};
+        assert_int_equal(check_streams(&stage, end), 300);
+        for (uint64_t i = 1; i <= 3; i++)
+            assert_true(end[i - 1] == i); /* the older one first */
+        assert_null(strstr(described(&stage), "preempted=0"));
+        assert_described(&stage, "done=3 pages=0/4 ");
+        assert_null(strstr(described(&stage), "broken"));
+        stage_free(&stage);
+    }
+}
+
+/* What is computed again takes the forms that it took the first time. */
+static void test_put_back_tokens_keep_their_form(void **state) {
+    struct stage stage;
+    stage_init(&stage, ROLE_ATTENTION);
+    stage.settings.max_sequences = 1;
+    stage.settings.prefix_cache = 0;
+    create(&stage);
+    struct request *request = make_request(1, 5, 10);
+    request->submit.priority = 1;
+    submit(&stage, GATEWAY, request);
+    for (uint32_t i = 0; i < 3; i++) { /* three tokens, the fourth on its way */
+        struct effect sample = next_sample(&stage);
+        stage_sampled(&stage, &sample, 20 + i);
+    }
+    struct effect sample = next_sample(&stage);
+    submit(&stage, GATEWAY, make_request(2, 7, 1)); /* of a better priority: at once */
+    stage_sampled(&stage, &sample, 23);
+    assert_described(&stage, "waiting=1 running=1");
+    assert_described(&stage, "preempted=1");
+    sample = next_sample(&stage);
+    stage.hold_programs = true;
+    stage_sampled(&stage, &sample, 9);
+    const struct effect *effect;
+    const struct program *embed = NULL;
+    while ((effect = stage_take(&stage, EFFECT_COMPUTE)) != NULL)
+        if (effect->compute.kind == PROGRAM_EMBED)
+            embed = &effect->compute; /* the last one */
+    assert_int_equal(embed->rows, 9); /* 5 and 4 */
+    for (uint32_t i = 0; i < 9; i++) {
+        assert_int_equal(embed->row[i].position, i);
+        assert_int_equal(embed->row[i].token, i < 5 ? 4 + i : 15 + i);
+        assert_int_equal(embed->row[i].form, i < 5 ? MLA_EXPANDED : MLA_ABSORBED);
+    }
+    stage.hold_programs = false;
+    stage_compute(&stage);
+    stage_answer_all(&stage, 9);
+    uint64_t end[2] = {0};
+    assert_int_equal(check_streams(&stage, end), 11);
+    assert_true(end[0] == 2 && end[1] == 1);
+    stage_free(&stage);
+}
+
+static void test_priorities_decide_who_waits(void **state) {
+    static const int32_t PRIORITY[] = {0, 3, -1, 3, 0};
+    static const uint64_t EXPECTED[] = {3, 1, 5, 2, 4}; /* by priority, then by arrival */
+    struct stage stage;
+    stage_init(&stage, ROLE_ATTENTION);
+    stage.settings.max_sequences = 1;
+    create(&stage);
+    for (uint64_t i = 1; i <= 5; i++) {
+        struct request *request = make_request(i, 4, 3);
+        request->submit.priority = PRIORITY[i - 1];
+        submit(&stage, GATEWAY, request);
+    }
+    stage_answer_all(&stage, 9);
+    uint64_t end[5] = {0};
+    assert_int_equal(check_streams(&stage, end), 15);
+    for (uint32_t i = 0; i < 5; i++)
+        assert_true(end[i] == EXPECTED[i]);
+    stage_free(&stage);
+}
+
+/* A prompt that is scored is put back and told once. */
+static void test_scores_are_told_once(void **state) {
+    struct stage stage;
+    stage_init(&stage, ROLE_ATTENTION);
+    stage.settings.max_sequences = 1;
+    stage.settings.prefill_chunk = 4;
+    create(&stage);
+    struct request *request = make_request(1, 10, 2);
+    request->submit.prompt_logprobs = true;
+    request->submit.priority = 1;
+    submit(&stage, GATEWAY, request);
+    struct effect sample = next_sample(&stage);
+    stage_sampled(&stage, &sample, 9); /* the scores of the first 4 */
+    sample = next_sample(&stage);
+    submit(&stage, GATEWAY, make_request(2, 3, 1));
+    stage_sampled(&stage, &sample, 9);
+    assert_described(&stage, "preempted=1");
+    stage_answer_all(&stage, 9);
+    uint32_t prompt = 0;
+    const message *envelope;
+    while ((envelope = stage_sent(&stage, TROUPE__ENVELOPE__BODY_TOKENS)) != NULL)
+        if (envelope->tokens->tokens[0]->n_prompt > 0) {
+            assert_int_equal(envelope->tokens->tokens[0]->prompt_first, prompt);
+            prompt += (uint32_t)envelope->tokens->tokens[0]->n_prompt;
+        }
+    assert_int_equal(prompt, 9);
+    assert_described(&stage, "done=2 pages=0/");
+    stage_free(&stage);
+}
+
+#define US 1000u
+
+/* Ends the step under way so long after it began. */
+static void end_step(struct stage *stage, uint64_t ns) {
+    struct effect sample = next_sample(stage);
+    stage->now_ns += ns;
+    stage_sampled(stage, &sample, 9);
+}
+
+static uint32_t last_rows(struct stage *stage) {
+    const struct effect *effect;
+    uint32_t rows = 0;
+    while ((effect = stage_take(stage, EFFECT_COMPUTE)) != NULL)
+        if (effect->compute.kind == PROGRAM_EMBED)
+            rows = effect->compute.rows;
+    return rows;
+}
+
+static void test_prompts_join_within_the_step_budget(void **state) {
+    struct stage stage;
+    stage_init(&stage, ROLE_ATTENTION);
+    stage.settings.step_budget_us = 1000;
+    create(&stage);
+    submit(&stage, GATEWAY, make_request(1, 100, 60));
+    end_step(&stage, 1000 * US); /* its prompt: 10 us a row */
+    for (int i = 0; i < 8; i++)
+        end_step(&stage, 400 * US); /* steps that only decode */
+    submit(&stage, GATEWAY, make_request(2, 200, 1));
+    assert_int_equal(last_rows(&stage), 1);
+    end_step(&stage, 400 * US);
+    assert_int_equal(last_rows(&stage), 1 + 60);  /* (1000 - 400) / 10 */
+    end_step(&stage, (400 + 60 * 18) * US);       /* they took 18 us each */
+    assert_int_equal(last_rows(&stage), 1 + 54);  /* believed by an eighth: 11 */
+    end_step(&stage, 100000 * US);
+    assert_int_equal(last_rows(&stage), 1 + 16);  /* at least */
+    stage_answer_all(&stage, 9);
+    assert_described(&stage, "done=2 pages=0/");
+    stage_free(&stage);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_known_beginning_is_not_computed_again),
@@ -439,6 +615,11 @@ int main(void) {
         cmocka_unit_test(test_nothing_follows_an_end),
         cmocka_unit_test(test_guessing_stops_where_it_does_not_pay),
         cmocka_unit_test(test_cancel_while_guessing),
+        cmocka_unit_test(test_the_youngest_is_put_back_when_pages_run_out),
+        cmocka_unit_test(test_put_back_tokens_keep_their_form),
+        cmocka_unit_test(test_priorities_decide_who_waits),
+        cmocka_unit_test(test_scores_are_told_once),
+        cmocka_unit_test(test_prompts_join_within_the_step_budget),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

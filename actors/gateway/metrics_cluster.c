@@ -156,6 +156,8 @@ static const struct {
      AT(prefix_cache_queries), true, 1},
     {"vllm:prefix_cache_hits_total", "counter", "Tokens of these that were found there.", ATTENTION,
      AT(prefix_cache_hits), true, 1},
+    {"vllm:num_preemptions_total", "counter", "Sequences put back, to be computed again later.",
+     ATTENTION, AT(preemptions), true, 1},
     {"vllm:spec_decode_num_drafts_total", "counter", "Verifications of guessed tokens.", ATTENTION,
      AT(spec_drafts), true, 1},
     {"vllm:spec_decode_num_draft_tokens_total", "counter", "Tokens guessed and verified.", ATTENTION,

@@ -55,6 +55,7 @@ static const struct field {
     {"repetition_penalty", FIELD_NUMBER, GENERATE, AT(repetition_penalty), 0, 100, true},
     {"presence_penalty", FIELD_NUMBER, GENERATE, AT(presence_penalty), -2, 2, false},
     {"frequency_penalty", FIELD_NUMBER, GENERATE, AT(frequency_penalty), -2, 2, false},
+    {"priority", FIELD_INTEGER, GENERATE, AT(priority), INT32_MIN, INT32_MAX, false},
     {"user", FIELD_STRING, GENERATE, IGNORED, 0, 0, false},
 };
 

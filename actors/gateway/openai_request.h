@@ -50,6 +50,7 @@ struct generation_request {
     bool skip_special_tokens, include_stop;
     int64_t n, max_tokens, max_completion_tokens, min_tokens, top_k,
         seed;         /* ABSENT where optional */
+    int64_t priority; /* the smaller, the earlier; 0 by default */
     int64_t logprobs; /* number of alternatives per token; ABSENT: no logprobs at all */
     double temperature, top_p, min_p;
     double repetition_penalty, presence_penalty, frequency_penalty;

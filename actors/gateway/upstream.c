@@ -128,6 +128,7 @@ static void send_submit(struct gateway *self, const struct choice *choice, struc
     submit.sampling = &sampling;
     submit.prompt_logprobs = choice->scorer && !prompt_complete(prompt);
     submit.bias_version = choice->request->bias_version;
+    submit.priority = (int32_t)input->priority;
     message envelope = member_envelope(&self->member);
     envelope.body_case = TROUPE__ENVELOPE__BODY_SUBMIT;
     envelope.submit = &submit;
