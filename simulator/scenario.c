@@ -46,8 +46,8 @@ static void draw_sampling(struct writer *body, struct random *random) {
 
 /* Some requests begin alike, so that their pages are shared. From a sequence of its own: the rest of a
  * scenario stays what it is. */
-static void draw_beginning(struct writer *body, uint64_t seed, struct random *random) {
-    if (!random_chance(random, 0.4))
+static void draw_beginning(struct writer *body, uint64_t seed, bool tight, struct random *random) {
+    if (!random_chance(random, tight ? 0.9 : 0.4))
         return;
     uint32_t tokens = (uint32_t)random_between(random, 60, 140);
     struct random same = {seed ^ 0x626567696eu};
@@ -55,7 +55,7 @@ static void draw_beginning(struct writer *body, uint64_t seed, struct random *ra
         put(body, "%llu,", (unsigned long long)random_between(&same, 5, 319));
 }
 
-static void draw_request(struct scenario_request *ret, uint64_t until_ns, uint64_t seed,
+static void draw_request(struct scenario_request *ret, uint64_t until_ns, uint64_t seed, bool tight,
                          struct random *beginning, struct random *random) {
     struct writer body = {ret->body, sizeof ret->body};
     uint32_t prompt = (uint32_t)random_between(random, 1, random_chance(random, 0.3) ? 90 : 12);
@@ -63,7 +63,8 @@ static void draw_request(struct scenario_request *ret, uint64_t until_ns, uint64
     ret->choices = random_chance(random, 0.15) ? 2 : 1;
     ret->stream = random_chance(random, 0.8);
     put(&body, "{\"model\":\"tiny\",\"prompt\":[");
-    draw_beginning(&body, seed, beginning);
+    bool some_priority = random_chance(beginning, 0.3);
+    draw_beginning(&body, seed, tight, beginning);
     for (uint32_t i = 0; i < prompt; i++)
         put(&body, "%s%llu", i > 0 ? "," : "", (unsigned long long)random_between(random, 5, 319));
     put(&body, "],\"max_tokens\":%llu,\"n\":%u,\"stream\":%s,\"return_token_ids\":true",
@@ -77,6 +78,8 @@ static void draw_request(struct scenario_request *ret, uint64_t until_ns, uint64
             put(&body, ",\"echo\":true");
     }
     draw_sampling(&body, random);
+    if (some_priority)
+        put(&body, ",\"priority\":%d", (int)random_between(beginning, 0, 4) - 2);
     put(&body, "}");
 }
 
@@ -119,8 +122,11 @@ void scenario_draw(struct scenario *ret, uint64_t seed) {
     uint64_t span_ns = random_between(random, 100, 1200) * MS;
     ret->requests = (uint32_t)random_between(random, 2, REQUESTS_DRAWN_MAX);
     struct random beginning = {seed ^ 0x707265666978u};
+    bool tight = random_chance(&beginning, 0.3); /* pages run out */
+    if (tight)
+        ret->settings.kv_cache_tokens = (uint32_t)random_between(&beginning, 4, 6) * PAGE_TOKENS;
     for (uint32_t i = 0; i < ret->requests; i++)
-        draw_request(&ret->request[i], span_ns, seed, &beginning, random);
+        draw_request(&ret->request[i], tight ? span_ns / 16 : span_ns, seed, tight, &beginning, random);
     struct fault_field field = {ret->attention, ret->experts, ret->samplers, ret->requests, span_ns + 200 * MS};
     faults_draw(&ret->faults, &field, random);
     faults_prepare(&ret->faults, seed);

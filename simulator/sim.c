@@ -250,6 +250,7 @@ static void count_savings(struct run *self) {
         struct actor *actor = world_actor(self->world, ROLE_ATTENTION, i);
         const char *text = actor != NULL ? actor->class->describe(actor) : "";
         self->report->prefix_hits += number_after(text, "hits=");
+        self->report->preemptions += number_after(text, "preempted=");
         self->report->accepted_drafts += number_after(text, "accepted=");
     }
 }

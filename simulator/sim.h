@@ -22,7 +22,7 @@ struct report {
     uint64_t hash;         /* of everything that happened */
     uint64_t steps, end_ns, calm_ns, bound_ns; /* virtual times: end of the run, end of injection, latest end allowed */
     uint64_t refused, finished, hung_up;
-    uint64_t prefix_hits, accepted_drafts; /* tokens, of the attention actors that lived to the end */
+    uint64_t preemptions, prefix_hits, accepted_drafts; /* the latter in tokens; of the attention actors that lived to the end */
 };
 
 /* The models that scenarios name, opened once. */

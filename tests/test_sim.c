@@ -70,7 +70,7 @@ static void test_a_seed_is_the_same_run_each_time(void **state) {
 
 static void test_seeds_are_good(void **state) {
     (void)state;
-    uint64_t faults = 0, answered = 0, hits = 0, accepted = 0;
+    uint64_t faults = 0, answered = 0, hits = 0, accepted = 0, preemptions = 0;
     for (uint64_t seed = 1; seed <= SEEDS; seed++) {
         struct report report;
         scenario_draw(&scenario, seed);
@@ -78,6 +78,7 @@ static void test_seeds_are_good(void **state) {
         faults += scenario.faults.count;
         answered += report.finished;
         hits += report.prefix_hits;
+        preemptions += report.preemptions;
         accepted += report.accepted_drafts;
         if (report.outcome != OUTCOME_GOOD)
             fail_msg("troupe sim --seed %llu --shrink: %s: %s", (unsigned long long)seed,
@@ -85,11 +86,12 @@ static void test_seeds_are_good(void **state) {
     }
     printf("%d seeds, %llu faults, %llu requests answered as without faults\n", SEEDS,
            (unsigned long long)faults, (unsigned long long)answered);
-    printf("%llu tokens from prefix caches, %llu guessed tokens that were true\n",
-           (unsigned long long)hits, (unsigned long long)accepted);
+    printf("%llu tokens from prefix caches, %llu guessed tokens that were true, %llu times somebody was put back\n",
+           (unsigned long long)hits, (unsigned long long)accepted, (unsigned long long)preemptions);
     assert_true(answered > SEEDS * 3);
     assert_true(hits > SEEDS * 10); /* sharing and guessing were not idle */
     assert_true(accepted > SEEDS / 2);
+    assert_true(preemptions > SEEDS / 8);
 }
 
 static char *read_file(const char *path, size_t *ret_size) {
