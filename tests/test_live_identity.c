@@ -75,6 +75,7 @@ static const struct setting settings[] = {
     {"guessed tokens, 1 step", "--experts 2 --mtp-steps 1 --mtp-acceptance 0", ISA_SCALAR, false},
     {"guessed tokens, 4 steps, among 16", "--experts 2 --mtp-steps 4 --mtp-acceptance 0 --mtp-sequences 64", ISA_SCALAR, true},
     {"guessed tokens, scalar", "--experts 2 --mtp-steps 2 --mtp-acceptance 0 --isa scalar", ISA_SCALAR, false},
+    {"prompts within 1 ms a step, among 16", "--experts 2 --step-budget-us 1000", ISA_SCALAR, true},
     {"all at once", "--experts 8 --attention 2 --samplers 2 --prefill-chunk 7 --threads 2 --transport zmq --batch-tokens 24 "
      "--mtp-steps 3 --mtp-sequences 64",
      ISA_SCALAR, true},

@@ -84,7 +84,8 @@ static void check_memory(struct report *report, const struct options *options,
     }
     double grown = strcmp(options->numerics, "f32") == 0 ? config->fp8 ? 4 : 2 : 1;
     size_t activation = strcmp(options->numerics, "f32") == 0 ? 4 : 2;
-    double cache = (double)settings->kv_cache_tokens * config->layers *
+    uint32_t cache_layers = config->layers + (settings->mtp_steps > 0 && config->mtp_layers > 0);
+    double cache = (double)settings->kv_cache_tokens * cache_layers *
                    (double)cache_stride(config->kv_lora, config->rope) * (double)activation;
     double rings = 2.0 * (double)options->attention *
                    (double)(options->experts + options->samplers) * settings->ring_kib * 1024;
