@@ -1,5 +1,6 @@
 /* What an attention actor plans: pages that are shared, kept and taken back, and which rows go into a
  * step. Experts, samplers and gateways are played by the test. */
+#include "actors/bias_table.h"
 #include "tests/support/step.h"
 
 #include <setjmp.h>
@@ -132,6 +133,20 @@ static void test_a_known_beginning_is_not_computed_again(void **state) {
 }
 
 /* Bits that recomputing would not give are never shared. */
+/* A version of the routing bias, from the coordinator. */
+static uint64_t hand_over_bias(struct stage *stage) {
+    float delta[12] = {[5] = 0.25f}; /* 3 layers, 4 experts */
+    Troupe__Bias bias = TROUPE__BIAS__INIT;
+    bias.version = bias_id(7, delta, 12);
+    bias.delta = delta;
+    bias.n_delta = 12;
+    message envelope = stage_envelope(ACTOR_COORDINATOR);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_BIAS;
+    envelope.bias = &bias;
+    stage_message(stage, &envelope);
+    return bias.version;
+}
+
 static void test_pages_of_other_bits_are_not_shared(void **state) {
     struct stage stage;
     open_stage(&stage);
@@ -143,7 +158,7 @@ static void test_pages_of_other_bits_are_not_shared(void **state) {
     replay->submit.prompt_tokens = 100;
     assert_int_equal(run_request(&stage, replay).position, 128);
     struct request *biased = make_request(4, 140, 2);
-    biased->submit.bias_version = 7;
+    biased->submit.bias_version = hand_over_bias(&stage);
     assert_int_equal(run_request(&stage, biased).rows, 140);
     struct request *scored = make_request(5, 140, 2); /* asks for every position */
     scored->submit.prompt_logprobs = true;
