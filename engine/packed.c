@@ -4,7 +4,7 @@
 
 int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
                 const char *what, uint64_t *total, struct failure *failure) {
-    void *memory = memory_take(kernels->matrix_bytes(view), 1, what, total, failure);
+    void *memory = weight_memory_take(kernels->matrix_bytes(view), what, total, failure);
     if (memory == NULL)
         return ERR_NO_MEMORY;
     kernels->matrix_pack(&ret->matrix, view, memory);
@@ -13,7 +13,7 @@ int packed_open(struct packed *ret, const struct kernels *kernels, const struct 
 }
 
 void packed_close(struct packed *self) {
-    memory_free(self->memory);
+    weight_memory_free(self->memory, self->matrix.bytes);
     *self = (struct packed){0};
 }
 
