@@ -153,6 +153,34 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
     self->hello_at_ns = now_ns + self->hello_retry_ns;
 }
 
+static void disconnect(const struct peer *peer, struct effects *out) {
+    struct effect *effect = effects_add(out, EFFECT_DISCONNECT);
+    effect->connect.id = peer->id;
+    effect->connect.role = peer->role;
+    effect->connect.incarnation = peer->incarnation;
+}
+
+static bool is_listed(const Troupe__Commit *commit, const struct peer *peer) {
+    for (size_t i = 0; i < commit->n_member; i++)
+        if (commit->member[i]->id == peer->id && commit->member[i]->incarnation == peer->incarnation)
+            return true;
+    return false;
+}
+
+/* Whoever is not there any more, or goes by another id, before anybody is connected: a process that a
+ * restarted coordinator has given another id is one and the same to the data plane, and its id may be
+ * that of somebody with whom this role has no connection. */
+static void forget_peers(struct member *self, const Troupe__Commit *commit, struct effects *out) {
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < self->peers; i++) {
+        if (commit != NULL && is_listed(commit, &self->peer[i]))
+            self->peer[kept++] = self->peer[i];
+        else if (self->peer[i].connected)
+            disconnect(&self->peer[i], out);
+    }
+    self->peers = kept;
+}
+
 static uint32_t on_welcome(struct member *self, const message *envelope, uint64_t now_ns,
                            struct effects *out) {
     const Troupe__Welcome *welcome = envelope->welcome;
@@ -164,6 +192,8 @@ static uint32_t on_welcome(struct member *self, const message *envelope, uint64_
         return MEMBER_DONE;
     }
     bool renamed = self->id != 0 && self->id != welcome->id;
+    if (renamed) /* its peers connect to somebody new; so must it, or each listens where the other is not */
+        forget_peers(self, NULL, out);
     self->id = welcome->id;
     self->coordinator_incarnation = envelope->from_incarnation;
     if (welcome->heartbeat_interval_ns > 0)
@@ -209,13 +239,6 @@ struct peer *member_peer(const struct member *self, actor_id id) {
             high = middle;
     }
     return low < self->peers && self->peer[low].id == id ? &self->peer[low] : NULL;
-}
-
-static void disconnect(const struct peer *peer, struct effects *out) {
-    struct effect *effect = effects_add(out, EFFECT_DISCONNECT);
-    effect->connect.id = peer->id;
-    effect->connect.role = peer->role;
-    effect->connect.incarnation = peer->incarnation;
 }
 
 static void connect(const struct member *self, const struct peer *peer, const Troupe__Member *entry,
@@ -266,10 +289,10 @@ static void take_member(struct member *self, const Troupe__Member *entry, uint32
     }
     peer->state = entry->state;
     peer->lost = false;
-    peer->marked = true;
 }
 
 static void take_members(struct member *self, const Troupe__Commit *commit, struct effects *out) {
+    forget_peers(self, commit, out);
     uint32_t wanted = self->peers + (uint32_t)commit->n_member;
     if (wanted > self->peers_capacity) {
         struct peer *grown = realloc(self->peer, wanted * sizeof *grown);
@@ -278,19 +301,9 @@ static void take_members(struct member *self, const Troupe__Commit *commit, stru
         self->peers_capacity = wanted;
     }
     uint32_t known = self->peers;
-    for (uint32_t i = 0; i < known; i++)
-        self->peer[i].marked = false;
     for (size_t i = 0; i < commit->n_member; i++)
         if (commit->member[i]->id != self->id && commit->member[i]->id > ACTOR_COORDINATOR)
             take_member(self, commit->member[i], known, out);
-    uint32_t kept = 0;
-    for (uint32_t i = 0; i < self->peers; i++) {
-        if (self->peer[i].marked)
-            self->peer[kept++] = self->peer[i];
-        else if (self->peer[i].connected)
-            disconnect(&self->peer[i], out);
-    }
-    self->peers = kept;
     qsort(self->peer, self->peers, sizeof *self->peer, compare_peers);
 }
 

@@ -18,7 +18,6 @@ struct peer {
         state;      /* READY: everybody who must know this peer has adopted an epoch with it */
     bool connected; /* this role talks to it */
     bool lost;      /* the host saw it end, and no newer epoch has been adopted since */
-    bool marked;    /* scratch of the adoption of an epoch */
     char name[PEER_NAME_BYTES];
 };
 
