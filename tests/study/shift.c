@@ -47,6 +47,7 @@ static const struct mode {
 struct study {
     const char *model, *text_dir;
     uint32_t rounds, processes, spare; /* rounds: of a domain */
+    uint32_t modes; /* the last one needs a troupe that knows routing biases */
     char *text[DOMAINS];
     size_t bytes[DOMAINS];
     uint32_t layers, experts; /* known after the first round */
@@ -175,8 +176,11 @@ static void send_round(const struct study *self, uint16_t port, uint32_t domain,
     }
     http_run(port, calls, REQUESTS, PARALLEL, 120000);
     for (uint32_t i = 0; i < REQUESTS; i++) {
-        if (calls[i].status != 200)
+        if (calls[i].status != 200) {
+            fprintf(stderr, "answered %d: %s\n", calls[i].status,
+                    calls[i].text != NULL ? calls[i].text : "");
             die("a request was not answered with 200");
+        }
         http_call_free(&calls[i]);
         free(body[i]);
     }
@@ -245,7 +249,7 @@ static struct summary summarise(const struct study *self, uint32_t mode, uint32_
 static void print_line(const struct study *self, const char *domain, const char *rounds,
                        uint32_t first, uint32_t last) {
     printf("| %-6s | %-6s |", domain, rounds);
-    for (uint32_t mode = 0; mode < MODES; mode++) {
+    for (uint32_t mode = 0; mode < self->modes; mode++) {
         struct summary its = summarise(self, mode, first, last);
         printf(" %.3f | %.3f |", its.mean, its.worst);
     }
@@ -258,9 +262,12 @@ static void print_table(const struct study *self) {
            "rebalancing; %u requests a round\n\n",
            self->processes, self->layers, self->experts, self->spare, REQUESTS);
     printf("| Domain | Round |");
-    for (uint32_t mode = 0; mode < MODES; mode++)
+    for (uint32_t mode = 0; mode < self->modes; mode++)
         printf(" %s: mean | worst layer |", modes[mode].name);
-    printf("\n|---|---|---|---|---|---|---|---|\n");
+    printf("\n|---|---|");
+    for (uint32_t mode = 0; mode < self->modes; mode++)
+        printf("---|---|");
+    printf("\n");
     for (uint32_t r = 0; r < all; r++) {
         char name[32];
         snprintf(name, sizeof name, "%u", r % self->rounds + 1);
@@ -268,10 +275,16 @@ static void print_table(const struct study *self) {
     }
     printf("\nImbalance (max - mean) / mean, mean of layers, over the last %u rounds of each domain:\n\n",
            SETTLED);
-    printf("| Domain | off | rebalancing | rebalancing and bias |\n|---|---|---|---|\n");
+    printf("| Domain |");
+    for (uint32_t mode = 0; mode < self->modes; mode++)
+        printf(" %s |", modes[mode].name);
+    printf("\n|---|");
+    for (uint32_t mode = 0; mode < self->modes; mode++)
+        printf("---|");
+    printf("\n");
     for (uint32_t d = 0; d < DOMAINS; d++) {
         printf("| %s |", domains[d]);
-        for (uint32_t mode = 0; mode < MODES; mode++) {
+        for (uint32_t mode = 0; mode < self->modes; mode++) {
             double imbalance = 0;
             for (uint32_t r = (d + 1) * self->rounds - SETTLED; r < (d + 1) * self->rounds; r++)
                 for (uint32_t l = 0; l < self->layers; l++)
@@ -289,9 +302,9 @@ static void write_plot(const struct study *self, const char *path) {
     if (file == NULL || value == NULL)
         die("the plot cannot be written");
     struct plot plot;
-    plot_begin(&plot, file, MODES, all, "Balancedness (mean / max load of the processes) of each layer, "
+    plot_begin(&plot, file, self->modes, all, "Balancedness (mean / max load of the processes) of each layer, "
                                         "and their mean, by round");
-    for (uint32_t mode = 0; mode < MODES; mode++) {
+    for (uint32_t mode = 0; mode < self->modes; mode++) {
         for (uint32_t l = 0; l < self->layers; l++)
             for (uint32_t r = 0; r < all; r++)
                 value[l * all + r] = self->balance[mode][r][l];
@@ -302,6 +315,19 @@ static void write_plot(const struct study *self, const char *path) {
     plot_end(&plot);
     fclose(file);
     free(value);
+}
+
+/* A troupe without routing biases has no such knob. */
+static uint32_t count_modes(void) {
+    const char *build = getenv("TROUPE_BUILD");
+    char line[256];
+    snprintf(line, sizeof line, "%s/troupe serve --help", build != NULL ? build : "build");
+    char *help = run_line(line);
+    bool biases = strstr(help, "--bias-control") != NULL;
+    free(help);
+    if (!biases)
+        fprintf(stderr, "study-shift: this troupe has no routing biases, so two runs instead of three\n");
+    return biases ? MODES : MODES - 1;
 }
 
 static uint32_t number(const char *text, uint32_t low, uint32_t high) {
@@ -328,7 +354,8 @@ int main(int argc, char **argv) {
         if (study.text[d] == NULL || study.bytes[d] < 4 * PROMPT_BYTES)
             die("TEXT_DIR: expected drama.txt, code.txt and chat.txt of some kilobytes");
     }
-    for (uint32_t mode = 0; mode < MODES; mode++)
+    study.modes = count_modes();
+    for (uint32_t mode = 0; mode < study.modes; mode++)
         run_mode(&study, mode);
     print_table(&study);
     write_plot(&study, argv[3]);
