@@ -139,6 +139,8 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
         hello.members = self->epoch > 0 ? self->peers + 1 : 0;
         hello.ready = self->ready;
         hello.draining = self->draining;
+        hello.bias_version = self->bias_version;
+        hello.bias_on = self->bias_on;
         if (self->describe_holdings != NULL)
             self->describe_holdings(self, &hello, out);
     }
@@ -318,6 +320,7 @@ static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uin
     self->epoch = commit->epoch;
     self->bias_version = commit->bias_version;
     keep_operations(self, commit->operations);
+    self->bias_on = commit->bias_on;
     self->draining = own->state == TROUPE__ACTOR_STATE__STATE_DRAINING;
     self->ready = self->draining || own->state == TROUPE__ACTOR_STATE__STATE_READY;
     self->serving = commit->serving && self->ready;

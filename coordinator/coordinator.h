@@ -8,6 +8,7 @@
  *   restart.c      operations of an earlier coordinator
  *   rebalance.c    the planner's view of the troupe, and what its plan changes
  *   policy.c       what it does by itself, and limits
+ *   bias_versions.c  versions of the routing bias: made, handed out, freed
  *   admin.c        the same over HTTP
  *   statistics.c   STATS and STATUS
  *   recent.c       loads and speeds of late */
@@ -16,6 +17,7 @@
 
 #include "actors/actors.h"
 #include "actors/member.h"
+#include "coordinator/bias_versions.h"
 #include "coordinator/placement.h"
 
 enum order_kind { ORDER_NONE, ORDER_ASSIGN, ORDER_RELEASE };
@@ -61,6 +63,7 @@ struct seat {
     Troupe__Heartbeat heartbeat; /* the last one, without its lists */
     bool has_heartbeat;
     uint64_t *load; /* [pairs] attention: rows routed, running totals */
+    struct bias_held bias; /* gateway, attention */
 
     /* expert */
     struct rolling rows, busy_ns; /* computed, and how long that took */
@@ -184,6 +187,7 @@ struct coordinator {
     struct operation operation[OPERATIONS_MAX]; /* a ring; id 0: never used */
     uint64_t last_operation_id;
     struct recording recording;
+    struct bias_versions bias;
     char *admin_token; /* NULL: none asked for */
     uint32_t *current, *wanted; /* planning: [pairs] */
     uint32_t *scratch;          /* planning: [6 * ACTORS_MAX] */
@@ -309,6 +313,28 @@ int policy_check_leaving(const struct coordinator *self, enum role role, uint32_
                          uint32_t going, struct failure *failure);
 void policy_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
 uint64_t policy_deadline(const struct coordinator *self);
+/* bias_versions.c */
+bool bias_open(struct coordinator *self); /* false: no memory */
+void bias_close(struct coordinator *self);
+/* It holds every version that exists, or need not. */
+bool bias_is_held(const struct coordinator *self, const struct seat *seat);
+void bias_joined(struct coordinator *self, struct seat *seat, uint64_t now_ns, struct effects *out);
+void bias_on_heartbeat(struct coordinator *self, struct seat *seat,
+                       const Troupe__Heartbeat *heartbeat, uint64_t now_ns, struct effects *out);
+/* Makes a version when it is time to; makes one current that all hold; frees those that nobody uses. */
+void bias_review(struct coordinator *self, uint64_t now_ns, struct effects *out);
+uint64_t bias_deadline(const struct coordinator *self);
+/* From the HELLO of somebody who knew an earlier coordinator; when all have come. */
+void bias_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
+                struct effects *out);
+void bias_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* The biases follow the load from now on by this rule, or stay as they are. */
+int bias_switch(struct coordinator *self, bool on, const struct bias_rule *rule, uint64_t interval_ms,
+                uint64_t now_ns, struct failure *failure);
+/* Back to the model's own. */
+void bias_reset(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* Versions that exist and are neither current nor on their way, here and at members. */
+uint32_t bias_left(const struct coordinator *self);
 
 /* admin.c */
 void admin_on_request(struct coordinator *self, const struct http_request *request,

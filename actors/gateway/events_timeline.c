@@ -161,7 +161,7 @@ void events_commit(struct event_feed *self, const struct cluster_view *cluster,
     self->member = take_members(commit, &self->members);
     self->epoch = commit->epoch;
     self->serving = commit->serving;
-    self->bias_version = commit->bias_version;
+    self->bias_version = bias_number(commit->bias_version);
     self->epoch_changed = true;
     uint32_t covered = take_placement(self, cluster);
     if (covered > self->covered)
