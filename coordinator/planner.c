@@ -286,8 +286,8 @@ static void plan_layer(struct work *self, struct expert_plan *plan, struct plann
 static void work_free(struct work *self) {
     struct layer *state = &self->layer;
     void *const owned[] = {state->holder, state->copies,  state->speeds, state->slot,
-                           state->flag,   state->on_host, state->share,  self->path.step,
-                           self->host,    self->speed};
+                           state->flag,   state->on_host, state->share,  state->bound,
+                           self->path.step, self->host,   self->speed};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         free(owned[i]);
 }
@@ -302,9 +302,10 @@ static bool alloc_layer(struct layer *state) {
     state->flag = malloc(processes * experts);
     state->on_host = malloc(experts * state->hosts);
     state->share = malloc(shares * sizeof *state->share);
+    state->bound = malloc(processes * sizeof *state->bound);
     if (state->holder == NULL || state->copies == NULL || state->speeds == NULL ||
         state->slot == NULL || state->flag == NULL || state->on_host == NULL ||
-        state->share == NULL)
+        state->share == NULL || state->bound == NULL)
         return false;
     state->wanted = state->copies + experts;
     state->used = state->wanted + experts;

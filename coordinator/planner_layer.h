@@ -53,6 +53,7 @@ struct layer {
     struct share *share;   /* [slots] scratch */
     uint32_t *wanted;      /* [experts] scratch */
     double *planned;       /* [processes] scratch */
+    bool *bound;           /* [processes] scratch: nothing can lower it */
 };
 
 /* A step: expert x goes from process p to q (or is copied: p keeps it; or only leaves p: q NONE),
@@ -99,8 +100,10 @@ struct path {
     struct step *step; /* [room] */
     uint32_t room, steps, best_steps;
     double best_value; /* time won less copy_cost per moved copy, after best_steps; not below 0 */
-    double copy_cost, start_time; /* of the hottest process */
-    uint32_t start_moved;
+    double copy_cost;
+    double level_time;  /* of the process to be lowered, when the search turned to it */
+    double won, weight; /* at earlier levels; what this one counts for */
+    uint32_t start_moved, levels;
 };
 /* Applies steps: first copies go to the experts that need them most, then the hottest process is
  * lowered, best gain per copy first, until nothing is left that could pay. copy_cost: what one

@@ -5,12 +5,18 @@
  * touches. */
 #include "coordinator/planner_layer.h"
 
+#include <string.h>
+
 #define FREE_STEP_COPIES                                                                           \
     0.25 /* what a step without loading counts for when gains per copy are compared */
 #define HYSTERESIS                                                                                 \
     1.2 /* an expert gets a copy of another one if its copies have that many times the load */
 #define PATIENCE      16   /* steps beyond the best state found, plus a quarter of the processes */
 #define SMALLEST_GAIN 1e-9 /* of the hottest time; below is rounding */
+#define HEDGE                                                                                      \
+    0.25 /* what time won below a bound process counts for: as if in one window of four another one  \
+            became the hottest */
+#define LEVELS 5 /* the hottest process, and this many less one below bound ones */
 
 /* The best step found so far. */
 struct search {
@@ -240,13 +246,22 @@ static bool best_transfer(struct layer *layer, uint32_t x, double limit, struct 
     return lowest < INFINITY;
 }
 
+/* The process with the most time among those that can still be lowered; NONE: all are bound. */
+static uint32_t hottest_open(const struct layer *self) {
+    uint32_t hottest = NONE;
+    for (uint32_t p = 0; p < self->processes; p++)
+        if (!self->bound[p] && (hottest == NONE || self->time[p] > self->time[hottest]))
+            hottest = p;
+    return hottest;
+}
+
 static void take_step(struct layer *self, struct path *path, const struct step *step) {
     ASSERT(path->steps < path->room);
     layer_apply(self, step);
     path->step[path->steps++] = *step;
-    double time = self->time[layer_hottest(self)];
-    double value =
-        path->start_time - time - ((double)self->moved - path->start_moved) * path->copy_cost;
+    double time = self->time[hottest_open(self)];
+    double value = path->won + path->weight * (path->level_time - time) -
+                   ((double)self->moved - path->start_moved) * path->copy_cost;
     if (value > path->best_value) {
         path->best_value = value;
         path->best_steps = path->steps;
@@ -266,6 +281,43 @@ static void even_copies(struct layer *self, struct path *path) {
     }
 }
 
+/* Nothing lowers p any more and one expert alone keeps it above the mean. */
+static bool is_bound(const struct layer *self, uint32_t p, double mean) {
+    const uint16_t *slot = self->slot + (size_t)p * self->experts;
+    for (uint32_t i = 0; i < self->used[p]; i++)
+        if (self->unit[slot[i]] > mean)
+            return true;
+    return false;
+}
+
+/* The layer takes as long as the bound process p; but its expert may cool down, or another one become
+ * hotter than forecast. So the search goes on with the next hottest: above all, what lies beside
+ * other heavy experts becomes lighter. False: nobody is left, or it has gone deep enough. */
+static bool next_level(struct layer *self, struct path *path, uint32_t p) {
+    if (path->levels == LEVELS)
+        return false;
+    path->levels++;
+    path->won += path->weight * (path->level_time - self->time[p]);
+    path->weight = HEDGE;
+    self->bound[p] = true;
+    uint32_t hottest = hottest_open(self);
+    if (hottest == NONE)
+        return false;
+    path->level_time = self->time[hottest];
+    return true;
+}
+
+static void path_begin(struct layer *self, double copy_cost, struct path *path) {
+    path->copy_cost = copy_cost;
+    path->level_time = self->time[layer_hottest(self)];
+    path->start_moved = self->moved;
+    path->best_value = path->won = 0;
+    path->weight = 1;
+    path->levels = 1;
+    path->steps = path->best_steps = 0;
+    memset(self->bound, 0, self->processes * sizeof *self->bound);
+}
+
 void layer_search(struct layer *self, double copy_cost, struct path *path) {
     struct search search = {.layer = self, .priced = copy_cost > 0};
     double total = 0, speeds = 0;
@@ -273,24 +325,27 @@ void layer_search(struct layer *self, double copy_cost, struct path *path) {
         total += self->weight[e];
     for (uint32_t p = 0; p < self->processes; p++)
         speeds += self->limit[p] > 0 ? self->speed[p] : 0;
-    path->copy_cost = copy_cost;
-    path->start_time = self->time[layer_hottest(self)];
-    path->start_moved = self->moved;
-    path->best_value = 0;
-    path->steps = path->best_steps = 0;
+    double mean = total / speeds;
+    path_begin(self, copy_cost, path);
     /* Even perfect balance would not pay for one copy. */
-    if (path->start_time - total / speeds <= copy_cost)
+    if (path->level_time - mean <= copy_cost)
         return;
     even_copies(self, path);
-    uint32_t last = path->steps + PATIENCE + self->processes / 4;
+    uint32_t patience = PATIENCE + self->processes / 4, last = path->steps + patience;
     while (path->steps < path->room && path->steps < last) {
-        search.p = layer_hottest(self);
-        if (self->time[search.p] - total / speeds <= copy_cost || !best_step(&search))
+        search.p = hottest_open(self);
+        if (path->weight * (self->time[search.p] - mean) <= copy_cost)
             break;
+        if (!best_step(&search)) {
+            if (!is_bound(self, search.p, mean) || !next_level(self, path, search.p))
+                break;
+            last = path->steps + patience;
+            continue;
+        }
         uint32_t best_before = path->best_steps;
         take_step(self, path, &search.best);
         if (path->best_steps != best_before)
-            last = path->steps + PATIENCE + self->processes / 4;
+            last = path->steps + patience;
     }
 }
 

@@ -305,6 +305,60 @@ static void test_hierarchical(void **state) {
     }
 }
 
+/* An expert that may not be split makes its process the slowest, whatever is done. What lies beside
+ * the second heaviest becomes lighter all the same, as that may be the hottest next time, but for a
+ * lower price. */
+static void test_below_a_bound_process(void **state) {
+    const double load[8] = {100, 1, 30, 20, 3, 2, 4, 5};
+    uint32_t first[9] = {0, 1, 2, 3, 4, 5, 6, 7, 8}, holder[8] = {0, 0, 1, 1, 2, 2, 3, 3};
+    const struct expert_plan previous = {1, 8, 4, first, holder};
+    struct planner_task task = {.layers = 1, .experts = 8, .load = load, .processes = 4,
+                                .hosts = 1,  .previous = &previous};
+    struct expert_plan plan;
+    struct planner_figures figures;
+    task.price = price_for(1); /* 20 for 2 wins 18 rows of the second level, which count for 4.5 */
+    assert_int_equal(planner_plan(&plan, &figures, &task, NULL), 0);
+    assert_int_not_equal(plan.holder[2], plan.holder[3]);
+    assert_int_equal(plan.holder[0], plan.holder[1]); /* the hottest has the lightest already */
+    assert_int_equal(figures.moved, 2);
+    plan_free(&plan);
+    task.price = price_for(0.4); /* two copies cost 5 rows */
+    assert_int_equal(planner_plan(&plan, &figures, &task, NULL), 0);
+    assert_false(figures.proposed);
+    plan_free(&plan);
+}
+
+/* Hosts of unequal size, rooms and speeds at once, from nothing and from a plan, flat and hierarchical:
+ * check_plan's rules hold, and no copies of one expert share a host if there are two. */
+static void test_unequal_hosts(void **state) {
+    static double load[WINDOWS][PAIRS];
+    const uint32_t host[6] = {0, 0, 0, 1, 1, 2}, capacity[6] = {30, 60, 40, 50, 20, 90};
+    const double speed[6] = {1, 2, 1, 1.5, 0.5, 3};
+    make_trace(load);
+    struct expert_plan previous = {0};
+    for (uint32_t i = 0; i < 4; i++) {
+        struct planner_task task = make_task(load[i], 6, 3, 20);
+        struct planner_figures figures;
+        struct expert_plan plan;
+        task.host = host;
+        task.capacity = capacity;
+        task.speed = speed;
+        task.hierarchical = i % 2 == 1;
+        task.previous = i > 0 ? &previous : NULL;
+        task.price = price_for(1);
+        plan_well(&plan, &figures, &task);
+        for (uint32_t pair = 0; pair < PAIRS; pair++)
+            if (plan.first[pair + 1] - plan.first[pair] == 2)
+                assert_int_not_equal(host[plan.holder[plan.first[pair]]],
+                                     host[plan.holder[plan.first[pair] + 1]]);
+        printf("balance %.4f at home %.4f\n", figures.after.mean, figures.home_share);
+        assert_true(figures.after.mean > 0.8);
+        plan_free(&previous);
+        previous = plan;
+    }
+    plan_free(&previous);
+}
+
 static void test_odd_loads(void **state) {
     static double load[PAIRS];
     struct planner_task task = make_task(load, 8, 2, 8);
@@ -510,6 +564,8 @@ int main(void) {
         cmocka_unit_test(test_processes_join_and_leave),
         cmocka_unit_test(test_capacities_and_speeds_differ),
         cmocka_unit_test(test_hierarchical),
+        cmocka_unit_test(test_below_a_bound_process),
+        cmocka_unit_test(test_unequal_hosts),
         cmocka_unit_test(test_odd_loads),
         cmocka_unit_test(test_what_cannot_be_is_refused),
         cmocka_unit_test(test_eplb_by_hand),

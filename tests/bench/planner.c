@@ -1,6 +1,9 @@
 /* make bench-planner: the planner against EPLB on recorded loads. Each plan is made from the
  * windows up to t and scored on window t + 1, which it has not seen, with the rows of an expert
- * shared evenly among its copies. usage: planner TRACE... */
+ * shared evenly among its copies. Under each shape stands whether what is promised is met: at
+ * least EPLB's balancedness in the mean and in the worst layer, at most a quarter of the copies
+ * moved, the largest shape planned in time. usage: planner TRACE...; status 1: a promise is not
+ * kept. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +16,10 @@
 
 #define TRACE_BYTES_MAX ((size_t)1 << 30)
 #define GROUPS          8
+
+#define MOVED_MAX      0.25
+#define LARGE          320u /* processes: planned within LARGE_MS */
+#define LARGE_MS       20.0
 
 /* What one copy costs: this share of the rows of its layer in a window, paid once a window. */
 #define COPY_SHARE 1e-5
@@ -122,7 +129,43 @@ static int run(struct score *ret, enum policy policy, const struct shape *shape,
     return code;
 }
 
-static int compare_on_trace(const char *path, const struct load_trace *trace,
+static bool promise(bool kept, const char *what, double ours, double bound) {
+    printf("  %s: %s %.5g, bound %.5g\n", kept ? "kept    " : "NOT KEPT", what, ours, bound);
+    return kept;
+}
+
+/* Ours against both baselines; false: something is not as promised. */
+static bool judge(const struct shape *shape, const struct score *ours, const struct score *eplb) {
+    double mean = eplb[0].mean > eplb[1].mean ? eplb[0].mean : eplb[1].mean;
+    double worst = eplb[0].worst_layer > eplb[1].worst_layer ? eplb[0].worst_layer
+                                                              : eplb[1].worst_layer;
+    bool kept = promise(ours->mean >= mean, "mean at least EPLB's", ours->mean, mean);
+    kept &= promise(ours->worst_layer >= worst, "worst layer at least EPLB's", ours->worst_layer,
+                    worst);
+    kept &= promise(ours->moved <= MOVED_MAX, "copies moved at most", ours->moved, MOVED_MAX);
+    if (shape->processes >= LARGE)
+        kept &= promise(ours->median_ms <= LARGE_MS, "median planning ms at most",
+                        ours->median_ms, LARGE_MS);
+    return kept;
+}
+
+static int compare_on_shape(const struct shape *shape, const struct load_trace *trace, bool *kept,
+                            struct failure *failure) {
+    struct score score[EPLB_HIERARCHICAL + 1] = {0};
+    for (enum policy policy = TROUPE; policy <= EPLB_HIERARCHICAL; policy++) {
+        struct score *its = &score[policy];
+        int code = run(its, policy, shape, trace, failure);
+        if (code < 0)
+            return code;
+        printf("  %9u %5u %5u  %-17s  %.4f  %.5f      %.4f  %5.1f %%  %13.2f  %5.2f\n",
+               shape->processes, shape->slots, shape->hosts, policy_name[policy], its->mean,
+               its->worst_layer, its->worst, 100 * its->moved, its->median_ms, its->least_ms);
+    }
+    *kept &= judge(shape, &score[TROUPE], &score[EPLB_GLOBAL]);
+    return 0;
+}
+
+static int compare_on_trace(const char *path, const struct load_trace *trace, bool *kept,
                             struct failure *failure) {
     printf("%s: %u windows, %u layers x %u experts\n", path, trace->windows, trace->layers,
            trace->experts);
@@ -131,21 +174,15 @@ static int compare_on_trace(const char *path, const struct load_trace *trace,
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; i++) {
         if (shapes[i].processes > trace->experts * 4)
             continue; /* a small model on a large cluster says nothing */
-        for (enum policy policy = TROUPE; policy <= EPLB_HIERARCHICAL; policy++) {
-            struct score score = {0};
-            int code = run(&score, policy, &shapes[i], trace, failure);
-            if (code < 0)
-                return code;
-            printf("  %9u %5u %5u  %-17s  %.4f  %.5f      %.4f  %5.1f %%  %13.2f  %5.2f\n",
-                   shapes[i].processes, shapes[i].slots, shapes[i].hosts, policy_name[policy],
-                   score.mean, score.worst_layer, score.worst, 100 * score.moved, score.median_ms,
-                   score.least_ms);
-        }
+        int code = compare_on_shape(&shapes[i], trace, kept, failure);
+        if (code < 0)
+            return code;
     }
     return 0;
 }
 
 int main(int argc, char **argv) {
+    bool kept = true;
     for (int i = 1; i < argc; i++) {
         struct failure failure;
         struct mapped file;
@@ -156,7 +193,7 @@ int main(int argc, char **argv) {
             mapped_close(&file);
         }
         if (code == 0) {
-            code = compare_on_trace(argv[i], &trace, &failure);
+            code = compare_on_trace(argv[i], &trace, &kept, &failure);
             trace_free(&trace);
         }
         if (code < 0) {
@@ -164,5 +201,6 @@ int main(int argc, char **argv) {
             return 1;
         }
     }
-    return 0;
+    printf(kept ? "all promises kept\n" : "NOT all promises kept\n");
+    return kept ? 0 : 1;
 }
