@@ -162,6 +162,9 @@ void *effects_copy(struct effects *self, const void *bytes, size_t size);
 struct effect *effects_add(struct effects *self, enum effect_kind kind); /* zeroed but for kind */
 /* Packs the message (from and incarnation are set by the caller in the envelope) and appends a SEND. */
 void effects_send(struct effects *self, actor_id to, const message *envelope);
+/* The same in two parts, for one message to many: packed once, each SEND points to the same bytes. */
+const uint8_t *effects_pack(struct effects *self, const message *envelope, size_t *ret_size);
+void effects_send_packed(struct effects *self, actor_id to, const uint8_t *bytes, size_t size);
 void effects_trace(struct effects *self, enum trace_level level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 

@@ -95,11 +95,21 @@ struct effect *effects_add(struct effects *self, enum effect_kind kind) {
     return effect;
 }
 
-void effects_send(struct effects *self, actor_id to, const message *envelope) {
+const uint8_t *effects_pack(struct effects *self, const message *envelope, size_t *ret_size) {
     ASSERT(envelope->from_incarnation != 0 && envelope->protocol_version == WIRE_PROTOCOL_VERSION);
-    size_t size = wire_packed_bytes(envelope);
-    uint8_t *bytes = effects_alloc(self, size);
+    *ret_size = wire_packed_bytes(envelope);
+    uint8_t *bytes = effects_alloc(self, *ret_size);
     wire_pack(envelope, bytes);
+    return bytes;
+}
+
+void effects_send(struct effects *self, actor_id to, const message *envelope) {
+    size_t size;
+    const uint8_t *bytes = effects_pack(self, envelope, &size);
+    effects_send_packed(self, to, bytes, size);
+}
+
+void effects_send_packed(struct effects *self, actor_id to, const uint8_t *bytes, size_t size) {
     struct effect *effect = effects_add(self, EFFECT_SEND);
     effect->send.to = to;
     effect->send.bytes = bytes;

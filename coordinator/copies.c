@@ -265,9 +265,51 @@ static uint32_t list_holders(struct coordinator *self, uint32_t *id, uint32_t *c
     return holders;
 }
 
+/* The replica that is missed least: of the pair with the least load per copy without it, at its fullest holder. */
+static bool drop_replica(struct coordinator *self) {
+    uint32_t best = NOBODY;
+    double lowest = 0;
+    for (uint32_t pair = 0; pair < self->pairs; pair++) {
+        const struct seat *home = self->targets[pair] > 1 && self->owner[pair] == 0
+                                      ? seat_find(self, self->home[pair])
+                                      : NULL;
+        double load = home != NULL ? self->recent[pair] / (self->targets[pair] - 1) : 0;
+        if (home == NULL || home->draining || (best != NOBODY && load >= lowest))
+            continue;
+        best = pair;
+        lowest = load;
+    }
+    struct seat *fullest = NULL;
+    for (uint32_t i = 0; best != NOBODY && i < self->seats; i++) {
+        struct seat *seat = &self->seat[i];
+        if (seat->copy != NULL && (seat->copy[best] & COPY_TARGET) != 0 &&
+            seat->id != self->home[best] && (fullest == NULL || seat->targets > fullest->targets))
+            fullest = seat;
+    }
+    if (fullest != NULL)
+        copy_set_target(self, fullest, best, false);
+    return fullest != NULL;
+}
+
+/* An expert that nobody is to hold comes before replicas of others: they make room for it. */
+static void make_room(struct coordinator *self) {
+    uint64_t room = 0, homeless = self->moe_pairs;
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (self->seat[i].copy != NULL && !self->seat[i].draining &&
+            self->seat[i].capacity > self->seat[i].targets)
+            room += self->seat[i].capacity - self->seat[i].targets;
+    for (uint32_t pair = 0; pair < self->pairs; pair++) {
+        const struct seat *home = self->home[pair] != 0 ? seat_find(self, self->home[pair]) : NULL;
+        homeless -= self->is_moe[pair / self->config.experts] && home != NULL && !home->draining;
+    }
+    while (homeless > room && drop_replica(self))
+        room++;
+}
+
 void copies_plan(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     if (!self->placed || self->pairs == 0 || self->learn_until_ns != NEVER)
         return;
+    make_room(self);
     uint32_t *id = self->scratch, *capacity = id + ACTORS_MAX;
     uint32_t holders = list_holders(self, id, capacity);
     for (uint32_t pair = 0; pair < self->pairs; pair++) {

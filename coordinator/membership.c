@@ -432,26 +432,33 @@ Troupe__Commit *membership_commit(const struct coordinator *self, struct effects
     commit->layer = effects_alloc(out, copies * sizeof *commit->layer);
     commit->expert = effects_alloc(out, copies * sizeof *commit->expert);
     commit->holder = effects_alloc(out, copies * sizeof *commit->holder);
-    for (uint32_t i = 0; i < self->seats; i++)
-        for (uint32_t pair = 0; seat_serves(self, &self->seat[i]) && pair < self->pairs; pair++) {
-            if ((self->seat[i].copy[pair] & COPY_ACTIVE) == 0)
+    for (uint32_t i = 0; i < self->seats && copies > 0; i++) {
+        const struct seat *seat = &self->seat[i];
+        for (uint32_t pair = 0; seat_serves(self, seat) && pair < self->pairs; pair++) {
+            uint64_t eight = 0; /* most of hundreds of processes hold few of thousands of pairs */
+            if (pair + sizeof eight <= self->pairs)
+                memcpy(&eight, &seat->copy[pair], sizeof eight);
+            if (pair + sizeof eight <= self->pairs && eight == 0)
+                pair += sizeof eight - 1;
+            if ((seat->copy[pair] & COPY_ACTIVE) == 0)
                 continue;
             commit->layer[count] = pair / self->config.experts;
             commit->expert[count] = pair % self->config.experts;
-            commit->holder[count++] = self->seat[i].id;
+            commit->holder[count++] = seat->id;
         }
+    }
     ASSERT(count <= copies);
     commit->n_layer = commit->n_expert = commit->n_holder = count;
     return commit;
 }
 
-static void send_commit(const struct coordinator *self, struct seat *seat, Troupe__Commit *commit,
-                        uint64_t now_ns, struct effects *out) {
+/* A COMMIT is the largest message there is and goes to many: it is packed once. */
+static const uint8_t *pack_commit(const struct coordinator *self, Troupe__Commit *commit,
+                                  size_t *ret_size, struct effects *out) {
     message envelope = coordinator_envelope(self);
     envelope.body_case = TROUPE__ENVELOPE__BODY_COMMIT;
     envelope.commit = commit;
-    effects_send(out, seat->id, &envelope);
-    seat->commit_sent_ns = now_ns;
+    return effects_pack(out, &envelope, ret_size);
 }
 
 /* All ready members of the role have adopted an epoch that lists `seat`. */
@@ -509,8 +516,12 @@ void membership_publish(struct coordinator *self, uint64_t now_ns, struct effect
     Troupe__Commit *commit = membership_commit(self, out);
     effects_trace(out, TRACE_INFO, "epoch %llu: %u members, %zu of %u experts placed",
                   (unsigned long long)self->epoch, self->seats, commit->n_layer, self->moe_pairs);
-    for (uint32_t i = 0; i < self->seats; i++)
-        send_commit(self, &self->seat[i], commit, now_ns, out);
+    size_t size;
+    const uint8_t *bytes = pack_commit(self, commit, &size, out);
+    for (uint32_t i = 0; i < self->seats; i++) {
+        effects_send_packed(out, self->seat[i].id, bytes, size);
+        self->seat[i].commit_sent_ns = now_ns;
+    }
 }
 
 void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
@@ -531,6 +542,10 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
     seat->heartbeat.base.n_unknown_fields = 0;
     seat->heartbeat.base.unknown_fields = NULL;
     if (self->learn_until_ns == NEVER && heartbeat->epoch < self->epoch &&
-        now_ns - seat->commit_sent_ns >= self->retry_ns)
-        send_commit(self, seat, membership_commit(self, out), now_ns, out);
+        now_ns - seat->commit_sent_ns >= self->retry_ns) {
+        size_t size;
+        const uint8_t *bytes = pack_commit(self, membership_commit(self, out), &size, out);
+        effects_send_packed(out, seat->id, bytes, size);
+        seat->commit_sent_ns = now_ns;
+    }
 }

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "coordinator/eplb.h"
 #include "coordinator/planner.h"
 
 #define LOAD_BYTES_PER_SECOND 1e9 /* one process packs experts at about this rate */
@@ -172,6 +173,28 @@ static struct change *list_changes(const struct view *view, const struct expert_
     return list;
 }
 
+/* The baseline: what anything costs is nothing to it. */
+static int plan_by_eplb(const struct view *view, struct expert_plan *ret,
+                        struct planner_figures *figures, const struct planner_task *task,
+                        struct failure *failure) {
+    struct eplb_task eplb = {task->layers,    task->experts, 1,         task->processes, 1,
+                             task->experts + task->spare, task->load};
+    int error = eplb_plan(ret, &eplb, failure);
+    if (error < 0)
+        return error;
+    uint32_t most = eplb.slots / task->processes * task->layers;
+    for (uint32_t i = 0; i < task->processes; i++)
+        if (task->capacity[i] < most) {
+            plan_free(ret);
+            return fail(failure, ERR_TOO_LARGE, "EPLB would place %u copies at %s, which holds %u",
+                        most, view->seat[i]->name, task->capacity[i]);
+        }
+    figures->before.mean = balancedness(view, task->previous);
+    figures->after.mean = balancedness(view, ret);
+    figures->proposed = true;
+    return 0;
+}
+
 static int plan(struct view *view, const struct expert_plan *previous,
                 const struct rebalance_wish *wish, uint64_t now_ns, struct rebalance *ret,
                 struct failure *failure) {
@@ -196,7 +219,9 @@ static int plan(struct view *view, const struct expert_plan *previous,
                   .row_ns = view->row_ns,
                   .horizon = HORIZON},
     };
-    int error = planner_plan(&next, &figures, &task, failure);
+    int error = self->settings.rebalance_eplb
+                    ? plan_by_eplb(view, &next, &figures, &task, failure)
+                    : planner_plan(&next, &figures, &task, failure);
     if (error < 0)
         return error;
     uint32_t count = 0;

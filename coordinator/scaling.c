@@ -251,9 +251,9 @@ void operation_send_away(struct coordinator *self, struct operation *operation, 
 
 void operation_tell_supervisor(struct coordinator *self, struct operation *operation, uint64_t now_ns,
                             struct effects *out) {
-    const struct seat *seat = seat_supervisor(self);
     if (operation->told || now_ns < operation->tell_at_ns)
         return;
+    const struct seat *seat = seat_supervisor(self);
     operation->tell_at_ns = now_ns + 2 * self->retry_ns;
     if (seat == NULL)
         return;

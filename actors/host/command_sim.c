@@ -413,6 +413,8 @@ static int run(const struct options *options, const struct sim *sim) {
 int command_sim(const struct options *options) {
     struct sim sim;
     struct failure failure = {0};
+    if (options->cluster != NULL)
+        return command_cluster(options);
     numerics_enter();
     if (sim_open(&sim, &failure) < 0) {
         fprintf(stderr, "troupe sim: %s\n", failure.text);

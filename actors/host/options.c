@@ -87,7 +87,7 @@ static const struct option_row table[] = {
     TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
     TEXT("config", config, "FILE", FOR_MODELS, "YAML file with knobs"),
     FLAG("verbose", verbose,
-         FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS,
+         FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS | FOR_SIM,
          "log everything"),
     NUMBER("listen-fd", listen_fd, 0, 1u << 20, FOR_GATEWAY,
            "descriptor of a listening socket handed down by a supervisor"),
@@ -101,7 +101,10 @@ static const struct option_row table[] = {
     NUMBER("jobs", jobs, 1, 256, FOR_SIM, "processes that share the seeds (default 1)"),
     TEXT("scenario", scenario, "FILE", FOR_SIM,
          "run what the file says instead of a seed's own faults (see docs/faults.md)"),
-    TEXT("trace", trace, "FILE", FOR_SIM, "write every step there"),
+    TEXT("cluster", cluster, "FILE", FOR_SIM,
+         "simulate a large cluster with a cost model instead: what it consists of (docs/simulator.md)"),
+    TEXT("trace", trace, "FILE", FOR_SIM,
+         "write every step there; with --cluster: the loads, as plan --load reads them"),
     FLAG("shrink", shrink, FOR_SIM,
          "on failure take faults out while it still fails, then print what is left"),
     FLAG("first", first, FOR_SIM, "stop at the first seed that fails"),
@@ -134,7 +137,8 @@ static const struct option_row table[] = {
     NUMBER("spare", spare, 0, 65536, FOR_PLAN,
            "copies in each layer beyond one of each expert (default 0)"),
     TEXT("previous", previous, "PLAN.json", FOR_PLAN, "what is held now, as --json printed it"),
-    TEXT("policy", policy, "troupe|eplb", FOR_PLAN, "who plans (default troupe)"),
+    TEXT("policy", policy, "troupe|eplb|none", FOR_PLAN | FOR_SIM,
+         "who plans (default troupe; none, with --cluster: nobody)"),
     FLAG("hierarchical", hierarchical, FOR_PLAN,
          "keep a copy of each expert of a group in one host"),
     NUMBER("groups", groups, 1, 1024, FOR_PLAN,
@@ -149,6 +153,7 @@ static const struct option_row table[] = {
     NUMBER("horizon", horizon, 0, 1u << 30, FOR_PLAN,
            "windows that the plan is expected to last: how much moves may cost (default 400)"),
     FLAG("json", as_json, FOR_PLAN, "print placement and figures as JSON"),
+    FLAG("json", as_json, FOR_SIM, "with --cluster: print the figures as JSON"),
     FLAG("help", help, ~0u, "this text"),
 };
 #define ROWS (sizeof table / sizeof table[0])
@@ -310,7 +315,7 @@ static int check_words(const struct options *self, struct failure *failure) {
     static const char *const numerics[] = {"f32", "bf16", NULL};
     static const char *const isas[] = {"best", "scalar", "avx512", "amx", NULL};
     static const char *const transports[] = {"auto", "shm", "zmq", NULL};
-    static const char *const policies[] = {"troupe", "eplb", NULL};
+    static const char *const policies[] = {"troupe", "eplb", "none", NULL};
     static const char *const views[] = {"on", "off", NULL};
     int error = check_word("view", self->view, views, "on or off", failure);
     if (error == 0)
@@ -320,7 +325,7 @@ static int check_words(const struct options *self, struct failure *failure) {
     if (error == 0)
         error = check_word("transport", self->transport, transports, "auto, shm or zmq", failure);
     if (error == 0)
-        error = check_word("policy", self->policy, policies, "troupe or eplb", failure);
+        error = check_word("policy", self->policy, policies, "troupe, eplb or none", failure);
     return error;
 }
 
