@@ -216,6 +216,15 @@ soak-cycles: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## scale up and do
 bench-planner: $(BUILD)/tests/bench/planner ## the placement planner against EPLB on recorded loads (TRACES=FILES)
 	$< $(or $(TRACES),$(wildcard ../shared/traces/*.safetensors))
 
+.PHONY: study-shift
+study-shift: $(BUILD)/troupe $(BUILD)/tests/study/shift ## balance of the live demo model while the text's domain changes (TEXT=DIR, ROUNDS=N, PROCESSES=N, SPARE=N)
+	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/study/shift models/demo $(or $(TEXT),../shared/text) $(or $(OUT),docs/shift.svg) \
+	  $(or $(ROUNDS),7) $(or $(PROCESSES),4) $(or $(SPARE),8)
+
+.PHONY: bench-balance
+bench-balance: $(BUILD)/troupe $(BUILD)/tests/bench/balance_cost ## throughput with statistics and automatic rebalancing against without, in turn (PAIRS=N, STREAMS=N)
+	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/bench/balance_cost models/demo $(or $(PAIRS),20) $(or $(STREAMS),32)
+
 format: ## clang-format every source
 	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh'))
 

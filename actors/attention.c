@@ -26,7 +26,7 @@
  * idle actor falls silent. */
 static void fill_loads(struct attention *self, Troupe__Heartbeat *heartbeat, struct effects *out) {
     uint32_t entries = self->config.layers * self->config.experts;
-    if (self->load_heartbeats == 0 || entries == 0)
+    if (self->load_heartbeats == 0 || entries == 0 || !self->settings.load_statistics)
         return;
     uint32_t rounds = 4 * (entries / HEARTBEAT_LOADS_MAX + 1);
     self->load_heartbeats = self->load_heartbeats > rounds ? rounds : self->load_heartbeats - 1;

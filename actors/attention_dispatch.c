@@ -548,7 +548,8 @@ static void replan(struct attention *self, struct part *part, enum replan_why wh
 /* ---- a layer ---- */
 
 static void count_load(struct attention *self, uint32_t expert) {
-    self->load[(size_t)self->batch.layer * self->config.experts + expert]++;
+    if (self->settings.load_statistics)
+        self->load[(size_t)self->batch.layer * self->config.experts + expert]++;
 }
 
 void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now_ns,

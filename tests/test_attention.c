@@ -1168,6 +1168,22 @@ static void test_heartbeats_carry_loads(void **state) {
     stage_free(&stage);
 }
 
+static void test_loads_can_be_left_out(void **state) {
+    struct stage stage;
+    stage_init(&stage, ROLE_ATTENTION);
+    stage.settings.load_statistics = 0;
+    create(&stage);
+    submit(&stage, GATEWAY, make_request(1, 4, 1));
+    stage_answer_all(&stage, 9);
+    stage_clear(&stage);
+    stage_timer(&stage, stage.now_ns + (uint64_t)stage.settings.heartbeat_ms * MS);
+    const Troupe__Heartbeat *heartbeat =
+        stage_sent(&stage, TROUPE__ENVELOPE__BODY_HEARTBEAT)->heartbeat;
+    assert_int_equal(heartbeat->n_load_rows, 0);
+    assert_int_equal(heartbeat->generated_tokens, 1);
+    stage_free(&stage);
+}
+
 /* ---- anything, in any order ---- */
 
 /* No page belongs to two sequences of a batch, and rows obey the engine's rules. */
@@ -1373,6 +1389,7 @@ int main(void) {
         cmocka_unit_test(test_poll_tells_what_follows),
         cmocka_unit_test(test_one_message_per_gateway_and_step),
         cmocka_unit_test(test_heartbeats_carry_loads),
+        cmocka_unit_test(test_loads_can_be_left_out),
         cmocka_unit_test(test_nothing_is_left_whatever_happens),
     };
     return cmocka_run_group_tests_name("attention", tests, NULL, NULL);
