@@ -641,6 +641,7 @@ static void scatter(struct attention *self, const struct part *part, const struc
         program->item_slot = flight->item_slot + part->first + i;
         program->items = next - i;
         flight->missing -= next - i;
+        step_trace_scatter(self, frame->header->from, program->item_row, next - i);
         memset(flight->item_done + part->first + i, 1, next - i);
     }
 }
