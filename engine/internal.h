@@ -36,6 +36,11 @@ int memory_grow(void **block, size_t *capacity_bytes, size_t count, size_t size,
                 uint64_t *total, struct failure *failure);
 void memory_free(void *block);
 
+/* Memory of packed weights (engine/weight_memory.c): 64-byte aligned, not cleared, in huge pages
+ * where the system has them. Any thread. Freed with the bytes that were asked for. */
+void *weight_memory_take(size_t bytes, const char *what, uint64_t *total, struct failure *failure);
+void weight_memory_free(void *memory, size_t bytes);
+
 /* Places arrays one after the other in a block, 64-byte aligned. With base NULL it only counts, so
  * that one function both sizes a block and lays it out. */
 struct layout {
@@ -49,6 +54,7 @@ void *layout_take(struct layout *layout, size_t count, size_t size);
 struct packed {
     struct matrix matrix;
     void *memory;
+    size_t bytes; /* of memory */
 };
 int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
                 const char *what, uint64_t *total, struct failure *failure);

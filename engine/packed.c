@@ -4,18 +4,20 @@
 
 int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
                 const char *what, uint64_t *total, struct failure *failure) {
-    void *memory = memory_take(kernels->matrix_bytes(view), 1, what, total, failure);
+    const size_t bytes = kernels->matrix_bytes(view);
+    void *memory = weight_memory_take(bytes, what, total, failure);
     if (memory == NULL)
         return ERR_NO_MEMORY;
     kernels->matrix_pack(&ret->matrix, view, memory);
     ret->memory = memory;
+    ret->bytes = bytes;
     return 0;
 }
 
 void packed_close(struct packed *self) {
     if (self->matrix.release != NULL)
         self->matrix.release(&self->matrix);
-    memory_free(self->memory);
+    weight_memory_free(self->memory, self->bytes);
     *self = (struct packed){0};
 }
 
