@@ -130,7 +130,7 @@ $(BUILD)/proto/troupe.pb-c.o: $(BUILD)/proto/troupe.pb-c.c
 	@$(CC) $(CPPFLAGS) -std=gnu17 -O2 -g $(if $(SANITIZER),-fsanitize=$(SANITIZER)) -c -o $@ $<
 
 # Files for one instruction set carry it in their name and are compiled for it; everything else runs on any machine of its kind.
-ISA_FLAGS = $(if $(findstring _avx512.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mavx2,)$(if $(findstring _amx.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mamx-tile -mamx-bf16,)$(if $(findstring _sse42.c,$<),-msse4.2,)
+ISA_FLAGS = $(if $(findstring _avx512.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mavx2,)$(if $(findstring _amx.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mgfni -mamx-tile -mamx-bf16,)$(if $(findstring _sse42.c,$<),-msse4.2,)
 
 $(BUILD)/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
 	@mkdir -p $(@D)
@@ -238,6 +238,10 @@ soak-elastic: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## grow and shrin
 
 soak-cycles: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## scale up and down CYCLES times: nothing may be left behind
 	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/test_live_elastic cycles $(CYCLES)
+
+.PHONY: bench-kernels
+bench-kernels: $(BUILD)/tests/bench/kernels ## one operation at a time, as shares of the machine's limits (ARGS='--threads 2 --filter fp8')
+	$< $(ARGS)
 
 .PHONY: bench-planner
 bench-planner: $(BUILD)/tests/bench/planner ## the placement planner against EPLB on recorded loads (TRACES=FILES)
