@@ -25,7 +25,8 @@ static bool has_amx(void) {
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     const unsigned tile_state = 3u << 17; /* XCR0: TILECFG and TILEDATA */
-    return (low & tile_state) == tile_state && has_avx512() && amx_request_permission();
+    return (low & tile_state) == tile_state && has_avx512() && __builtin_cpu_supports("gfni") &&
+           amx_request_permission();
 }
 #endif
 

@@ -78,7 +78,7 @@ static uint32_t segment_width(const struct weight_view *view, uint32_t k) {
 
 struct layout {
     uint32_t segments, blocks, panels;
-    size_t scales, segment_k, segment_block, bytes; /* offsets; data is at 0 */
+    size_t scales, segment_k, segment_block, plain, bytes; /* offsets; data is at 0 */
 };
 
 static struct layout layout_bf16(const struct weight_view *view) {
@@ -100,7 +100,9 @@ static struct layout layout_bf16(const struct weight_view *view) {
                                                       PANEL_OUTPUTS * sizeof(float)));
     const size_t borders = product((size_t)layout.segments + 1, sizeof(uint32_t));
     layout.segment_block = sum(layout.segment_k, borders);
-    layout.bytes = rounded_64(sum(layout.segment_block, borders));
+    layout.plain = sum(layout.segment_block, borders);
+    const size_t words = view->dtype == DTYPE_E4M3 ? tiles / 32 + (tiles % 32 != 0) : 0;
+    layout.bytes = rounded_64(sum(layout.plain, product(words, sizeof(uint32_t))));
     return layout;
 }
 
@@ -155,6 +157,14 @@ static void pack_tile_e4m3(uint8_t *tile, const struct weight_view *view,
             tile[tile_index_e4m3(o, i)] = data[view_index(view, place->n + o, place->k + i)];
 }
 
+/* Whether every weight has an exponent that is neither 0 (zeros, subnormals) nor that of a NaN. */
+static bool tile_is_normal(const uint8_t tile[TILE_ELEMENTS]) {
+    uint32_t others = 0;
+    for (uint32_t i = 0; i < TILE_ELEMENTS; i++)
+        others += (tile[i] & 0x78) == 0 || (tile[i] & 0x7f) == 0x7f;
+    return others == 0;
+}
+
 static void pack_segments(const struct weight_view *view, const struct layout *layout,
                           uint32_t *segment_k, uint32_t *segment_block) {
     uint32_t k = 0, block = 0;
@@ -190,6 +200,9 @@ void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *
         pack_scales(view, &layout, segment_k, scales);
     }
     uint8_t *tile = base;
+    uint32_t *plain = (uint32_t *)(void *)(base + layout.plain);
+    memset(plain, 0, layout.bytes - layout.plain);
+    size_t index = 0;
     for (uint32_t n = 0; n < view->n; n += PANEL_OUTPUTS) {
         const uint32_t outputs = view->n - n < PANEL_OUTPUTS ? view->n - n : PANEL_OUTPUTS;
         for (uint32_t s = 0; s < layout.segments; s++)
@@ -199,6 +212,8 @@ void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *
                                                  left < BLOCK_INPUTS ? left : BLOCK_INPUTS};
                 if (view->dtype == DTYPE_E4M3) {
                     pack_tile_e4m3(tile, view, &place);
+                    plain[index / 32] |= (uint32_t)tile_is_normal(tile) << index % 32;
+                    index++;
                     tile += TILE_ELEMENTS;
                 } else {
                     pack_tile_bf16((bf16 *)(void *)tile, view, &place);
@@ -215,6 +230,7 @@ void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *
         .scales = scales,
         .segment_k = segment_k,
         .segment_block = segment_block,
+        .plain = view->dtype == DTYPE_E4M3 ? plain : NULL,
         .bytes = layout.bytes,
     };
 }

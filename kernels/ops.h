@@ -57,6 +57,7 @@ struct matrix {
     const float *scales;    /* [segments][n rounded up to 16], NULL if unscaled */
     const uint32_t *segment_k; /* [segments + 1]: first k of each */
     const uint32_t *segment_block; /* [segments + 1]: first 32-wide block of each */
+    const uint32_t *plain; /* E4M3: a bit per tile, set where all its weights are normal numbers; else NULL */
     size_t bytes;           /* of memory used */
     void (*release)(struct matrix *self); /* gives back what lies elsewhere; NULL: nothing does */
 };

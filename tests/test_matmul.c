@@ -55,7 +55,7 @@ static void find_forms(void) {
     forms[form_count++] = (struct form){"avx512", matmul_bf16_avx512, false};
     if (isa_available(ISA_AMX))
         forms[form_count++] = (struct form){"amx", matmul_bf16_amx, false};
-    else if (amx_emulator_install())
+    else if (__builtin_cpu_supports("gfni") && amx_emulator_install())
         forms[form_count++] = (struct form){"amx (emulated)", matmul_bf16_amx, true};
 #endif
 }

@@ -1,197 +1,510 @@
-/* The product of the bf16 profile with AMX: TDPBF16PS multiplies 16 rows by a tile of weights and
- * computes exactly the canonical sums (an even and an odd chain of 16 FMAs, then their sum joins
+/* The product of the bf16 profile with AMX: TDPBF16PS multiplies up to 16 rows by a tile of weights
+ * and computes exactly the canonical sums (an even and an odd chain of 16 FMAs, then their sum joins
  * the accumulator; denormals are zero).
  *
- * Tiles 0..3 hold the sums of up to 32 rows x 2 panels, 4 and 5 the inputs, 6 and 7 the weights.
- * E4M3 weights are expanded to BF16 first, once per segment where segments are short (scaled
- * weights). The sums of a scaled segment leave the tiles to be multiplied by its scales in FP32.
+ * Up to 16 rows: four panels at a time, so that four chains of products hide each other's latency
+ * while weights stream from memory once. More rows: 32 rows x 2 panels at a time, each tile used
+ * twice, over all of K; inputs are packed into tiles first where many panels read them.
+ * E4M3 weights are expanded to BF16, for few rows one block ahead of the tile loads (which cannot
+ * take what a store has not yet brought to the cache, and wait), for many rows once for all of them.
+ * The sums of a scaled segment leave the tiles to be multiplied by its scales in FP32.
  *
  * Instructions are written out because GCC 12's intrinsics do not tell the compiler that they read
  * memory. */
 #include <string.h>
 
+#include "kernels/rows.h"
 #include "kernels/x86/kernel_bf16.h"
+#include "kernels/x86/tile_amx.h"
 
-enum { TILE_ROWS = 16, GROUP_ROWS = 32, GROUP_PANELS = 2, SCRATCH_BLOCKS = 4 };
-
-#define TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::: "memory")
-#define TILE_LOAD(tile, base, stride_bytes)                                                        \
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(base), "r"(stride_bytes) : "memory")
-#define TILE_STORE(tile, base, stride_bytes)                                                       \
-    __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base), "r"(stride_bytes)         \
-                     : "memory")
-#define TILE_PRODUCT(sums, inputs, weights)                                                        \
-    __asm__ volatile("tdpbf16ps %%tmm" #weights ", %%tmm" #inputs ", %%tmm" #sums::: "memory")
-
-/* The operand of LDTILECFG (Intel SDM volume 1, section 18.2). */
-struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
+enum {
+    FEW_PANELS = 4,
+    GROUP_ROWS = 2 * TILE_ROWS,
+    GROUP_PANELS = 2,
+    EXPAND_BLOCKS = 256, /* K that is expanded at once: 512 KiB */
+    AHEAD_BYTES = 8192, /* how far weights are asked for before they are used */
+    PACK_PANELS_MIN = 4,
 };
 
-static void configure(uint32_t rows) {
-    const uint8_t rows_low = (uint8_t)(rows < TILE_ROWS ? rows : TILE_ROWS);
-    const uint8_t rows_high = (uint8_t)(rows > TILE_ROWS ? rows - TILE_ROWS : 1);
-    _Alignas(64) struct tile_config config = {.palette = 1};
-    const uint8_t rows_of[8] = {rows_low, rows_low,  rows_high, rows_high,
-                                rows_low, rows_high, 16,        16};
-    for (int i = 0; i < 8; i++) {
-        config.row_bytes[i] = 64;
-        config.rows[i] = rows_of[i];
-    }
-    __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
+/* What a part's loops share. */
+struct walk {
+    const struct matmul_job *job;
+    const struct matrix *w;
+    bool e4m3;
+    expand_function *expand; /* of tiles that are not plain */
+    size_t tile_bytes, panel_bytes;
+    const uint32_t *plain;
+    uint32_t row_begin, row_end;
+    const bf16 *packed; /* inputs as tiles [16 rows][block]; NULL: read where they lie */
+};
+
+static const uint8_t *panel_at(const struct walk *walk, uint32_t panel) {
+    return (const uint8_t *)walk->w->data + panel * walk->panel_bytes;
 }
 
-/* Up to two panels of weights. */
-struct panels {
-    const struct matmul_job *job;
+static __mmask16 panel_outputs(const struct matrix *w, uint32_t panel) {
+    const uint32_t left = w->n - panel * PANEL_OUTPUTS;
+    return left < PANEL_OUTPUTS ? (__mmask16)((1u << left) - 1) : 0xffff;
+}
+
+/* E4M3 to BF16 where all weights are normal numbers (sign, 4 bits of exponent with bias 7, 3 of
+ * fraction): then both bytes of the BF16 value are affine functions of the bits, one instruction for
+ * 64 weights each. With the exponent's highest bit h the BF16 exponent is h ~h ~h ~h ~h and the three
+ * lower bits. (Row i of a matrix, from the most significant byte down, makes bit i.) */
+static inline void expand_plain(const uint8_t *packed, bf16 *ret) {
+    const __m512i high_rows = _mm512_set1_epi64(0x1020404040404080);
+    const __m512i low_rows = _mm512_set1_epi64(0x0000000001020408);
+    for (uint32_t i = 0; i < TILE_ELEMENTS; i += 64) {
+        const __m512i bytes = _mm512_loadu_si512(packed + i);
+        const __m512i high = _mm512_gf2p8affine_epi64_epi8(bytes, high_rows, 0x3c);
+        const __m512i low = _mm512_gf2p8affine_epi64_epi8(bytes, low_rows, 0);
+        _mm512_store_si512(ret + i, _mm512_unpacklo_epi8(low, high));
+        _mm512_store_si512(ret + i + 32, _mm512_unpackhi_epi8(low, high));
+    }
+}
+
+/* The weights of one tile as BF16: where they lie, or expanded into `scratch`. */
+static inline const bf16 *tile_weights(const struct walk *walk, uint32_t panel, uint32_t block,
+                                       bf16 *scratch) {
+    const uint8_t *tile = panel_at(walk, panel) + block * walk->tile_bytes;
+    if (!walk->e4m3)
+        return (const bf16 *)(const void *)tile;
+    const size_t index = (size_t)panel * matrix_blocks(walk->w) + block;
+    if (walk->plain[index / 32] >> index % 32 & 1)
+        expand_plain(tile, scratch);
+    else
+        walk->expand(tile, scratch, 1);
+    return scratch;
+}
+
+/* ---- Up to 16 rows ---- */
+
+/* Asks for what these panels' block will be AHEAD_BYTES later, in the panels after them where these
+ * end. */
+static inline void ask_ahead(const struct walk *walk, uint32_t panel, uint32_t count,
+                             uint32_t block) {
+    size_t at = block * walk->tile_bytes + AHEAD_BYTES;
+    if (at >= walk->panel_bytes) {
+        at -= walk->panel_bytes;
+        panel += count;
+        if (at >= walk->panel_bytes || panel + count > matrix_panels(walk->w))
+            return;
+    }
+    for (uint32_t p = 0; p < count; p++) {
+        const uint8_t *tile = panel_at(walk, panel + p) + at;
+        for (size_t line = 0; line < walk->tile_bytes; line += 64)
+            _mm_prefetch(tile + line, _MM_HINT_T1);
+    }
+}
+
+/* Weights of one block of up to four panels: those of the next block are expanded while this one's
+ * are loaded. */
+struct few {
     uint32_t panel, count;
-    const uint8_t *tiles[GROUP_PANELS]; /* as packed */
-    expand_function *expand;            /* NULL: packed as BF16 */
-    bf16 *scratch;                      /* [panel][SCRATCH_BLOCKS] tiles */
+    _Alignas(64) bf16 scratch[2][FEW_PANELS][TILE_ELEMENTS];
 };
 
-/* One block of 32 inputs: adds to the sums in tiles 0..3. */
-static void add_block(const bf16 *x, size_t x_stride_bytes, uint32_t rows,
-                      const bf16 *const *weights, uint32_t panels) {
+static inline const bf16 *few_weights(const struct walk *walk, struct few *few, uint32_t p,
+                                      uint32_t block) {
+    if (!walk->e4m3)
+        return tile_weights(walk, few->panel + p, block, NULL);
+    if (block + 1 < matrix_blocks(walk->w))
+        tile_weights(walk, few->panel + p, block + 1, few->scratch[(block + 1) % 2][p]);
+    return few->scratch[block % 2][p];
+}
+
+static inline void few_block(const struct walk *walk, struct few *few, const bf16 *x,
+                             size_t x_stride_bytes, uint32_t block, const uint32_t count) {
     const size_t row_bytes = 64;
-    const bf16 *x_high = (const bf16 *)((const uint8_t *)x + TILE_ROWS * x_stride_bytes);
+    ask_ahead(walk, few->panel, count, block);
+    const bf16 *w0 = few_weights(walk, few, 0, block);
     TILE_LOAD(4, x, x_stride_bytes);
-    TILE_LOAD(6, weights[0], row_bytes);
+    TILE_LOAD(5, w0, row_bytes);
+    TILE_PRODUCT(0, 4, 5);
+    if (count > 1) {
+        const bf16 *w1 = few_weights(walk, few, 1, block);
+        TILE_LOAD(6, w1, row_bytes);
+        TILE_PRODUCT(1, 4, 6);
+    }
+    if (count > 2) {
+        const bf16 *w2 = few_weights(walk, few, 2, block);
+        TILE_LOAD(7, w2, row_bytes);
+        TILE_PRODUCT(2, 4, 7);
+        const bf16 *w3 = few_weights(walk, few, 3, block);
+        TILE_LOAD(5, w3, row_bytes);
+        TILE_PRODUCT(3, 4, 5);
+    }
+}
+
+typedef float few_sums[FEW_PANELS][TILE_ROWS * PANEL_OUTPUTS];
+
+static inline void few_store(few_sums sums, const uint32_t count) {
+    const size_t row_bytes = 64;
+    TILE_STORE(0, sums[0], row_bytes);
+    if (count > 1)
+        TILE_STORE(1, sums[1], row_bytes);
+    if (count > 2) {
+        TILE_STORE(2, sums[2], row_bytes);
+        TILE_STORE(3, sums[3], row_bytes);
+    }
+}
+
+/* acc += sums * scale. */
+static inline void few_scale(const struct walk *walk, uint32_t panel, const uint32_t count,
+                             uint32_t segment, uint32_t rows, few_sums sums, few_sums acc) {
+    const struct matrix *w = walk->w;
+    const float *scales = w->scales + ((size_t)segment * matrix_panels(w) + panel) * PANEL_OUTPUTS;
+    for (uint32_t p = 0; p < count; p++) {
+        const __m512 scale = _mm512_loadu_ps(scales + p * PANEL_OUTPUTS);
+        for (uint32_t i = 0; i < rows * PANEL_OUTPUTS; i += PANEL_OUTPUTS) {
+            const __m512 before = segment == 0 ? _mm512_setzero_ps() : _mm512_load_ps(&acc[p][i]);
+            _mm512_store_ps(&acc[p][i],
+                            _mm512_fmadd_ps(_mm512_load_ps(&sums[p][i]), scale, before));
+        }
+    }
+}
+
+/* 1, 2 or 4 panels over all of K. */
+static inline void few_panels(const struct walk *walk, struct few *few, const uint32_t count) {
+    const struct matrix *w = walk->w;
+    const struct matmul_job *job = walk->job;
+    const uint32_t rows = walk->row_end - walk->row_begin, panel = few->panel;
+    const bf16 *x = (const bf16 *)job->x + walk->row_begin * job->x_stride;
+    _Alignas(64) few_sums sums, acc;
+    _Alignas(64) bf16 rest[TILE_ROWS][BLOCK_INPUTS];
+    for (uint32_t p = 0; walk->e4m3 && matrix_blocks(w) > 0 && p < count; p++)
+        tile_weights(walk, panel + p, 0, few->scratch[0][p]);
+    if (w->segments == 0)
+        memset(acc, 0, sizeof acc);
+    for (uint32_t s = 0; s < w->segments; s++) {
+        uint32_t k = w->segment_k[s];
+        TILE_ZERO(0);
+        TILE_ZERO(1);
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+        for (uint32_t b = w->segment_block[s]; b < w->segment_block[s + 1]; b++) {
+            const uint32_t left = w->segment_k[s + 1] - k;
+            if (left >= BLOCK_INPUTS) {
+                few_block(walk, few, x + k, job->x_stride * sizeof *x, b, count);
+                k += BLOCK_INPUTS;
+                continue;
+            }
+            /* What follows in x belongs to the next segment, or to nobody. */
+            memset(rest, 0, sizeof rest);
+            for (uint32_t r = 0; r < rows; r++)
+                memcpy(rest[r], x + r * job->x_stride + k, left * sizeof *x);
+            few_block(walk, few, rest[0], sizeof rest[0], b, count);
+        }
+        few_store(w->scales == NULL ? acc : sums, count);
+        if (w->scales != NULL)
+            few_scale(walk, panel, count, s, rows, sums, acc);
+    }
+    for (uint32_t p = 0; p < count; p++)
+        for (uint32_t r = 0; r < rows; r++)
+            _mm512_mask_storeu_ps(job->y + (walk->row_begin + r) * job->y_stride +
+                                      (size_t)(panel + p) * PANEL_OUTPUTS,
+                                  panel_outputs(w, panel + p),
+                                  _mm512_load_ps(&acc[p][r * PANEL_OUTPUTS]));
+}
+
+static void few_rows(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
+    const uint8_t rows = (uint8_t)(walk->row_end - walk->row_begin);
+    const uint8_t rows_of[8] = {rows, rows, rows, rows, rows, 16, 16, 16};
+    tiles_configure(rows_of);
+    struct few few;
+    for (few.panel = panel_begin; few.panel + FEW_PANELS <= panel_end; few.panel += FEW_PANELS)
+        few_panels(walk, &few, FEW_PANELS);
+    for (; few.panel + 2 <= panel_end; few.panel += 2)
+        few_panels(walk, &few, 2);
+    if (few.panel < panel_end)
+        few_panels(walk, &few, 1);
+}
+
+/* ---- More rows ---- */
+
+/* One or two panels over blocks [block_begin, block_end) of K, which are whole segments, or a part of
+ * the only one. */
+struct pair {
+    uint32_t panel, panels;
+    uint32_t block_begin, block_end;
+    const bf16 *weights[GROUP_PANELS]; /* tiles of those blocks */
+};
+
+/* Up to 32 rows. */
+struct group {
+    uint32_t row, rows;
+    bool first;       /* of the part: the one that asks for the next panels' weights */
+    float *sums, *acc; /* [32][2 x 16] */
+};
+enum { GROUP_SUMS = GROUP_ROWS * GROUP_PANELS * PANEL_OUTPUTS };
+
+/* Tiles 0..3: sums of 32 rows x 2 panels; 4, 5: inputs; 6, 7: weights. */
+static void group_configure(uint32_t rows) {
+    const uint8_t low = (uint8_t)(rows < TILE_ROWS ? rows : TILE_ROWS);
+    const uint8_t high = (uint8_t)(rows > TILE_ROWS ? rows - TILE_ROWS : 1);
+    const uint8_t rows_of[8] = {low, low, high, high, low, high, 16, 16};
+    tiles_configure(rows_of);
+}
+
+/* One block of 32 inputs: adds to the sums in tiles 0..3. */
+static inline void group_block(const bf16 *low, const bf16 *high, size_t x_stride_bytes,
+                               const bf16 *w0, const bf16 *w1) {
+    const size_t row_bytes = 64;
+    TILE_LOAD(4, low, x_stride_bytes);
+    TILE_LOAD(6, w0, row_bytes);
     TILE_PRODUCT(0, 4, 6);
-    if (panels > 1) {
-        TILE_LOAD(7, weights[1], row_bytes);
+    if (w1 != NULL) {
+        TILE_LOAD(7, w1, row_bytes);
         TILE_PRODUCT(1, 4, 7);
     }
-    if (rows <= TILE_ROWS)
+    if (high == NULL)
         return;
-    TILE_LOAD(5, x_high, x_stride_bytes);
+    TILE_LOAD(5, high, x_stride_bytes);
     TILE_PRODUCT(2, 5, 6);
-    if (panels > 1)
+    if (w1 != NULL)
         TILE_PRODUCT(3, 5, 7);
 }
 
-/* The weights of block b of a segment that starts at `first`, as BF16 tiles. */
-static void block_weights(const struct panels *panels, uint32_t first, uint32_t b, bool expanded,
-                          const bf16 *weights[GROUP_PANELS]) {
-    for (uint32_t p = 0; p < panels->count; p++) {
-        if (panels->expand == NULL) {
-            weights[p] =
-                (const bf16 *)(const void *)panels->tiles[p] + (size_t)(first + b) * TILE_ELEMENTS;
-            continue;
-        }
-        bf16 *scratch = panels->scratch + (size_t)p * SCRATCH_BLOCKS * TILE_ELEMENTS;
-        if (expanded)
-            scratch += (size_t)b * TILE_ELEMENTS;
-        else
-            panels->expand(panels->tiles[p] + (size_t)(first + b) * TILE_ELEMENTS, scratch, 1);
-        weights[p] = scratch;
-    }
-}
-
-/* The sums of one segment over rows [row, row + rows), rows <= 32, into `sums`. */
-static void segment_sums(const struct panels *panels, uint32_t segment, bool expanded, uint32_t row,
-                         uint32_t rows, float sums[GROUP_ROWS][GROUP_PANELS * PANEL_OUTPUTS]) {
-    const struct matmul_job *job = panels->job;
-    const uint32_t first = job->w->segment_block[segment];
-    const bf16 *x = (const bf16 *)job->x + row * job->x_stride + job->w->segment_k[segment];
-    uint32_t left = job->w->segment_k[segment + 1] - job->w->segment_k[segment];
+static void group_zero(void) {
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
     TILE_ZERO(3);
-    const bf16 *weights[GROUP_PANELS];
-    uint32_t b = 0;
-    for (; left >= BLOCK_INPUTS; left -= BLOCK_INPUTS, b++, x += BLOCK_INPUTS) {
-        block_weights(panels, first, b, expanded, weights);
-        add_block(x, job->x_stride * sizeof *x, rows, weights, panels->count);
-    }
-    if (left > 0) {
-        /* What follows in x belongs to the next segment, or to nobody. */
-        bf16 rest[GROUP_ROWS][BLOCK_INPUTS] = {{0}};
-        for (uint32_t r = 0; r < rows; r++)
-            memcpy(rest[r], x + r * job->x_stride, left * sizeof *x);
-        block_weights(panels, first, b, expanded, weights);
-        add_block(rest[0], sizeof rest[0], rows, weights, panels->count);
-    }
-    const size_t stride_bytes = sizeof sums[0];
-    TILE_STORE(0, &sums[0][0], stride_bytes);
-    TILE_STORE(1, &sums[0][PANEL_OUTPUTS], stride_bytes);
-    if (rows > TILE_ROWS) {
-        TILE_STORE(2, &sums[TILE_ROWS][0], stride_bytes);
-        TILE_STORE(3, &sums[TILE_ROWS][PANEL_OUTPUTS], stride_bytes);
+}
+
+static void group_store(float *sums) {
+    const size_t stride_bytes = GROUP_PANELS * PANEL_OUTPUTS * sizeof *sums;
+    TILE_STORE(0, sums, stride_bytes);
+    TILE_STORE(1, sums + PANEL_OUTPUTS, stride_bytes);
+    TILE_STORE(2, sums + GROUP_SUMS / 2, stride_bytes);
+    TILE_STORE(3, sums + GROUP_SUMS / 2 + PANEL_OUTPUTS, stride_bytes);
+}
+static void group_load(const float *sums) {
+    const size_t stride_bytes = GROUP_PANELS * PANEL_OUTPUTS * sizeof *sums;
+    TILE_LOAD(0, sums, stride_bytes);
+    TILE_LOAD(1, sums + PANEL_OUTPUTS, stride_bytes);
+    TILE_LOAD(2, sums + GROUP_SUMS / 2, stride_bytes);
+    TILE_LOAD(3, sums + GROUP_SUMS / 2 + PANEL_OUTPUTS, stride_bytes);
+}
+
+/* The weights of the panels after these, a block at a time. */
+static inline void ask_next(const struct walk *walk, const struct pair *pair, uint32_t block) {
+    const uint32_t next = pair->panel + pair->panels;
+    for (uint32_t p = next; p < next + GROUP_PANELS && p < matrix_panels(walk->w); p++) {
+        const uint8_t *tile = panel_at(walk, p) + block * walk->tile_bytes;
+        for (size_t line = 0; line < walk->tile_bytes; line += 64)
+            _mm_prefetch(tile + line, _MM_HINT_T1);
     }
 }
 
-/* y = sums, or y += sums * scale where weights are scaled; y counts as 0 before the first segment.
- */
-static void finish_segment(const struct panels *panels, uint32_t segment, uint32_t row,
-                           uint32_t rows, float sums[GROUP_ROWS][GROUP_PANELS * PANEL_OUTPUTS]) {
-    const struct matrix *w = panels->job->w;
-    for (uint32_t p = 0; p < panels->count; p++) {
-        const uint32_t panel = panels->panel + p, n = panel * PANEL_OUTPUTS;
-        const __mmask16 outputs =
-            w->n - n < PANEL_OUTPUTS ? (__mmask16)((1u << (w->n - n)) - 1) : 0xffff;
-        __m512 scale = _mm512_setzero_ps();
-        if (w->scales != NULL)
-            scale = _mm512_loadu_ps(w->scales +
-                                    ((size_t)segment * matrix_panels(w) + panel) * PANEL_OUTPUTS);
-        for (uint32_t r = 0; r < rows; r++) {
-            float *y = panels->job->y + (row + r) * panels->job->y_stride + n;
-            __m512 value = _mm512_loadu_ps(&sums[r][p * PANEL_OUTPUTS]);
-            if (w->scales != NULL)
-                value = _mm512_fmadd_ps(value, scale,
-                                        _mm512_maskz_loadu_ps(segment > 0 ? outputs : 0, y));
-            _mm512_mask_storeu_ps(y, outputs, value);
+/* Blocks [begin, end) of one segment. */
+static void group_products(const struct walk *walk, const struct pair *pair,
+                           const struct group *group, uint32_t segment, uint32_t begin,
+                           uint32_t end) {
+    const struct matmul_job *job = walk->job;
+    const struct matrix *w = walk->w;
+    const bool two = pair->panels > 1, both = group->rows > TILE_ROWS;
+    _Alignas(64) bf16 rest[GROUP_ROWS][BLOCK_INPUTS];
+    for (uint32_t b = begin; b < end; b++) {
+        const size_t at = (size_t)(b - pair->block_begin) * TILE_ELEMENTS;
+        const bf16 *w0 = pair->weights[0] + at, *w1 = two ? pair->weights[1] + at : NULL;
+        if (group->first)
+            ask_next(walk, pair, b);
+        if (walk->packed != NULL) {
+            const uint32_t blocks = matrix_blocks(w);
+            const size_t index = (size_t)(group->row - walk->row_begin) / TILE_ROWS * blocks + b;
+            const bf16 *low = walk->packed + index * TILE_ELEMENTS;
+            group_block(low, both ? low + (size_t)blocks * TILE_ELEMENTS : NULL, 64, w0, w1);
+            continue;
+        }
+        const uint32_t k = w->segment_k[segment] + (b - w->segment_block[segment]) * BLOCK_INPUTS;
+        const uint32_t left = w->segment_k[segment + 1] - k;
+        const bf16 *x = (const bf16 *)job->x + group->row * job->x_stride + k;
+        size_t stride = job->x_stride;
+        if (left < BLOCK_INPUTS) {
+            memset(rest, 0, sizeof rest);
+            for (uint32_t r = 0; r < group->rows; r++)
+                memcpy(rest[r], x + r * job->x_stride, left * sizeof *x);
+            x = rest[0];
+            stride = BLOCK_INPUTS;
+        }
+        group_block(x, both ? x + TILE_ROWS * stride : NULL, stride * sizeof *x, w0, w1);
+    }
+}
+
+/* acc += sums * scale; acc counts as 0 before the first segment. */
+static void group_scale(const struct walk *walk, const struct pair *pair, const struct group *group,
+                        uint32_t segment) {
+    const struct matrix *w = walk->w;
+    const float *scales =
+        w->scales + ((size_t)segment * matrix_panels(w) + pair->panel) * PANEL_OUTPUTS;
+    const __m512 first = _mm512_loadu_ps(scales);
+    const __m512 second = pair->panels > 1 ? _mm512_loadu_ps(scales + PANEL_OUTPUTS) : first;
+    const float *sums = group->sums;
+    float *acc = group->acc;
+    for (uint32_t r = 0; r < group->rows; r++, sums += 32, acc += 32) {
+        const __m512 low = segment > 0 ? _mm512_load_ps(acc) : _mm512_setzero_ps();
+        const __m512 high = segment > 0 ? _mm512_load_ps(acc + 16) : _mm512_setzero_ps();
+        _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_load_ps(sums), first, low));
+        _mm512_store_ps(acc + 16, _mm512_fmadd_ps(_mm512_load_ps(sums + 16), second, high));
+    }
+}
+
+/* acc from y or to y. */
+static void group_move(const struct walk *walk, const struct pair *pair, const struct group *group,
+                       bool to_y) {
+    const struct matmul_job *job = walk->job;
+    const __mmask16 last = panel_outputs(walk->w, pair->panel + pair->panels - 1);
+    const __mmask16 low = pair->panels > 1 ? 0xffff : last, high = pair->panels > 1 ? last : 0;
+    float *y = job->y + group->row * job->y_stride + (size_t)pair->panel * PANEL_OUTPUTS;
+    float *acc = group->acc;
+    for (uint32_t r = 0; r < group->rows; r++, y += job->y_stride, acc += 32) {
+        if (to_y) {
+            _mm512_mask_storeu_ps(y, low, _mm512_load_ps(acc));
+            _mm512_mask_storeu_ps(y + 16, high, _mm512_load_ps(acc + 16));
+        } else {
+            _mm512_store_ps(acc, _mm512_maskz_loadu_ps(low, y));
+            _mm512_store_ps(acc + 16, _mm512_maskz_loadu_ps(high, y + 16));
         }
     }
 }
 
-static void run_panels(const struct panels *panels, const struct matmul_part *part) {
-    const struct matrix *w = panels->job->w;
-    float sums[GROUP_ROWS][GROUP_PANELS * PANEL_OUTPUTS];
+static void group_run(const struct walk *walk, const struct pair *pair, const struct group *group) {
+    const struct matrix *w = walk->w;
+    if (pair->block_begin > 0)
+        group_move(walk, pair, group, false);
+    if (w->scales == NULL) {
+        if (pair->block_begin > 0)
+            group_load(group->acc);
+        else
+            group_zero();
+        group_products(walk, pair, group, 0, pair->block_begin, pair->block_end);
+        group_store(group->acc);
+    }
+    for (uint32_t s = 0; w->scales != NULL && s < w->segments; s++) {
+        if (w->segment_block[s] < pair->block_begin || w->segment_block[s] >= pair->block_end)
+            continue;
+        group_zero();
+        group_products(walk, pair, group, s, w->segment_block[s], w->segment_block[s + 1]);
+        group_store(group->sums);
+        group_scale(walk, pair, group, s);
+    }
+    group_move(walk, pair, group, true);
+}
+
+/* All rows of the part. scratch: 2 x EXPAND_BLOCKS tiles where weights are E4M3. */
+static void pair_run(const struct walk *walk, struct pair *pair, bf16 *scratch) {
+    _Alignas(64) float sums[GROUP_SUMS], acc[GROUP_SUMS];
+    const uint32_t blocks = pair->block_end - pair->block_begin;
+    for (uint32_t p = 0; p < pair->panels; p++) {
+        pair->weights[p] = (const bf16 *)(const void *)panel_at(walk, pair->panel + p) +
+                           (size_t)pair->block_begin * TILE_ELEMENTS;
+        if (!walk->e4m3)
+            continue;
+        bf16 *to = scratch + (size_t)p * blocks * TILE_ELEMENTS;
+        pair->weights[p] = to;
+        for (uint32_t b = 0; b < blocks; b++)
+            tile_weights(walk, pair->panel + p, pair->block_begin + b,
+                         to + (size_t)b * TILE_ELEMENTS);
+    }
     uint32_t configured = 0;
-    for (uint32_t s = 0; s < w->segments; s++) {
-        const uint32_t first = w->segment_block[s], blocks = w->segment_block[s + 1] - first;
-        const bool expanded = panels->expand != NULL && blocks <= SCRATCH_BLOCKS;
-        for (uint32_t p = 0; expanded && p < panels->count; p++)
-            panels->expand(panels->tiles[p] + (size_t)first * TILE_ELEMENTS,
-                           panels->scratch + (size_t)p * SCRATCH_BLOCKS * TILE_ELEMENTS, blocks);
-        for (uint32_t row = part->row_begin; row < part->row_end; row += GROUP_ROWS) {
-            const uint32_t left = part->row_end - row, rows = left < GROUP_ROWS ? left : GROUP_ROWS;
-            if (rows != configured)
-                configure(rows);
-            configured = rows;
-            segment_sums(panels, s, expanded, row, rows, sums);
-            finish_segment(panels, s, row, rows, sums);
-        }
+    for (uint32_t row = walk->row_begin; row < walk->row_end; row += GROUP_ROWS) {
+        const uint32_t left = walk->row_end - row;
+        const struct group group = {row, left < GROUP_ROWS ? left : GROUP_ROWS,
+                                    row == walk->row_begin, sums, acc};
+        if (group.rows != configured)
+            group_configure(group.rows);
+        configured = group.rows;
+        group_run(walk, pair, &group);
     }
+}
+
+/* Where the blocks end that are expanded together with block `begin`. */
+static uint32_t pair_end(const struct walk *walk, uint32_t begin) {
+    const struct matrix *w = walk->w;
+    const uint32_t blocks = matrix_blocks(w);
+    if (!walk->e4m3 || blocks - begin <= EXPAND_BLOCKS)
+        return blocks;
+    if (w->scales == NULL)
+        return begin + EXPAND_BLOCKS;
+    uint32_t end = begin;
+    for (uint32_t s = 0; s < w->segments; s++)
+        if (w->segment_block[s + 1] <= begin + EXPAND_BLOCKS)
+            end = w->segment_block[s + 1];
+    ASSERT(end > begin);
+    return end;
+}
+
+/* Inputs as tiles, zeros where a segment ends inside a block: what 16 rows have in one block lies
+ * together, instead of a row's length apart, where it would fight for a few places of the cache. */
+static void pack_inputs(struct walk *walk, bf16 *to) {
+    const struct matmul_job *job = walk->job;
+    const struct matrix *w = walk->w;
+    const uint32_t rows = walk->row_end - walk->row_begin;
+    walk->packed = to;
+    const uint32_t blocks = matrix_blocks(w);
+    const bf16 *row = (const bf16 *)job->x + walk->row_begin * job->x_stride;
+    for (uint32_t r = 0; r < rows; r++, row += job->x_stride) {
+        bf16 *tiles = to + (size_t)(r / TILE_ROWS) * blocks * TILE_ELEMENTS +
+                      (size_t)(r % TILE_ROWS) * BLOCK_INPUTS;
+        for (uint32_t s = 0; s < w->segments; s++)
+            for (uint32_t b = w->segment_block[s]; b < w->segment_block[s + 1]; b++) {
+                const uint32_t k = w->segment_k[s] + (b - w->segment_block[s]) * BLOCK_INPUTS;
+                const uint32_t left = w->segment_k[s + 1] - k;
+                const __mmask32 lanes = left < BLOCK_INPUTS ? (1u << left) - 1 : 0xffffffff;
+                _mm512_store_si512(tiles + (size_t)b * TILE_ELEMENTS,
+                                   _mm512_maskz_loadu_epi16(lanes, row + k));
+            }
+    }
+}
+
+static void many_rows(struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
+    const struct matrix *w = walk->w;
+    const uint32_t rows = walk->row_end - walk->row_begin, blocks = matrix_blocks(w);
+    const uint32_t expanded = blocks < EXPAND_BLOCKS ? blocks : EXPAND_BLOCKS;
+    const struct scratch_mark mark = scratch_mark();
+    if (panel_end - panel_begin >= PACK_PANELS_MIN)
+        pack_inputs(walk, scratch_take((size_t)(rows + TILE_ROWS) * blocks * BLOCK_INPUTS,
+                                       sizeof(bf16)));
+    bf16 *scratch = NULL;
+    if (walk->e4m3)
+        scratch = scratch_take((size_t)GROUP_PANELS * expanded * TILE_ELEMENTS, sizeof(bf16));
+    struct pair pair;
+    for (pair.panel = panel_begin; pair.panel < panel_end; pair.panel += GROUP_PANELS) {
+        pair.panels = panel_end - pair.panel < GROUP_PANELS ? 1 : GROUP_PANELS;
+        pair.block_begin = 0;
+        do {
+            pair.block_end = pair_end(walk, pair.block_begin);
+            pair_run(walk, &pair, scratch);
+            pair.block_begin = pair.block_end;
+        } while (pair.block_begin < blocks);
+    }
+    scratch_release(mark);
 }
 
 static void part_amx(const struct matmul_job *job, const struct matmul_part *part) {
     numerics_enter();
     const struct matrix *w = job->w;
-    _Alignas(64) bf16 scratch[GROUP_PANELS * SCRATCH_BLOCKS * TILE_ELEMENTS];
-    struct panels panels = {.job = job, .scratch = scratch};
-    if (w->dtype == DTYPE_E4M3)
-        panels.expand = expand_tiles_best();
-    const size_t tile_bytes = TILE_ELEMENTS * (w->dtype == DTYPE_E4M3 ? 1 : sizeof(bf16));
-    for (uint32_t panel = part->panel_begin; panel < part->panel_end; panel += GROUP_PANELS) {
-        panels.panel = panel;
-        panels.count =
-            part->panel_end - panel < GROUP_PANELS ? part->panel_end - panel : GROUP_PANELS;
-        for (uint32_t p = 0; p < panels.count; p++)
-            panels.tiles[p] =
-                (const uint8_t *)w->data + (panel + p) * matrix_blocks(w) * tile_bytes;
-        run_panels(&panels, part);
-    }
-    __asm__ volatile("tilerelease" ::: "memory");
+    struct walk walk = {.job = job,
+                        .w = w,
+                        .e4m3 = w->dtype == DTYPE_E4M3,
+                        .plain = w->plain,
+                        .row_begin = part->row_begin,
+                        .row_end = part->row_end};
+    if (walk.e4m3)
+        walk.expand = expand_tiles_best();
+    walk.tile_bytes = TILE_ELEMENTS * (walk.e4m3 ? 1 : sizeof(bf16));
+    walk.panel_bytes = walk.tile_bytes * matrix_blocks(w);
+    if (part->row_end - part->row_begin <= TILE_ROWS)
+        few_rows(&walk, part->panel_begin, part->panel_end);
+    else
+        many_rows(&walk, part->panel_begin, part->panel_end);
+    TILES_RELEASE();
 }
 
 void matmul_bf16_amx(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                      float *y, size_t y_stride, const struct parallel *parallel) {
     ASSERT(w->dtype == DTYPE_BF16 || w->dtype == DTYPE_E4M3);
     const struct matmul_job job = {w, x, x_stride, rows, y, y_stride};
-    matmul_run(&job, part_amx, GROUP_PANELS, GROUP_ROWS, parallel);
+    matmul_run(&job, part_amx, rows <= TILE_ROWS ? FEW_PANELS : GROUP_PANELS, GROUP_ROWS, parallel);
 }
