@@ -139,7 +139,7 @@ silu_mul_function silu_mul_bf16_avx512;
 widen_function widen_bf16_avx512;
 add_function add_avx512;
 rope_function rope_avx512;
-mla_absorbed_function mla_absorbed_bf16_avx512;
+mla_absorbed_function mla_absorbed_bf16_avx512, mla_absorbed_bf16_amx;
 mla_expanded_function mla_expanded_bf16_avx512, mla_expanded_bf16_amx;
 #endif
 

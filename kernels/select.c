@@ -59,7 +59,7 @@ static const struct kernels BF16_AVX512 = {
     .mla_expanded = mla_expanded_bf16_avx512,
 };
 
-/* Processors with AMX have AVX-512, which does all but the products. */
+/* Processors with AMX have AVX-512, which does all but products and attention. */
 static const struct kernels BF16_AMX = {
     .name = "bf16 amx",
     .profile = PROFILE_BF16,
@@ -74,7 +74,7 @@ static const struct kernels BF16_AMX = {
     .add = add_avx512,
     .widen = widen_bf16_avx512,
     .rope = rope_avx512,
-    .mla_absorbed = mla_absorbed_bf16_avx512,
+    .mla_absorbed = mla_absorbed_bf16_amx,
     .mla_expanded = mla_expanded_bf16_amx,
 };
 #endif

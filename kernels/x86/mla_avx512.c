@@ -194,9 +194,8 @@ static void expanded_task(void *argument, int part, int parts) {
 }
 
 /* kv_b times the latents of the batch's blocks. */
-static void expanded_product(const struct expanded *job, const struct matrix *kv_b,
-                             matmul_function *matmul, bf16 *latents, float *key_value,
-                             const struct parallel *parallel) {
+static void expanded_product(const struct expanded *job, const struct matrix *kv_b, bf16 *latents,
+                             float *key_value, const struct parallel *parallel) {
     const size_t stride = cache_stride(job->shape->kv_lora, job->shape->rope);
     const size_t width = activation_stride(job->shape->kv_lora);
     uint32_t positions = 0;
@@ -205,7 +204,7 @@ static void expanded_product(const struct expanded *job, const struct matrix *kv
         for (uint32_t j = 0; j < expanded_positions(job, b); j++)
             memcpy(latents + positions++ * width, page + j * stride, width * sizeof(bf16));
     }
-    matmul(kv_b, latents, width, positions, key_value, kv_b->n, parallel);
+    matmul_bf16_avx512(kv_b, latents, width, positions, key_value, kv_b->n, parallel);
 }
 
 /* Tiles of the group's rows, for every head; accumulators lie beside each other by head. */
@@ -244,7 +243,7 @@ static void expanded_finish(const struct expanded *job) {
     }
 }
 
-static void expanded_group(struct expanded *job, const struct matrix *kv_b, matmul_function *matmul,
+static void expanded_group(struct expanded *job, const struct matrix *kv_b,
                            const struct parallel *parallel) {
     const struct mla_shape *shape = job->shape;
     const uint32_t blocks = job->rows->position[job->row_end - 1] / PAGE_TOKENS + 1;
@@ -260,7 +259,7 @@ static void expanded_group(struct expanded *job, const struct matrix *kv_b, matm
     for (job->block_begin = 0; job->block_begin < blocks; job->block_begin = job->block_end) {
         const uint32_t left = blocks - job->block_begin;
         job->block_end = job->block_begin + (left < batch ? left : (uint32_t)batch);
-        expanded_product(job, kv_b, matmul, latents, key_value, parallel);
+        expanded_product(job, kv_b, latents, key_value, parallel);
         run_worthwhile(parallel, expanded_task, job, (size_t)shape->heads * job->tile_count,
                        (double)(job->row_end - job->row_begin) * shape->heads *
                            (job->block_end - job->block_begin) * PAGE_TOKENS *
@@ -270,28 +269,15 @@ static void expanded_group(struct expanded *job, const struct matrix *kv_b, matm
     scratch_release(mark);
 }
 
-static void expanded(struct expanded *job, const struct matrix *kv_b, matmul_function *matmul,
-                     const struct parallel *parallel) {
-    const struct mla_shape *shape = job->shape;
-    ASSERT(kv_b->n == (size_t)shape->heads * (shape->nope + shape->v));
-    const uint32_t group = mla_expanded_group(shape->heads * (shape->v + 15) / 16 * (size_t)16);
-    for (; job->row_begin < job->rows->rows; job->row_begin = job->row_end) {
-        uint32_t left = job->rows->rows - job->row_begin;
-        job->row_end = job->row_begin + (left < group ? left : group);
-        expanded_group(job, kv_b, matmul, parallel);
-    }
-}
-
 void mla_expanded_bf16_avx512(const struct mla_shape *shape, const struct mla_rows *rows,
                               const struct matrix *kv_b, const void *q, size_t q_stride, void *ret,
                               size_t ret_stride, const struct parallel *parallel) {
     struct expanded job = {shape, rows, q, q_stride, ret, ret_stride, .row_begin = 0};
-    expanded(&job, kv_b, matmul_bf16_avx512, parallel);
-}
-
-void mla_expanded_bf16_amx(const struct mla_shape *shape, const struct mla_rows *rows,
-                           const struct matrix *kv_b, const void *q, size_t q_stride, void *ret,
-                           size_t ret_stride, const struct parallel *parallel) {
-    struct expanded job = {shape, rows, q, q_stride, ret, ret_stride, .row_begin = 0};
-    expanded(&job, kv_b, matmul_bf16_amx, parallel);
+    ASSERT(kv_b->n == (size_t)shape->heads * (shape->nope + shape->v));
+    const uint32_t group = mla_expanded_group(shape->heads * (shape->v + 15) / 16 * (size_t)16);
+    for (; job.row_begin < rows->rows; job.row_begin = job.row_end) {
+        uint32_t left = rows->rows - job.row_begin;
+        job.row_end = job.row_begin + (left < group ? left : group);
+        expanded_group(&job, kv_b, parallel);
+    }
 }
