@@ -3,7 +3,11 @@
  * A job's parts are handed out by one 64-bit ticket: upper half the number of parts, lower half the
  * next part. Whoever takes a part below the number of parts owns it, and the job cannot end before
  * that part has, so `task` and `argument` can be read after the ticket. A thread that comes late
- * finds the ticket used up, or the ticket of the next job, which it may join as well. */
+ * finds the ticket used up, or the ticket of the next job, which it may join as well.
+ *
+ * The products of a layer follow each other within microseconds, and waking a thread takes tens of
+ * them. So whoever waits looks again for a moment before it sleeps, giving its processor away at
+ * every look to whoever can use it. */
 #include "actors/host/pool.h"
 
 #include <pthread.h>
@@ -14,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "actors/host/clock.h"
 #include "actors/host/futex.h"
 #include "kernels/ops.h"
 
@@ -30,6 +35,21 @@ struct pool {
     _Alignas(64) _Atomic uint32_t remaining; /* parts not yet done; the caller sleeps on this */
     _Atomic uint32_t caller_sleeps;
 };
+
+#define LOOK_NS 40000u /* about what a sleep and a wake-up cost */
+
+/* Waits until *word is no longer `value`, but no longer than LOOK_NS. */
+static void look_for_a_while(_Atomic uint32_t *word, uint32_t value) {
+    const uint64_t start = clock_now_ns();
+    do {
+        for (int i = 0; i < 16; i++) {
+            if (atomic_load_explicit(word, memory_order_relaxed) != value)
+                return;
+            __builtin_ia32_pause();
+        }
+        sched_yield();
+    } while (clock_now_ns() - start < LOOK_NS);
+}
 
 /* Runs parts until none is left. */
 static void take_parts(struct pool *self) {
@@ -57,6 +77,7 @@ static void *worker(void *argument) {
             return NULL;
         }
         take_parts(self);
+        look_for_a_while(&self->jobs, seen);
         atomic_fetch_add(&self->sleepers, 1);
         futex_wait(&self->jobs, seen, UINT64_MAX, 0);
         atomic_fetch_sub(&self->sleepers, 1);
@@ -79,8 +100,10 @@ static void run(void *pool, void (*task)(void *argument, int part, int parts), v
     if (atomic_load(&self->sleepers) > 0)
         futex_wake(&self->jobs, parts - 1 < self->threads ? parts - 1 : self->threads, 0);
     take_parts(self);
-    uint32_t left = atomic_load(&self->remaining);
-    if (left == 0)
+    uint32_t left;
+    for (int looks = 0; looks < parts && (left = atomic_load(&self->remaining)) != 0; looks++)
+        look_for_a_while(&self->remaining, left);
+    if (atomic_load(&self->remaining) == 0)
         return;
     atomic_store(&self->caller_sleeps, 1);
     while ((left = atomic_load(&self->remaining)) != 0)

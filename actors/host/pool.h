@@ -1,5 +1,5 @@
-/* The thread pool behind struct parallel: fork and join over futexes, nothing spins while it has
- * nothing to do. */
+/* The thread pool behind struct parallel: fork and join over futexes. A thread that has nothing to do
+ * looks for more for some tens of microseconds, then sleeps. */
 #ifndef TROUPE_HOST_POOL_H
 #define TROUPE_HOST_POOL_H
 
