@@ -110,7 +110,8 @@ void *weight_memory_take(size_t bytes, const char *what, uint64_t *total, struct
         return NULL;
     }
     lock();
-    for (struct weight_region *region = regions; region != NULL && taken == NULL; region = region->next)
+    for (struct weight_region *region = regions; region != NULL && taken == NULL;
+         region = region->next)
         taken = take_from(region, rounded(bytes));
     if (taken == NULL) {
         struct weight_region *region = region_open(rounded(bytes));
@@ -131,8 +132,8 @@ void weight_memory_free(void *memory, size_t bytes) {
     const uintptr_t at = (uintptr_t)memory;
     lock();
     struct weight_region *region = regions;
-    while (region != NULL && (at < (uintptr_t)region->memory ||
-                              at - (uintptr_t)region->memory >= region->bytes))
+    while (region != NULL &&
+           (at < (uintptr_t)region->memory || at - (uintptr_t)region->memory >= region->bytes))
         region = region->next;
     ASSERT(region != NULL && region->live >= rounded(bytes));
     struct piece *piece = memory;

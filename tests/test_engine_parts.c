@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/internal.h"
 #include "tests/support/one_process.h"
 #include "tests/support/random.h"
 
@@ -74,6 +75,35 @@ static void impossible_options_are_refused(void **state) {
     assert_int_equal(engine_open(&engine, serial.model, &huge, &failure), ERR_NO_MEMORY);
     assert_non_null(strstr(failure.text, "latent cache"));
 #endif
+}
+
+/* What was given back serves the next of its size; everything is aligned and nothing overlaps. */
+static void weights_share_regions(void **state) {
+    (void)state;
+    enum { PIECES = 40 };
+    struct failure failure;
+    uint64_t total = 0;
+    const size_t bytes[] = {1, 64, 100000, (size_t)3 << 20, (size_t)40 << 20};
+    uint8_t *piece[PIECES];
+    for (size_t i = 0; i < PIECES; i++) {
+        const size_t size = bytes[i % 5];
+        piece[i] = weight_memory_take(size, "test", &total, &failure);
+        assert_non_null(piece[i]);
+        assert_int_equal((uintptr_t)piece[i] % 64, 0);
+        piece[i][0] = piece[i][size - 1] = (uint8_t)i;
+    }
+    for (size_t i = 0; i < PIECES; i++)
+        assert_int_equal(piece[i][0], i);
+    for (size_t i = 0; i < PIECES; i++)
+        assert_int_equal(piece[i][bytes[i % 5] - 1], i);
+    uint8_t *again = piece[2];
+    weight_memory_free(again, bytes[2]);
+    assert_ptr_equal(weight_memory_take(bytes[2], "test", &total, &failure), again);
+    for (size_t i = 0; i < PIECES; i++)
+        weight_memory_free(piece[i], bytes[i % 5]);
+    weight_memory_free(NULL, 5);
+    assert_null(weight_memory_take(SIZE_MAX - 5, "test", &total, &failure));
+    assert_int_equal(failure.code, ERR_TOO_LARGE);
 }
 
 static void experts_come_and_go(void **state) {
@@ -259,6 +289,7 @@ static void the_gate_takes_its_options(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(impossible_options_are_refused),
+        cmocka_unit_test(weights_share_regions),
         cmocka_unit_test(experts_come_and_go),
         cmocka_unit_test(an_output_depends_on_its_item_only),
         cmocka_unit_test(experts_of_prediction_layers_can_be_packed),
