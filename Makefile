@@ -130,7 +130,7 @@ $(BUILD)/proto/troupe.pb-c.o: $(BUILD)/proto/troupe.pb-c.c
 	@$(CC) $(CPPFLAGS) -std=gnu17 -O2 -g $(if $(SANITIZER),-fsanitize=$(SANITIZER)) -c -o $@ $<
 
 # Files for one instruction set carry it in their name and are compiled for it; everything else runs on any machine of its kind.
-ISA_FLAGS = $(if $(findstring _avx512.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mavx2,)$(if $(findstring _amx.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mgfni -mamx-tile -mamx-bf16,)$(if $(findstring _sse42.c,$<),-msse4.2,)
+ISA_FLAGS = $(if $(findstring _avx512.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mavx2,)$(if $(findstring _amx.c,$<),-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mgfni -mprfchw -mamx-tile -mamx-bf16,)$(if $(findstring _sse42.c,$<),-msse4.2,)
 
 $(BUILD)/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
 	@mkdir -p $(@D)

@@ -85,11 +85,19 @@ struct matmul_part {
 };
 typedef void matmul_part_function(const struct matmul_job *job, const struct matmul_part *part);
 
+/* Below part_min of work per part another thread costs more (microseconds to tens of them to wake)
+ * than it saves. Work: n * k, once for bringing the weights here, once more for every rows_per_load
+ * rows. */
+struct matmul_cost {
+    uint32_t rows_per_load, part_min;
+};
+
 /* Cuts a product into at most parallel->width parts, by panels (in multiples of panel_step) and,
  * when panels are few, by rows too (in multiples of row_step); small products stay in the calling
  * thread. */
 void matmul_run(const struct matmul_job *job, matmul_part_function *function, uint32_t panel_step,
-                uint32_t row_step, const struct parallel *parallel);
+                uint32_t row_step, const struct matmul_cost *cost,
+                const struct parallel *parallel);
 
 #if defined(__x86_64__)
 /* Asks Linux to let this process use the tile registers; true if it may. */

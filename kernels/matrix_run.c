@@ -2,11 +2,6 @@
  * order, so the cut shows in no result. */
 #include "kernels/internal.h"
 
-/* Below this much work per part another thread costs more (tens of microseconds to wake, more where
- * processors are scarce) than it saves. Work: multiplications, and bringing the weights here counts
- * as one row more. */
-#define WORK_PER_PART_MIN (1280u * 1024)
-
 struct run {
     const struct matmul_job *job;
     matmul_part_function *function;
@@ -40,11 +35,13 @@ static void run_part(void *argument, int part, int parts) {
 }
 
 void matmul_run(const struct matmul_job *job, matmul_part_function *function, uint32_t panel_step,
-                uint32_t row_step, const struct parallel *parallel) {
+                uint32_t row_step, const struct matmul_cost *cost,
+                const struct parallel *parallel) {
     if (job->rows == 0 || job->w->n == 0)
         return;
-    const uint64_t work = (uint64_t)job->w->n * job->w->k / 64 * ((uint64_t)job->rows + 1);
-    const uint64_t worth = work / (WORK_PER_PART_MIN / 64), useful = worth > 0 ? worth : 1;
+    const uint64_t work = (uint64_t)job->w->n * job->w->k / 64 *
+                          ((uint64_t)job->rows + cost->rows_per_load) / cost->rows_per_load;
+    const uint64_t worth = work / (cost->part_min / 64), useful = worth > 0 ? worth : 1;
     const uint32_t parts =
         useful < (uint64_t)parallel->width ? (uint32_t)useful : (uint32_t)parallel->width;
     struct run run = {job, function, panel_step, row_step, parts, 1};

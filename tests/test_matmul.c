@@ -319,6 +319,38 @@ static void forms_give_the_defined_bits_on_odd_shapes(void **unused) {
         }
 }
 
+/* Where forms change their way: more rows than are packed together, more panels than a strip, more K
+ * than is expanded at once. */
+static void forms_agree_on_large_shapes(void **unused) {
+    const struct shape shapes[] = {{150, 96, 300, .dtype = DTYPE_BF16},
+                                   {150, 160, 290, .dtype = DTYPE_E4M3, .scaled = true},
+                                   {140, 2200, 75, .dtype = DTYPE_E4M3, .scaled = true},
+                                   {60, 2200, 67, .dtype = DTYPE_E4M3},
+                                   {90, 700, 50, .dtype = DTYPE_BF16},
+                                   {60, 700, 81, .dtype = DTYPE_BF16},
+                                   {300, 2200, 5, .dtype = DTYPE_E4M3, .scaled = true}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        struct test_case it = case_make(&shapes[s]);
+        struct matrix w = packed(&it.view, matrix_bytes_bf16, matrix_pack_bf16);
+        const size_t count = (size_t)shapes[s].rows * shapes[s].n;
+        float *expected = malloc(count * sizeof(float)), *found = malloc(count * sizeof(float));
+        forms[0].matmul(&w, it.x, it.x_stride, it.rows, expected, w.n, &PARALLEL_SERIAL);
+        for (int f = 1; f < form_count; f++) {
+            memset(found, 0x7f, count * sizeof(float));
+            forms[f].matmul(&w, it.x, it.x_stride, it.rows, found, w.n, &PARALLEL_SERIAL);
+            for (size_t i = 0; i < count; i++)
+                if (bits_of(expected[i]) != bits_of(found[i]))
+                    fail_msg("shape %zu: row %zu, output %zu: %a, %s found %a", s, i / w.n, i % w.n,
+                             (double)expected[i], forms[f].name, (double)found[i]);
+        }
+        free(expected);
+        free(found);
+        free(w.data);
+        case_free(&it);
+    }
+    (void)unused;
+}
+
 static void parts_of_a_file_matrix_keep_their_scales(void **unused) {
     const uint32_t offsets[][2] = {{0, 0}, {128, 64}, {32, 128}, {100, 7}, {1, 127}, {64, 160}};
     for (int o = 0; o < 6; o++)
@@ -616,6 +648,7 @@ int main(void) {
         cmocka_unit_test(scalar_form_needs_no_processor_mode),
         cmocka_unit_test(e4m3_expands_exactly),
         cmocka_unit_test(forms_give_the_defined_bits_on_odd_shapes),
+        cmocka_unit_test(forms_agree_on_large_shapes),
         cmocka_unit_test(parts_of_a_file_matrix_keep_their_scales),
         cmocka_unit_test(extreme_values_give_the_same_bits),
         cmocka_unit_test(a_row_does_not_depend_on_its_batch_nor_on_threads),

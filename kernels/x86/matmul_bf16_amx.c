@@ -1,13 +1,14 @@
 /* The product of the bf16 profile with AMX: TDPBF16PS multiplies up to 16 rows by a tile of weights
- * and computes exactly the canonical sums (an even and an odd chain of 16 FMAs, then their sum joins
- * the accumulator; denormals are zero).
+ * and computes exactly the canonical sums (an even and an odd chain of 16 FMAs, then their sum
+ * joins the accumulator; denormals are zero).
  *
- * Up to 16 rows: four panels at a time, so that four chains of products hide each other's latency
- * while weights stream from memory once. More rows: 32 rows x 2 panels at a time, each tile used
- * twice, over all of K; inputs are packed into tiles first where many panels read them.
- * E4M3 weights are expanded to BF16, for few rows one block ahead of the tile loads (which cannot
- * take what a store has not yet brought to the cache, and wait), for many rows once for all of them.
- * The sums of a scaled segment leave the tiles to be multiplied by its scales in FP32.
+ * Up to 64 rows: four panels at a time, so that four chains of products hide each other's latency
+ * while weights stream from memory; 16 rows at a time, the further ones from the cache. More rows:
+ * 32 rows x 2 panels at a time, each tile used twice, over all of K; inputs are packed into tiles
+ * first where many panels read them. E4M3 weights are expanded to BF16, for few rows one block
+ * ahead of the tile loads (which cannot take what a store has not yet brought to the cache, and
+ * wait), for many rows once for all of them. The sums of a scaled segment leave the tiles to be
+ * multiplied by its scales in FP32.
  *
  * Instructions are written out because GCC 12's intrinsics do not tell the compiler that they read
  * memory. */
@@ -18,10 +19,14 @@
 #include "kernels/x86/tile_amx.h"
 
 enum {
+    FEW_ROWS = 64,
     FEW_PANELS = 4,
     GROUP_ROWS = 2 * TILE_ROWS,
     GROUP_PANELS = 2,
-    EXPAND_BLOCKS = 256, /* K that is expanded at once: 512 KiB */
+    STRIP_PANELS = 8,
+    BLOCK_ROWS = 256,   /* whose inputs stay in the second-level cache while all weights pass */
+    CHUNK_BLOCKS = 8,   /* of 32 rows: 16 KiB of inputs, a third of a first-level cache */
+    EXPAND_BLOCKS = 64, /* K that is expanded at once: 512 KiB of a strip */
     AHEAD_BYTES = 8192, /* how far weights are asked for before they are used */
     PACK_PANELS_MIN = 4,
 };
@@ -48,9 +53,9 @@ static __mmask16 panel_outputs(const struct matrix *w, uint32_t panel) {
 }
 
 /* E4M3 to BF16 where all weights are normal numbers (sign, 4 bits of exponent with bias 7, 3 of
- * fraction): then both bytes of the BF16 value are affine functions of the bits, one instruction for
- * 64 weights each. With the exponent's highest bit h the BF16 exponent is h ~h ~h ~h ~h and the three
- * lower bits. (Row i of a matrix, from the most significant byte down, makes bit i.) */
+ * fraction): then both bytes of the BF16 value are affine functions of the bits, one instruction
+ * for 64 weights each. With the exponent's highest bit h the BF16 exponent is h ~h ~h ~h ~h and the
+ * three lower bits. (Row i of a matrix, from the most significant byte down, makes bit i.) */
 static inline void expand_plain(const uint8_t *packed, bf16 *ret) {
     const __m512i high_rows = _mm512_set1_epi64(0x1020404040404080);
     const __m512i low_rows = _mm512_set1_epi64(0x0000000001020408);
@@ -77,7 +82,7 @@ static inline const bf16 *tile_weights(const struct walk *walk, uint32_t panel, 
     return scratch;
 }
 
-/* ---- Up to 16 rows ---- */
+/* ---- Up to 64 rows, 16 at a time ---- */
 
 /* Asks for what these panels' block will be AHEAD_BYTES later, in the panels after them where these
  * end. */
@@ -100,7 +105,8 @@ static inline void ask_ahead(const struct walk *walk, uint32_t panel, uint32_t c
 /* Weights of one block of up to four panels: those of the next block are expanded while this one's
  * are loaded. */
 struct few {
-    uint32_t panel, count;
+    uint32_t panel, row, rows;
+    uint32_t configured; /* rows that the tiles are set up for */
     _Alignas(64) bf16 scratch[2][FEW_PANELS][TILE_ELEMENTS];
 };
 
@@ -116,7 +122,8 @@ static inline const bf16 *few_weights(const struct walk *walk, struct few *few, 
 static inline void few_block(const struct walk *walk, struct few *few, const bf16 *x,
                              size_t x_stride_bytes, uint32_t block, const uint32_t count) {
     const size_t row_bytes = 64;
-    ask_ahead(walk, few->panel, count, block);
+    if (few->row == walk->row_begin)
+        ask_ahead(walk, few->panel, count, block);
     const bf16 *w0 = few_weights(walk, few, 0, block);
     TILE_LOAD(4, x, x_stride_bytes);
     TILE_LOAD(5, w0, row_bytes);
@@ -164,12 +171,12 @@ static inline void few_scale(const struct walk *walk, uint32_t panel, const uint
     }
 }
 
-/* 1, 2 or 4 panels over all of K. */
+/* 1, 2 or 4 panels over all of K, up to 16 rows. */
 static inline void few_panels(const struct walk *walk, struct few *few, const uint32_t count) {
     const struct matrix *w = walk->w;
     const struct matmul_job *job = walk->job;
-    const uint32_t rows = walk->row_end - walk->row_begin, panel = few->panel;
-    const bf16 *x = (const bf16 *)job->x + walk->row_begin * job->x_stride;
+    const uint32_t rows = few->rows, panel = few->panel;
+    const bf16 *x = (const bf16 *)job->x + few->row * job->x_stride;
     _Alignas(64) few_sums sums, acc;
     _Alignas(64) bf16 rest[TILE_ROWS][BLOCK_INPUTS];
     for (uint32_t p = 0; walk->e4m3 && matrix_blocks(w) > 0 && p < count; p++)
@@ -201,42 +208,54 @@ static inline void few_panels(const struct walk *walk, struct few *few, const ui
     }
     for (uint32_t p = 0; p < count; p++)
         for (uint32_t r = 0; r < rows; r++)
-            _mm512_mask_storeu_ps(job->y + (walk->row_begin + r) * job->y_stride +
-                                      (size_t)(panel + p) * PANEL_OUTPUTS,
-                                  panel_outputs(w, panel + p),
-                                  _mm512_load_ps(&acc[p][r * PANEL_OUTPUTS]));
+            _mm512_mask_storeu_ps(
+                job->y + (few->row + r) * job->y_stride + (size_t)(panel + p) * PANEL_OUTPUTS,
+                panel_outputs(w, panel + p), _mm512_load_ps(&acc[p][r * PANEL_OUTPUTS]));
+}
+
+static inline void few_groups(const struct walk *walk, struct few *few, const uint32_t count) {
+    for (few->row = walk->row_begin; few->row < walk->row_end; few->row += TILE_ROWS) {
+        const uint32_t left = walk->row_end - few->row;
+        few->rows = left < TILE_ROWS ? left : TILE_ROWS;
+        if (few->rows != few->configured) {
+            const uint8_t rows = (uint8_t)few->rows;
+            const uint8_t rows_of[8] = {rows, rows, rows, rows, rows, 16, 16, 16};
+            tiles_configure(rows_of);
+            few->configured = few->rows;
+        }
+        few_panels(walk, few, count);
+    }
 }
 
 static void few_rows(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
-    const uint8_t rows = (uint8_t)(walk->row_end - walk->row_begin);
-    const uint8_t rows_of[8] = {rows, rows, rows, rows, rows, 16, 16, 16};
-    tiles_configure(rows_of);
-    struct few few;
+    struct few few = {.configured = 0};
     for (few.panel = panel_begin; few.panel + FEW_PANELS <= panel_end; few.panel += FEW_PANELS)
-        few_panels(walk, &few, FEW_PANELS);
+        few_groups(walk, &few, FEW_PANELS);
     for (; few.panel + 2 <= panel_end; few.panel += 2)
-        few_panels(walk, &few, 2);
+        few_groups(walk, &few, 2);
     if (few.panel < panel_end)
-        few_panels(walk, &few, 1);
+        few_groups(walk, &few, 1);
 }
 
 /* ---- More rows ---- */
 
-/* One or two panels over blocks [block_begin, block_end) of K, which are whole segments, or a part of
+/* Up to 8 panels over blocks [block_begin, block_end) of K, which are whole segments, or a part of
  * the only one. */
-struct pair {
+struct strip {
     uint32_t panel, panels;
     uint32_t block_begin, block_end;
-    const bf16 *weights[GROUP_PANELS]; /* tiles of those blocks */
+    const bf16 *weights[STRIP_PANELS]; /* tiles of those blocks */
 };
 
-/* Up to 32 rows. */
+/* Up to 32 rows, and where their sums lie. */
+enum { GROUP_SUMS = GROUP_ROWS * GROUP_PANELS * PANEL_OUTPUTS };
 struct group {
     uint32_t row, rows;
-    bool first;       /* of the part: the one that asks for the next panels' weights */
-    float *sums, *acc; /* [32][2 x 16] */
+    bool first; /* of the part: the one that asks for the next panels' weights */
+    /* Sums of each pair of panels, [32][2 x 16]. */
+    _Alignas(64) float acc[STRIP_PANELS / GROUP_PANELS][GROUP_SUMS];
+    _Alignas(64) float partial[2][GROUP_SUMS];
 };
-enum { GROUP_SUMS = GROUP_ROWS * GROUP_PANELS * PANEL_OUTPUTS };
 
 /* Tiles 0..3: sums of 32 rows x 2 panels; 4, 5: inputs; 6, 7: weights. */
 static void group_configure(uint32_t rows) {
@@ -265,21 +284,21 @@ static inline void group_block(const bf16 *low, const bf16 *high, size_t x_strid
         TILE_PRODUCT(3, 5, 7);
 }
 
-static void group_zero(void) {
+static inline void group_zero(void) {
     TILE_ZERO(0);
     TILE_ZERO(1);
     TILE_ZERO(2);
     TILE_ZERO(3);
 }
 
-static void group_store(float *sums) {
+static inline void group_store(float *sums) {
     const size_t stride_bytes = GROUP_PANELS * PANEL_OUTPUTS * sizeof *sums;
     TILE_STORE(0, sums, stride_bytes);
     TILE_STORE(1, sums + PANEL_OUTPUTS, stride_bytes);
     TILE_STORE(2, sums + GROUP_SUMS / 2, stride_bytes);
     TILE_STORE(3, sums + GROUP_SUMS / 2 + PANEL_OUTPUTS, stride_bytes);
 }
-static void group_load(const float *sums) {
+static inline void group_load(const float *sums) {
     const size_t stride_bytes = GROUP_PANELS * PANEL_OUTPUTS * sizeof *sums;
     TILE_LOAD(0, sums, stride_bytes);
     TILE_LOAD(1, sums + PANEL_OUTPUTS, stride_bytes);
@@ -287,78 +306,98 @@ static void group_load(const float *sums) {
     TILE_LOAD(3, sums + GROUP_SUMS / 2 + PANEL_OUTPUTS, stride_bytes);
 }
 
-/* The weights of the panels after these, a block at a time. */
-static inline void ask_next(const struct walk *walk, const struct pair *pair, uint32_t block) {
-    const uint32_t next = pair->panel + pair->panels;
-    for (uint32_t p = next; p < next + GROUP_PANELS && p < matrix_panels(walk->w); p++) {
+/* The weights of the next strip, a block of two panels at a time. */
+static inline void ask_next(const struct walk *walk, uint32_t panel, uint32_t block) {
+    for (uint32_t p = panel; p < panel + GROUP_PANELS && p < matrix_panels(walk->w); p++) {
         const uint8_t *tile = panel_at(walk, p) + block * walk->tile_bytes;
         for (size_t line = 0; line < walk->tile_bytes; line += 64)
             _mm_prefetch(tile + line, _MM_HINT_T1);
     }
 }
 
-/* Blocks [begin, end) of one segment. */
-static void group_products(const struct walk *walk, const struct pair *pair,
-                           const struct group *group, uint32_t segment, uint32_t begin,
-                           uint32_t end) {
+/* Blocks [begin, end) of one segment, the pair's two panels (or one, at the end). */
+static void group_products(const struct walk *walk, const struct strip *strip,
+                           const struct group *group, uint32_t pair, uint32_t segment,
+                           uint32_t begin, uint32_t end) {
     const struct matmul_job *job = walk->job;
     const struct matrix *w = walk->w;
-    const bool two = pair->panels > 1, both = group->rows > TILE_ROWS;
+    const bool both = group->rows > TILE_ROWS;
+    const size_t first = (size_t)(begin - strip->block_begin) * TILE_ELEMENTS;
+    const bf16 *w0 = strip->weights[GROUP_PANELS * pair] + first, *w1 = NULL;
+    if (GROUP_PANELS * pair + 1 < strip->panels)
+        w1 = strip->weights[GROUP_PANELS * pair + 1] + first;
     _Alignas(64) bf16 rest[GROUP_ROWS][BLOCK_INPUTS];
     for (uint32_t b = begin; b < end; b++) {
-        const size_t at = (size_t)(b - pair->block_begin) * TILE_ELEMENTS;
-        const bf16 *w0 = pair->weights[0] + at, *w1 = two ? pair->weights[1] + at : NULL;
         if (group->first)
-            ask_next(walk, pair, b);
+            ask_next(walk, strip->panel + STRIP_PANELS + GROUP_PANELS * pair, b);
         if (walk->packed != NULL) {
             const uint32_t blocks = matrix_blocks(w);
             const size_t index = (size_t)(group->row - walk->row_begin) / TILE_ROWS * blocks + b;
             const bf16 *low = walk->packed + index * TILE_ELEMENTS;
             group_block(low, both ? low + (size_t)blocks * TILE_ELEMENTS : NULL, 64, w0, w1);
-            continue;
+        } else {
+            const uint32_t k =
+                w->segment_k[segment] + (b - w->segment_block[segment]) * BLOCK_INPUTS;
+            const uint32_t left = w->segment_k[segment + 1] - k;
+            const bf16 *x = (const bf16 *)job->x + group->row * job->x_stride + k;
+            size_t stride = job->x_stride;
+            if (left < BLOCK_INPUTS) {
+                memset(rest, 0, sizeof rest);
+                for (uint32_t r = 0; r < group->rows; r++)
+                    memcpy(rest[r], x + r * job->x_stride, left * sizeof *x);
+                x = rest[0];
+                stride = BLOCK_INPUTS;
+            }
+            group_block(x, both ? x + TILE_ROWS * stride : NULL, stride * sizeof *x, w0, w1);
         }
-        const uint32_t k = w->segment_k[segment] + (b - w->segment_block[segment]) * BLOCK_INPUTS;
-        const uint32_t left = w->segment_k[segment + 1] - k;
-        const bf16 *x = (const bf16 *)job->x + group->row * job->x_stride + k;
-        size_t stride = job->x_stride;
-        if (left < BLOCK_INPUTS) {
-            memset(rest, 0, sizeof rest);
-            for (uint32_t r = 0; r < group->rows; r++)
-                memcpy(rest[r], x + r * job->x_stride, left * sizeof *x);
-            x = rest[0];
-            stride = BLOCK_INPUTS;
-        }
-        group_block(x, both ? x + TILE_ROWS * stride : NULL, stride * sizeof *x, w0, w1);
+        w0 += TILE_ELEMENTS;
+        w1 = w1 == NULL ? NULL : w1 + TILE_ELEMENTS;
     }
 }
 
-/* acc += sums * scale; acc counts as 0 before the first segment. */
-static void group_scale(const struct walk *walk, const struct pair *pair, const struct group *group,
-                        uint32_t segment) {
+/* acc += partial * scale; acc counts as 0 before the first segment. */
+static void group_scale(const struct walk *walk, const struct strip *strip, struct group *group,
+                        uint32_t pair, uint32_t segment, const float *partial) {
     const struct matrix *w = walk->w;
-    const float *scales =
-        w->scales + ((size_t)segment * matrix_panels(w) + pair->panel) * PANEL_OUTPUTS;
+    const uint32_t panel = strip->panel + GROUP_PANELS * pair;
+    const float *scales = w->scales + ((size_t)segment * matrix_panels(w) + panel) * PANEL_OUTPUTS;
     const __m512 first = _mm512_loadu_ps(scales);
-    const __m512 second = pair->panels > 1 ? _mm512_loadu_ps(scales + PANEL_OUTPUTS) : first;
-    const float *sums = group->sums;
-    float *acc = group->acc;
-    for (uint32_t r = 0; r < group->rows; r++, sums += 32, acc += 32) {
+    const __m512 second =
+        panel + 1 < matrix_panels(w) ? _mm512_loadu_ps(scales + PANEL_OUTPUTS) : first;
+    float *acc = group->acc[pair];
+    for (uint32_t r = 0; r < group->rows; r++, partial += 32, acc += 32) {
         const __m512 low = segment > 0 ? _mm512_load_ps(acc) : _mm512_setzero_ps();
         const __m512 high = segment > 0 ? _mm512_load_ps(acc + 16) : _mm512_setzero_ps();
-        _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_load_ps(sums), first, low));
-        _mm512_store_ps(acc + 16, _mm512_fmadd_ps(_mm512_load_ps(sums + 16), second, high));
+        _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_load_ps(partial), first, low));
+        _mm512_store_ps(acc + 16, _mm512_fmadd_ps(_mm512_load_ps(partial + 16), second, high));
+    }
+}
+
+static float *group_y(const struct walk *walk, const struct strip *strip, const struct group *group,
+                      uint32_t pair) {
+    return walk->job->y + group->row * walk->job->y_stride +
+           ((size_t)strip->panel + GROUP_PANELS * pair) * PANEL_OUTPUTS;
+}
+
+/* What is not in the first-level cache when it is stored holds up the stores behind it. */
+static void group_ask_y(const struct walk *walk, const struct strip *strip,
+                        const struct group *group, uint32_t pair) {
+    const float *y = group_y(walk, strip, group, pair);
+    for (uint32_t r = 0; r < group->rows; r++, y += walk->job->y_stride) {
+        __builtin_prefetch(y, 1);
+        __builtin_prefetch(y + PANEL_OUTPUTS, 1);
     }
 }
 
 /* acc from y or to y. */
-static void group_move(const struct walk *walk, const struct pair *pair, const struct group *group,
-                       bool to_y) {
-    const struct matmul_job *job = walk->job;
-    const __mmask16 last = panel_outputs(walk->w, pair->panel + pair->panels - 1);
-    const __mmask16 low = pair->panels > 1 ? 0xffff : last, high = pair->panels > 1 ? last : 0;
-    float *y = job->y + group->row * job->y_stride + (size_t)pair->panel * PANEL_OUTPUTS;
-    float *acc = group->acc;
-    for (uint32_t r = 0; r < group->rows; r++, y += job->y_stride, acc += 32) {
+static void group_move(const struct walk *walk, const struct strip *strip, struct group *group,
+                       uint32_t pair, bool to_y) {
+    const uint32_t panel = GROUP_PANELS * pair, left = strip->panels - panel;
+    const __mmask16 low = panel_outputs(walk->w, strip->panel + panel);
+    const __mmask16 high = left > 1 ? panel_outputs(walk->w, strip->panel + panel + 1) : 0;
+    float *y = group_y(walk, strip, group, pair);
+    float *acc = group->acc[pair];
+    for (uint32_t r = 0; r < group->rows; r++, y += walk->job->y_stride, acc += 32) {
         if (to_y) {
             _mm512_mask_storeu_ps(y, low, _mm512_load_ps(acc));
             _mm512_mask_storeu_ps(y + 16, high, _mm512_load_ps(acc + 16));
@@ -369,58 +408,92 @@ static void group_move(const struct walk *walk, const struct pair *pair, const s
     }
 }
 
-static void group_run(const struct walk *walk, const struct pair *pair, const struct group *group) {
-    const struct matrix *w = walk->w;
-    if (pair->block_begin > 0)
-        group_move(walk, pair, group, false);
-    if (w->scales == NULL) {
-        if (pair->block_begin > 0)
-            group_load(group->acc);
-        else
-            group_zero();
-        group_products(walk, pair, group, 0, pair->block_begin, pair->block_end);
-        group_store(group->acc);
+/* K in chunks whose inputs stay in the first-level cache while the strip's pairs pass over them;
+ * sums wait in acc: FP32 all along, so that where they wait does not show. */
+static void group_plain(const struct walk *walk, const struct strip *strip, struct group *group,
+                        uint32_t pairs) {
+    for (uint32_t b = strip->block_begin; b < strip->block_end; b += CHUNK_BLOCKS) {
+        const uint32_t left = strip->block_end - b;
+        const uint32_t end = b + (left < CHUNK_BLOCKS ? left : CHUNK_BLOCKS);
+        for (uint32_t p = 0; p < pairs; p++) {
+            if (b > 0)
+                group_load(group->acc[p]);
+            else
+                group_zero();
+            if (end == strip->block_end)
+                group_ask_y(walk, strip, group, p);
+            group_products(walk, strip, group, p, 0, b, end);
+            group_store(group->acc[p]);
+        }
     }
-    for (uint32_t s = 0; w->scales != NULL && s < w->segments; s++) {
-        if (w->segment_block[s] < pair->block_begin || w->segment_block[s] >= pair->block_end)
-            continue;
-        group_zero();
-        group_products(walk, pair, group, s, w->segment_block[s], w->segment_block[s + 1]);
-        group_store(group->sums);
-        group_scale(walk, pair, group, s);
-    }
-    group_move(walk, pair, group, true);
 }
 
-/* All rows of the part. scratch: 2 x EXPAND_BLOCKS tiles where weights are E4M3. */
-static void pair_run(const struct walk *walk, struct pair *pair, bf16 *scratch) {
-    _Alignas(64) float sums[GROUP_SUMS], acc[GROUP_SUMS];
-    const uint32_t blocks = pair->block_end - pair->block_begin;
-    for (uint32_t p = 0; p < pair->panels; p++) {
-        pair->weights[p] = (const bf16 *)(const void *)panel_at(walk, pair->panel + p) +
-                           (size_t)pair->block_begin * TILE_ELEMENTS;
+/* The sums of one pair are scaled while the tiles work on the next one. */
+static void group_scaled(const struct walk *walk, const struct strip *strip, struct group *group,
+                         uint32_t pairs) {
+    const struct matrix *w = walk->w;
+    uint32_t turn = 0, waiting_pair = 0, waiting_segment = 0;
+    bool waiting = false;
+    for (uint32_t s = 0; s < w->segments; s++) {
+        if (w->segment_block[s] < strip->block_begin || w->segment_block[s] >= strip->block_end)
+            continue;
+        for (uint32_t p = 0; p < pairs; p++, turn ^= 1) {
+            group_zero();
+            if (w->segment_block[s + 1] == strip->block_end)
+                group_ask_y(walk, strip, group, p);
+            group_products(walk, strip, group, p, s, w->segment_block[s], w->segment_block[s + 1]);
+            group_store(group->partial[turn]);
+            if (waiting)
+                group_scale(walk, strip, group, waiting_pair, waiting_segment,
+                            group->partial[turn ^ 1]);
+            waiting = true;
+            waiting_pair = p;
+            waiting_segment = s;
+        }
+    }
+    if (waiting)
+        group_scale(walk, strip, group, waiting_pair, waiting_segment, group->partial[turn ^ 1]);
+}
+
+/* All rows of the part. scratch: room for the strip's tiles where weights are E4M3. */
+static void strip_run(const struct walk *walk, struct strip *strip, bf16 *scratch) {
+    const uint32_t blocks = strip->block_end - strip->block_begin;
+    const uint32_t pairs = (strip->panels + 1) / GROUP_PANELS;
+    for (uint32_t p = 0; p < strip->panels; p++) {
+        strip->weights[p] = (const bf16 *)(const void *)panel_at(walk, strip->panel + p) +
+                            (size_t)strip->block_begin * TILE_ELEMENTS;
         if (!walk->e4m3)
             continue;
         bf16 *to = scratch + (size_t)p * blocks * TILE_ELEMENTS;
-        pair->weights[p] = to;
+        strip->weights[p] = to;
         for (uint32_t b = 0; b < blocks; b++)
-            tile_weights(walk, pair->panel + p, pair->block_begin + b,
+            tile_weights(walk, strip->panel + p, strip->block_begin + b,
                          to + (size_t)b * TILE_ELEMENTS);
     }
+    struct group group;
     uint32_t configured = 0;
-    for (uint32_t row = walk->row_begin; row < walk->row_end; row += GROUP_ROWS) {
-        const uint32_t left = walk->row_end - row;
-        const struct group group = {row, left < GROUP_ROWS ? left : GROUP_ROWS,
-                                    row == walk->row_begin, sums, acc};
+    for (group.row = walk->row_begin; group.row < walk->row_end; group.row += GROUP_ROWS) {
+        const uint32_t left = walk->row_end - group.row;
+        group.rows = left < GROUP_ROWS ? left : GROUP_ROWS;
+        group.first = group.row == walk->row_begin;
         if (group.rows != configured)
             group_configure(group.rows);
         configured = group.rows;
-        group_run(walk, pair, &group);
+        for (uint32_t p = 0; strip->block_begin > 0 && p < pairs; p++)
+            group_move(walk, strip, &group, p, false);
+        if (blocks == 0)
+            memset(group.acc, 0, sizeof group.acc);
+        else if (walk->w->scales == NULL)
+            group_plain(walk, strip, &group, pairs);
+        else
+            group_scaled(walk, strip, &group, pairs);
+        for (uint32_t p = 0; p < pairs; p++)
+            group_move(walk, strip, &group, p, true);
     }
 }
 
 /* Where the blocks end that are expanded together with block `begin`. */
-static uint32_t pair_end(const struct walk *walk, uint32_t begin) {
+static uint32_t strip_end(const struct walk *walk, uint32_t begin) {
     const struct matrix *w = walk->w;
     const uint32_t blocks = matrix_blocks(w);
     if (!walk->e4m3 || blocks - begin <= EXPAND_BLOCKS)
@@ -464,20 +537,21 @@ static void many_rows(struct walk *walk, uint32_t panel_begin, uint32_t panel_en
     const uint32_t expanded = blocks < EXPAND_BLOCKS ? blocks : EXPAND_BLOCKS;
     const struct scratch_mark mark = scratch_mark();
     if (panel_end - panel_begin >= PACK_PANELS_MIN)
-        pack_inputs(walk, scratch_take((size_t)(rows + TILE_ROWS) * blocks * BLOCK_INPUTS,
-                                       sizeof(bf16)));
+        pack_inputs(walk,
+                    scratch_take((size_t)(rows + TILE_ROWS) * blocks * BLOCK_INPUTS, sizeof(bf16)));
     bf16 *scratch = NULL;
     if (walk->e4m3)
-        scratch = scratch_take((size_t)GROUP_PANELS * expanded * TILE_ELEMENTS, sizeof(bf16));
-    struct pair pair;
-    for (pair.panel = panel_begin; pair.panel < panel_end; pair.panel += GROUP_PANELS) {
-        pair.panels = panel_end - pair.panel < GROUP_PANELS ? 1 : GROUP_PANELS;
-        pair.block_begin = 0;
+        scratch = scratch_take((size_t)STRIP_PANELS * expanded * TILE_ELEMENTS, sizeof(bf16));
+    struct strip strip;
+    for (strip.panel = panel_begin; strip.panel < panel_end; strip.panel += STRIP_PANELS) {
+        const uint32_t left = panel_end - strip.panel;
+        strip.panels = left < STRIP_PANELS ? left : STRIP_PANELS;
+        strip.block_begin = 0;
         do {
-            pair.block_end = pair_end(walk, pair.block_begin);
-            pair_run(walk, &pair, scratch);
-            pair.block_begin = pair.block_end;
-        } while (pair.block_begin < blocks);
+            strip.block_end = strip_end(walk, strip.block_begin);
+            strip_run(walk, &strip, scratch);
+            strip.block_begin = strip.block_end;
+        } while (strip.block_begin < blocks);
     }
     scratch_release(mark);
 }
@@ -495,10 +569,15 @@ static void part_amx(const struct matmul_job *job, const struct matmul_part *par
         walk.expand = expand_tiles_best();
     walk.tile_bytes = TILE_ELEMENTS * (walk.e4m3 ? 1 : sizeof(bf16));
     walk.panel_bytes = walk.tile_bytes * matrix_blocks(w);
-    if (part->row_end - part->row_begin <= TILE_ROWS)
+    if (part->row_end - part->row_begin <= FEW_ROWS)
         few_rows(&walk, part->panel_begin, part->panel_end);
     else
-        many_rows(&walk, part->panel_begin, part->panel_end);
+        for (uint32_t row = part->row_begin; row < part->row_end; row = walk.row_end) {
+            const uint32_t left = part->row_end - row;
+            walk.row_begin = row;
+            walk.row_end = row + (left < BLOCK_ROWS ? left : BLOCK_ROWS);
+            many_rows(&walk, part->panel_begin, part->panel_end);
+        }
     TILES_RELEASE();
 }
 
@@ -506,5 +585,7 @@ void matmul_bf16_amx(const struct matrix *w, const void *x, size_t x_stride, uin
                      float *y, size_t y_stride, const struct parallel *parallel) {
     ASSERT(w->dtype == DTYPE_BF16 || w->dtype == DTYPE_E4M3);
     const struct matmul_job job = {w, x, x_stride, rows, y, y_stride};
-    matmul_run(&job, part_amx, rows <= TILE_ROWS ? FEW_PANELS : GROUP_PANELS, GROUP_ROWS, parallel);
+    const struct matmul_cost cost = {.rows_per_load = 32, .part_min = 256 * 1024};
+    matmul_run(&job, part_amx, rows <= FEW_ROWS ? FEW_PANELS : GROUP_PANELS, GROUP_ROWS, &cost,
+               parallel);
 }

@@ -118,5 +118,6 @@ void matmul_bf16_avx512(const struct matrix *w, const void *x, size_t x_stride, 
                         float *y, size_t y_stride, const struct parallel *parallel) {
     ASSERT(w->dtype == DTYPE_BF16 || w->dtype == DTYPE_E4M3);
     const struct matmul_job job = {w, x, x_stride, rows, y, y_stride};
-    matmul_run(&job, part_avx512, rows <= 2 ? 4 : 2, KERNEL_ROWS_MAX, parallel);
+    const struct matmul_cost cost = {.rows_per_load = 1, .part_min = 1280 * 1024};
+    matmul_run(&job, part_avx512, rows <= 2 ? 4 : 2, KERNEL_ROWS_MAX, &cost, parallel);
 }

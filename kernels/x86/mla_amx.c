@@ -65,7 +65,7 @@ static void absorbed_run(const struct absorbed *job, size_t begin, size_t end) {
     amx_attend_enter();
     for (uint32_t b = 0; b <= last / PAGE_TOKENS; b++) {
         const bf16 *page = pages[b];
-        const struct amx_block block = {b,           {page, NULL}, {stride, 0}, {blocks, 0},
+        const struct amx_block block = {b,      {page, NULL}, {stride, 0}, {blocks, 0},
                                         values, chunks,       shape->scale};
         amx_values_pack(values, chunks, page, stride, mla_visible(last, b), shape->kv_lora);
         for (uint32_t s = 0; s < count; s++)

@@ -1,7 +1,7 @@
-/* The inner loops of multi-head latent attention with AMX (mla_tile_amx.c), as its driver (mla_amx.c)
- * calls them. Scores are computed as keys x queries: keys are read row by row where they lie, queries
- * are packed once as the second operand, and 16 queries in the lanes of a register need no reduction
- * across lanes in the softmax. */
+/* The inner loops of multi-head latent attention with AMX (mla_tile_amx.c), as its driver
+ * (mla_amx.c) calls them. Scores are computed as keys x queries: keys are read row by row where
+ * they lie, queries are packed once as the second operand, and 16 queries in the lanes of a
+ * register need no reduction across lanes in the softmax. */
 #ifndef TROUPE_KERNELS_MLA_AMX_H
 #define TROUPE_KERNELS_MLA_AMX_H
 
@@ -46,7 +46,8 @@ void amx_attend_leave(void);
 /* ret[0..n) = BF16(acc / sum) of one query; nothing beyond n is written. */
 void amx_queries_finish(const struct amx_queries *self, uint32_t query, uint32_t n, bf16 *ret);
 
-/* Values [64, stride] into ret; rows from `count` on are taken as zero, columns from `width` too. */
+/* Values [64, stride] into ret; rows from `count` on are taken as zero, columns from `width` too.
+ */
 void amx_values_pack(bf16 *ret, uint32_t chunks, const bf16 *rows, size_t stride, uint32_t count,
                      uint32_t width);
 /* The same from floats, rounded to BF16. */

@@ -1,7 +1,7 @@
 /* Inner loops of multi-head latent attention with AMX; the bits of reference/mla_bf16.c. TDPBF16PS
  * computes the canonical dot product whichever operand is which, since a product does not depend on
- * the order of its factors. The softmax has queries in its lanes: the 16 interleaved partial sums of
- * sum_canonical are 16 registers, and their tree is additions of registers. */
+ * the order of its factors. The softmax has queries in its lanes: the 16 interleaved partial sums
+ * of sum_canonical are 16 registers, and their tree is additions of registers. */
 #include "kernels/x86/mla_amx.h"
 
 #include "actors/errors.h"
@@ -188,8 +188,8 @@ static void softmax(struct amx_queries *self, const float *score, const uint32_t
                 const uint32_t at = 16 * g + j + i;
                 const __mmask16 sees = _mm512_cmpgt_epu32_mask(seen, _mm512_set1_epi32((int)at));
                 const __m512 s = _mm512_mul_ps(scales, _mm512_load_ps(score + 16 * at));
-                const __m512 value = _mm512_maskz_mov_ps(
-                    sees, exp_nonpositive_avx512(_mm512_sub_ps(s, maximum)));
+                const __m512 value =
+                    _mm512_maskz_mov_ps(sees, exp_nonpositive_avx512(_mm512_sub_ps(s, maximum)));
                 sums[i] = _mm512_add_ps(sums[i], value);
                 rounded[i] = _mm512_castps_si512(round_normal_to_bf16_avx512(value));
             }

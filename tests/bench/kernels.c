@@ -1,9 +1,11 @@
-/* make bench-kernels: one operation of kernels/ at a time, as GB/s and GFLOP/s and as shares of what
- * this machine can do. Weights come from memory: products walk over many copies of their matrix,
- * more than caches hold. usage: kernels [--isa NAME] [--threads N] [--filter TEXT] [--copies-mib N] */
+/* make bench-kernels: one operation of kernels/ at a time, as GB/s and GFLOP/s and as shares of
+ * what this machine can do. Weights come from memory: products walk over many copies of their
+ * matrix, more than caches hold. usage: kernels [--isa NAME] [--threads N] [--filter TEXT]
+ * [--copies-mib N] */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include "actors/host/clock.h"
@@ -12,8 +14,9 @@
 #include "kernels/ops.h"
 #include "tests/support/random.h"
 
-#define SEED   17
-#define REPEAT 5
+#define SEED      17
+#define REPEAT    5
+#define HUGE_PAGE ((size_t)2 << 20)
 
 static struct {
     const struct kernels *kernels;
@@ -24,7 +27,8 @@ static struct {
     uint64_t random;
 } bench = {.parallel = {NULL, NULL, 1}, .copies_bytes = (size_t)1 << 30, .random = SEED};
 
-/* With one thread the processor time of this thread: what others do meanwhile costs it only caches. */
+/* With one thread the processor time of this thread: what others do meanwhile costs it only caches.
+ */
 static uint64_t now_ns(void) {
     struct timespec now;
     if (bench.parallel.width > 1)
@@ -42,8 +46,7 @@ static void *filled(size_t bytes, enum dtype dtype) {
     }
     for (size_t i = 0; i < bytes / 2; i++) {
         if (dtype == DTYPE_BF16) {
-            ((bf16 *)(void *)memory)[i] =
-                bf16_from_float(random_float(&bench.random, -1.0f, 1.0f));
+            ((bf16 *)(void *)memory)[i] = bf16_from_float(random_float(&bench.random, -1.0f, 1.0f));
             continue;
         }
         memory[2 * i] = e4m3_from_float(random_float(&bench.random, -400.0f, 400.0f));
@@ -107,7 +110,8 @@ static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
     static const uint32_t rows[] = {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048};
     const uint32_t most = rows[sizeof rows / sizeof rows[0] - 1];
     char name[96];
-    snprintf(name, sizeof name, "product %s %ux%u rows", dtype == DTYPE_BF16 ? "bf16" : "fp8", n, k);
+    snprintf(name, sizeof name, "product %s %ux%u rows", dtype == DTYPE_BF16 ? "bf16" : "fp8", n,
+             k);
     if (bench.filter != NULL && strstr(name, bench.filter) == NULL)
         return;
     uint8_t *data = filled((size_t)n * k * dtype_bytes(dtype), dtype);
@@ -126,7 +130,9 @@ static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
     const size_t bytes = bench.kernels->matrix_bytes(&view);
     struct product it = {.copies = (uint32_t)(bench.copies_bytes / bytes) + 1};
     it.matrix = malloc(it.copies * sizeof *it.matrix);
-    uint8_t *memory = aligned_alloc(64, bytes * it.copies);
+    const size_t room = (bytes * it.copies + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    uint8_t *memory = aligned_alloc(HUGE_PAGE, room);
+    madvise(memory, room, MADV_HUGEPAGE); /* as the engine does */
     bench.kernels->matrix_pack(&it.matrix[0], &view, memory);
     for (uint32_t i = 1; i < it.copies; i++) {
         memcpy(memory + i * bytes, memory, bytes);
@@ -175,8 +181,8 @@ static void attention_once(void *argument) {
 
 /* `rows` queries: absorbed, each the last position of a sequence of its own; expanded, the last
  * rows of one sequence. */
-static void bench_attention(const char *model, struct mla_shape shape, bool absorbed,
-                            uint32_t rows, uint32_t context) {
+static void bench_attention(const char *model, struct mla_shape shape, bool absorbed, uint32_t rows,
+                            uint32_t context) {
     char name[96];
     snprintf(name, sizeof name, "attention %s %s context %u rows %u", model,
              absorbed ? "absorbed" : "expanded", context, rows);
@@ -207,9 +213,9 @@ static void bench_attention(const char *model, struct mla_shape shape, bool abso
     const size_t q_stride = absorbed ? stride : cache_stride(shape.nope, shape.rope);
     it.q = filled((size_t)rows * shape.heads * q_stride * 2, DTYPE_BF16);
     it.ret = malloc((size_t)rows * shape.heads * activation_stride(shape.kv_lora + shape.v) * 2);
-    double flops = 2 * seen * shape.heads *
-                   (absorbed ? 2.0 * shape.kv_lora + shape.rope
-                             : (double)shape.nope + shape.rope + shape.v);
+    double flops =
+        2 * seen * shape.heads *
+        (absorbed ? 2.0 * shape.kv_lora + shape.rope : (double)shape.nope + shape.rope + shape.v);
     if (!absorbed)
         flops += 2.0 * context * n * shape.kv_lora;
     report(name, absorbed ? seen * (double)stride * 2 : 0, flops, measure(attention_once, &it));
@@ -254,7 +260,8 @@ static void bench_rows(void) {
         const char *name;
         void (*once)(void *);
         double bytes;
-    } ops[] = {{"silu_mul 64 rows of 1024", silu_once, 10}, {"rms_norm 64 rows of 1024", norm_once, 6}};
+    } ops[] = {{"silu_mul 64 rows of 1024", silu_once, 10},
+               {"rms_norm 64 rows of 1024", norm_once, 6}};
     for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++)
         if (bench.filter == NULL || strstr(ops[i].name, bench.filter) != NULL)
             report(ops[i].name, ops[i].bytes * (double)count, 0, measure(ops[i].once, &it));
@@ -304,7 +311,8 @@ int main(int argc, char **argv) {
         bench_product(dtype, 1024, 2048); /* output of attention */
         bench_product(dtype, 128, 256);   /* demo: gate and up of an expert */
     }
-    static const struct mla_shape big = {16, 128, 64, 128, 512, 0.07f}, demo = {8, 32, 32, 32, 128, 0.125f};
+    static const struct mla_shape big = {16, 128, 64, 128, 512, 0.07f},
+                                  demo = {8, 32, 32, 32, 128, 0.125f};
     static const uint32_t absorbed[][2] = {{1, 160}, {8, 160}, {32, 160}, {1, 1024}};
     static const uint32_t expanded[][2] = {{512, 512}, {128, 2048}};
     for (int i = 0; i < 2; i++) {
