@@ -36,7 +36,6 @@ struct walk {
     const struct matmul_job *job;
     const struct matrix *w;
     bool e4m3;
-    expand_function *expand; /* of tiles that are not plain */
     size_t tile_bytes, panel_bytes;
     const uint32_t *plain;
     uint32_t row_begin, row_end;
@@ -52,20 +51,44 @@ static __mmask16 panel_outputs(const struct matrix *w, uint32_t panel) {
     return left < PANEL_OUTPUTS ? (__mmask16)((1u << left) - 1) : 0xffff;
 }
 
-/* E4M3 to BF16 where all weights are normal numbers (sign, 4 bits of exponent with bias 7, 3 of
- * fraction): then both bytes of the BF16 value are affine functions of the bits, one instruction
- * for 64 weights each. With the exponent's highest bit h the BF16 exponent is h ~h ~h ~h ~h and the
- * three lower bits. (Row i of a matrix, from the most significant byte down, makes bit i.) */
-static inline void expand_plain(const uint8_t *packed, bf16 *ret) {
+/* E4M3 (sign, 4 bits of exponent with bias 7, 3 of fraction) to BF16. Where all weights are normal
+ * numbers both bytes of the BF16 value are affine functions of the bits, one instruction for 64
+ * weights each: with the exponent's highest bit h the BF16 exponent is h ~h ~h ~h ~h and the three
+ * lower bits. (Row i of a matrix, from the most significant byte down, makes bit i.) Others, where
+ * there are any, are put right: multiples of 2^-9 by a table, NaN by its bits. */
+static inline __attribute__((always_inline)) void expand_tile(const uint8_t *packed, bf16 *ret,
+                                                              const bool plain) {
     const __m512i high_rows = _mm512_set1_epi64(0x1020404040404080);
     const __m512i low_rows = _mm512_set1_epi64(0x0000000001020408);
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    const __m512i subnormal_high = _mm512_set1_epi64(0x3c3c3c3c3b3b3b00);
+    const __m512i subnormal_low = _mm512_set1_epi64(0x60402000c0800000);
     for (uint32_t i = 0; i < TILE_ELEMENTS; i += 64) {
         const __m512i bytes = _mm512_loadu_si512(packed + i);
-        const __m512i high = _mm512_gf2p8affine_epi64_epi8(bytes, high_rows, 0x3c);
-        const __m512i low = _mm512_gf2p8affine_epi64_epi8(bytes, low_rows, 0);
+        __m512i high = _mm512_gf2p8affine_epi64_epi8(bytes, high_rows, 0x3c);
+        __m512i low = _mm512_gf2p8affine_epi64_epi8(bytes, low_rows, 0);
+        if (!plain) {
+            const __m512i magnitude = _mm512_andnot_si512(sign, bytes);
+            const __mmask64 small = _mm512_testn_epi8_mask(bytes, _mm512_set1_epi8(0x78));
+            const __mmask64 nan = _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f));
+            const __m512i small_high = _mm512_or_si512(
+                _mm512_shuffle_epi8(subnormal_high, magnitude), _mm512_and_si512(bytes, sign));
+            high = _mm512_mask_mov_epi8(high, small, small_high);
+            low = _mm512_mask_shuffle_epi8(low, small, subnormal_low, magnitude);
+            high = _mm512_mask_mov_epi8(high, nan, bytes);
+            low = _mm512_mask_mov_epi8(low, nan, _mm512_set1_epi8((char)0xc0));
+        }
         _mm512_store_si512(ret + i, _mm512_unpacklo_epi8(low, high));
         _mm512_store_si512(ret + i + 32, _mm512_unpackhi_epi8(low, high));
     }
+}
+
+static inline void expand_plain(const uint8_t *packed, bf16 *ret) {
+    expand_tile(packed, ret, true);
+}
+/* Seldom: out of the way of the others. */
+static __attribute__((noinline)) void expand_mixed(const uint8_t *packed, bf16 *ret) {
+    expand_tile(packed, ret, false);
 }
 
 /* The weights of one tile as BF16: where they lie, or expanded into `scratch`. */
@@ -75,10 +98,10 @@ static inline const bf16 *tile_weights(const struct walk *walk, uint32_t panel, 
     if (!walk->e4m3)
         return (const bf16 *)(const void *)tile;
     const size_t index = (size_t)panel * matrix_blocks(walk->w) + block;
-    if (walk->plain[index / 32] >> index % 32 & 1)
+    if (__builtin_expect(walk->plain[index / 32] >> index % 32 & 1, 1))
         expand_plain(tile, scratch);
     else
-        walk->expand(tile, scratch, 1);
+        expand_mixed(tile, scratch);
     return scratch;
 }
 
@@ -177,7 +200,7 @@ static inline void few_panels(const struct walk *walk, struct few *few, const ui
     const struct matmul_job *job = walk->job;
     const uint32_t rows = few->rows, panel = few->panel;
     const bf16 *x = (const bf16 *)job->x + few->row * job->x_stride;
-    _Alignas(64) few_sums sums, acc;
+    _Alignas(64) few_sums sums[2], acc; /* a segment is scaled while the next one is summed */
     _Alignas(64) bf16 rest[TILE_ROWS][BLOCK_INPUTS];
     for (uint32_t p = 0; walk->e4m3 && matrix_blocks(w) > 0 && p < count; p++)
         tile_weights(walk, panel + p, 0, few->scratch[0][p]);
@@ -202,10 +225,12 @@ static inline void few_panels(const struct walk *walk, struct few *few, const ui
                 memcpy(rest[r], x + r * job->x_stride + k, left * sizeof *x);
             few_block(walk, few, rest[0], sizeof rest[0], b, count);
         }
-        few_store(w->scales == NULL ? acc : sums, count);
-        if (w->scales != NULL)
-            few_scale(walk, panel, count, s, rows, sums, acc);
+        few_store(w->scales == NULL ? acc : sums[s % 2], count);
+        if (w->scales != NULL && s > 0)
+            few_scale(walk, panel, count, s - 1, rows, sums[(s - 1) % 2], acc);
     }
+    if (w->scales != NULL && w->segments > 0)
+        few_scale(walk, panel, count, w->segments - 1, rows, sums[(w->segments - 1) % 2], acc);
     for (uint32_t p = 0; p < count; p++)
         for (uint32_t r = 0; r < rows; r++)
             _mm512_mask_storeu_ps(
@@ -565,8 +590,6 @@ static void part_amx(const struct matmul_job *job, const struct matmul_part *par
                         .plain = w->plain,
                         .row_begin = part->row_begin,
                         .row_end = part->row_end};
-    if (walk.e4m3)
-        walk.expand = expand_tiles_best();
     walk.tile_bytes = TILE_ELEMENTS * (walk.e4m3 ? 1 : sizeof(bf16));
     walk.panel_bytes = walk.tile_bytes * matrix_blocks(w);
     if (part->row_end - part->row_begin <= FEW_ROWS)
