@@ -87,12 +87,9 @@ bench: deps ## measure decode, prefill and mixed load on the demo model (MODEL=D
 	$(BUILD)/troupe bench --model $(or $(MODEL),models/demo) --json $(BUILD)/bench.json $(ARGS)
 
 .PHONY: bench-peers
-bench-peers: deps ## the same beside llama.cpp on the same weights, taking turns (builds it once: minutes; MODEL=DIR)
+bench-peers: deps ## beside llama.cpp on the same weights, in turns, with targets (MODEL=DIR, e.g. /tmp/bench-1b: made if missing; PEER=bf16|q8_0)
 	@$(MAKE) --no-print-directory $(BUILD)/troupe
-	sh bench/peers/build.sh build/peers
-	build/peers/venv/bin/python bench/peers/to_gguf.py build/peers/llama_cpp_python-0.3.36/vendor/llama.cpp \
-	  $(or $(MODEL),models/demo) bf16 build/peers/bf16.gguf
-	python3 bench/peers/compare.py --troupe $(BUILD)/troupe --model $(or $(MODEL),models/demo) --gguf build/peers/bf16.gguf $(ARGS)
+	@sh bench/peers/run.sh $(BUILD)/troupe $(or $(MODEL),models/demo) "$(PEER)" $(ARGS)
 
 .PHONY: tests-built
 tests-built: $(TESTS) $(CUDA_TESTS)

@@ -2,15 +2,16 @@
 """troupe and llama.cpp on the same weights, taking turns, as ratios of medians.
 
 usage: compare.py --model DIR --gguf FILE [--llama BIN_DIR] [--troupe BINARY] [--rounds 5] [--figures LIST] [--json OUT]
-                  [--peer-options "--no-repack"] [--peer-threads 1,2] [-- OPTIONS OF troupe serve]
+                  [--peer q8_0] [--peer-options "--no-repack"] [--peer-threads 1,2] [-- OPTIONS OF troupe serve]
 
 troupe is measured through HTTP by `troupe bench`, llama.cpp without any server by llama-bench and llama-batched-bench. The peer runs
 with one thread and with all unless told otherwise, and its better median counts: with threads that spin it suffers more than troupe
-from whatever else runs.
+from whatever else runs. Targets: targets.json beside this file, by the model directory's name and --peer.
 """
 import argparse
 import json
 import os
+import pathlib
 import signal
 import socket
 import statistics
@@ -78,6 +79,7 @@ def main():
     parser.add_argument("--troupe", default="build/troupe")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--figures", default="decode-1,decode-8,decode-32,prefill-512")
+    parser.add_argument("--peer", default="bf16", help="what the peer's file holds, for the targets")
     parser.add_argument("--peer-options", default="")
     parser.add_argument("--peer-threads", default=f"1,{len(os.sched_getaffinity(0))}")
     parser.add_argument("--json")
@@ -99,13 +101,19 @@ def main():
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
+    targets_file = pathlib.Path(__file__).with_name("targets.json")
+    name = f"{pathlib.Path(options.model).resolve().name} {options.peer}"
+    targets = json.loads(targets_file.read_text()).get(name, {})
     result = {"model": options.model, "gguf": options.gguf, "machine": machine, "figures": {}}
-    print(f"{'':13}{'troupe':>10}{'llama.cpp':>11}  threads   ratio   (medians of {options.rounds} alternating runs)")
+    print(f"{name}: medians of {options.rounds} alternating runs, tokens/s; lowest to highest of troupe's in brackets")
+    print(f"{'':13}{'troupe':>10}{'llama.cpp':>11}  threads   ratio  target")
     for figure in figures:
         mine = statistics.median(ours[figure])
         best = max((statistics.median(peer[figure, t]), t) for t in widths)
-        print(f"{figure:13}{mine:10.1f}{best[0]:11.1f}{best[1]:9}{mine / best[0]:8.2f}")
-        result["figures"][figure] = {"troupe": ours[figure], "ratio": mine / best[0],
+        ratio, target = mine / best[0], targets.get(figure)
+        verdict = "" if target is None else f"{target:8.1f} {'met' if ratio >= target else 'missed'}"
+        print(f"{figure:13}{mine:10.1f}{best[0]:11.1f}{best[1]:9}{ratio:8.2f}{verdict:16} [{min(ours[figure]):.1f} to {max(ours[figure]):.1f}]")
+        result["figures"][figure] = {"troupe": ours[figure], "ratio": ratio, "target": target,
                                      "llama.cpp": {str(t): peer[figure, t] for t in widths}}
     if options.json:
         with open(options.json, "w") as file:
