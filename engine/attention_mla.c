@@ -207,7 +207,7 @@ static void absorb_key_heads(void *argument, uint32_t first, uint32_t end, int p
     const size_t nope_stride = activation_stride(self->config->nope);
     (void)part;
     for (uint32_t h = first; h < end; h++)
-        self->kernels->matmul(&job->weights->w_uk[h].matrix,
+        self->kernels->matmul_latent(&job->weights->w_uk[h].matrix,
                               activation_at(self->kernels, job->work->q_nope, h * nope_stride),
                               heads * nope_stride, job->block_rows, job->work->q_wide + h * stride,
                               heads * stride, &PARALLEL_SERIAL);
@@ -220,7 +220,7 @@ static void absorb_value_heads(void *argument, uint32_t first, uint32_t end, int
     const size_t latent_stride = activation_stride(self->config->kv_lora);
     (void)part;
     for (uint32_t h = first; h < end; h++)
-        self->kernels->matmul(&job->weights->w_uv[h].matrix,
+        self->kernels->matmul_latent(&job->weights->w_uv[h].matrix,
                               activation_at(self->kernels, job->work->latent, h * latent_stride),
                               heads * latent_stride, job->block_rows, job->work->values + h * v,
                               heads * v, &PARALLEL_SERIAL);

@@ -58,9 +58,9 @@ void matrix_pack_f32(struct matrix *ret, const struct weight_view *view, void *m
 
 typedef void matmul_function(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                              float *y, size_t y_stride, const struct parallel *parallel);
-matmul_function matmul_f32, matmul_bf16_scalar;
+matmul_function matmul_f32, matmul_bf16_scalar, matmul_fp8_scalar;
 #if defined(__x86_64__)
-matmul_function matmul_bf16_avx512, matmul_bf16_amx;
+matmul_function matmul_bf16_avx512, matmul_bf16_amx, matmul_fp8_avx512, matmul_fp8_amx;
 
 /* E4M3 tiles to BF16 tiles, exactly. */
 typedef void expand_function(const uint8_t *packed, bf16 *ret, uint32_t tiles);
@@ -78,7 +78,25 @@ struct matmul_job {
     uint32_t rows;
     float *y; /* [rows, y_stride] */
     size_t y_stride;
+    const float
+        *x_scale; /* fp8 profile: [rows, segments], multiplies the weights' scales; else NULL */
 };
+typedef void matmul_job_function(const struct matmul_job *job, const struct parallel *parallel);
+matmul_job_function matmul_job_scalar;
+#if defined(__x86_64__)
+matmul_job_function matmul_job_avx512, matmul_job_amx;
+#endif
+
+/* Activations to E4M3, held as BF16, for each row and segment of w:
+ *   scale = max(largest |x|, QUANTISE_LEAST) / 448; ret = e4m3(x / scale), to nearest even.
+ * ret_scale: [rows, segments]. Padding of ret rows is not written. */
+#define QUANTISE_LEAST 0x1p-100f /* the scale of zeros: not zero, not denormal */
+typedef void quantise_function(const struct matrix *w, const bf16 *x, size_t x_stride,
+                               uint32_t rows, bf16 *ret, size_t ret_stride, float *ret_scale);
+quantise_function quantise_scalar;
+#if defined(__x86_64__)
+quantise_function quantise_avx512;
+#endif
 struct matmul_part {
     uint32_t panel_begin, panel_end;
     uint32_t row_begin, row_end;
@@ -96,8 +114,7 @@ struct matmul_cost {
  * when panels are few, by rows too (in multiples of row_step); small products stay in the calling
  * thread. */
 void matmul_run(const struct matmul_job *job, matmul_part_function *function, uint32_t panel_step,
-                uint32_t row_step, const struct matmul_cost *cost,
-                const struct parallel *parallel);
+                uint32_t row_step, const struct matmul_cost *cost, const struct parallel *parallel);
 
 #if defined(__x86_64__)
 /* Asks Linux to let this process use the tile registers; true if it may. */

@@ -12,7 +12,9 @@
 typedef uint16_t bf16;
 
 enum isa { ISA_SCALAR, ISA_AVX512, ISA_AMX, ISA_BEST = -1 };
-enum profile { PROFILE_F32, PROFILE_BF16 };
+enum profile { PROFILE_F32, PROFILE_BF16, PROFILE_FP8 };
+const char *profile_name(enum profile profile);      /* "f32", "bf16", "fp8" */
+enum profile profile_of_name(const char *name);      /* one of these; anything else is bf16 */
 
 /* Sets round-to-nearest, flush-to-zero and denormals-are-zero for the calling thread. Idempotent, cheap. */
 void numerics_enter(void);

@@ -38,6 +38,9 @@ struct weight_view {
     uint32_t block; /* 128 */
 };
 
+/* In the fp8 profile activations are quantised row by row and segment by segment before a product with
+ * scaled E4M3 weights (kernels/internal.h), and scale[s][n] is multiplied by the row's scale first. */
+
 /* The weights of one product y = W x, repacked for the kernels. Opaque outside kernels/. Packed by 16 outputs and 32 inputs in the
  * order of the AMX tile (pairs of k), BF16 or E4M3 as stored. K is cut into segments: the runs of k that share one scale row
  * (128 wide in the plain case; cut at block borders of the file where a part starts inside one); a segment is padded with
@@ -96,6 +99,11 @@ struct kernels {
     /* y[r][0..n) = W x[r]. x: [rows, x_stride] activations, y: [rows, y_stride] float. rows may be 0. */
     void (*matmul)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,
                    size_t y_stride, const struct parallel *parallel);
+
+    /* The same inside attention (W_UK, W_UV of the absorbed form), where the fp8 profile quantises no
+     * activations, as in kv_b of the expanded form. */
+    void (*matmul_latent)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
+                          float *y, size_t y_stride, const struct parallel *parallel);
 
     /* ret[r] = activation(x[r] * rsqrt(mean(x[r]^2) + eps) * weight). x: [rows, x_stride] float, ret: [rows, ret_stride].
      * mean by sum_canonical of squares. */

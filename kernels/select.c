@@ -1,5 +1,7 @@
 /* The tables of operations, one per numerics profile and instruction set, and the choice among them
  * at start. */
+#include <string.h>
+
 #include "actors/errors.h"
 #include "kernels/internal.h"
 #include "kernels/rows.h"
@@ -12,6 +14,7 @@ static const struct kernels F32 = {
     .matrix_bytes = matrix_bytes_f32,
     .matrix_pack = matrix_pack_f32,
     .matmul = matmul_f32,
+    .matmul_latent = matmul_f32,
     .rms_norm = rms_norm_f32,
     .convert = convert_f32,
     .silu_mul = silu_mul_f32,
@@ -30,6 +33,7 @@ static const struct kernels BF16_SCALAR = {
     .matrix_bytes = matrix_bytes_bf16,
     .matrix_pack = matrix_pack_bf16,
     .matmul = matmul_bf16_scalar,
+    .matmul_latent = matmul_bf16_scalar,
     .rms_norm = rms_norm_bf16_scalar,
     .convert = convert_bf16_scalar,
     .silu_mul = silu_mul_bf16_scalar,
@@ -49,6 +53,7 @@ static const struct kernels BF16_AVX512 = {
     .matrix_bytes = matrix_bytes_bf16,
     .matrix_pack = matrix_pack_bf16,
     .matmul = matmul_bf16_avx512,
+    .matmul_latent = matmul_bf16_avx512,
     .rms_norm = rms_norm_bf16_avx512,
     .convert = convert_bf16_avx512,
     .silu_mul = silu_mul_bf16_avx512,
@@ -68,6 +73,7 @@ static const struct kernels BF16_AMX = {
     .matrix_bytes = matrix_bytes_bf16,
     .matrix_pack = matrix_pack_bf16,
     .matmul = matmul_bf16_amx,
+    .matmul_latent = matmul_bf16_amx,
     .rms_norm = rms_norm_bf16_avx512,
     .convert = convert_bf16_avx512,
     .silu_mul = silu_mul_bf16_avx512,
@@ -79,14 +85,88 @@ static const struct kernels BF16_AMX = {
 };
 #endif
 
-/* Fastest first. */
-static const struct kernels *const BF16_FORMS[] = {
+/* The fp8 profile quantises what its products read; all else, the inside of attention included, is
+ * that of the bf16 profile. */
+static const struct kernels FP8_SCALAR = {
+    .name = "fp8 scalar",
+    .profile = PROFILE_FP8,
+    .isa = ISA_SCALAR,
+    .activation_bytes = sizeof(bf16),
+    .matrix_bytes = matrix_bytes_bf16,
+    .matrix_pack = matrix_pack_bf16,
+    .matmul = matmul_fp8_scalar,
+    .matmul_latent = matmul_bf16_scalar,
+    .rms_norm = rms_norm_bf16_scalar,
+    .convert = convert_bf16_scalar,
+    .silu_mul = silu_mul_bf16_scalar,
+    .add = add_scalar,
+    .widen = widen_bf16_scalar,
+    .rope = rope_scalar,
+    .mla_absorbed = mla_absorbed_bf16_scalar,
+    .mla_expanded = mla_expanded_bf16_scalar,
+};
+
 #if defined(__x86_64__)
-    &BF16_AMX,
-    &BF16_AVX512,
+static const struct kernels FP8_AVX512 = {
+    .name = "fp8 avx512",
+    .profile = PROFILE_FP8,
+    .isa = ISA_AVX512,
+    .activation_bytes = sizeof(bf16),
+    .matrix_bytes = matrix_bytes_bf16,
+    .matrix_pack = matrix_pack_bf16,
+    .matmul = matmul_fp8_avx512,
+    .matmul_latent = matmul_bf16_avx512,
+    .rms_norm = rms_norm_bf16_avx512,
+    .convert = convert_bf16_avx512,
+    .silu_mul = silu_mul_bf16_avx512,
+    .add = add_avx512,
+    .widen = widen_bf16_avx512,
+    .rope = rope_avx512,
+    .mla_absorbed = mla_absorbed_bf16_avx512,
+    .mla_expanded = mla_expanded_bf16_avx512,
+};
+
+static const struct kernels FP8_AMX = {
+    .name = "fp8 amx",
+    .profile = PROFILE_FP8,
+    .isa = ISA_AMX,
+    .activation_bytes = sizeof(bf16),
+    .matrix_bytes = matrix_bytes_bf16,
+    .matrix_pack = matrix_pack_bf16,
+    .matmul = matmul_fp8_amx,
+    .matmul_latent = matmul_bf16_amx,
+    .rms_norm = rms_norm_bf16_avx512,
+    .convert = convert_bf16_avx512,
+    .silu_mul = silu_mul_bf16_avx512,
+    .add = add_avx512,
+    .widen = widen_bf16_avx512,
+    .rope = rope_avx512,
+    .mla_absorbed = mla_absorbed_bf16_amx,
+    .mla_expanded = mla_expanded_bf16_amx,
+};
+#endif
+
+/* Of each profile fastest first. */
+static const struct kernels *const FORMS[] = {
+#if defined(__x86_64__)
+    &BF16_AMX,    &BF16_AVX512,
 #endif
     &BF16_SCALAR,
+#if defined(__x86_64__)
+    &FP8_AMX,     &FP8_AVX512,
+#endif
+    &FP8_SCALAR,
 };
+
+const char *profile_name(enum profile profile) {
+    return profile == PROFILE_F32 ? "f32" : profile == PROFILE_FP8 ? "fp8" : "bf16";
+}
+
+enum profile profile_of_name(const char *name) {
+    if (strcmp(name, "f32") == 0)
+        return PROFILE_F32;
+    return strcmp(name, "fp8") == 0 ? PROFILE_FP8 : PROFILE_BF16;
+}
 
 const struct kernels *kernels_select(enum profile profile, enum isa isa, struct failure *failure) {
     if (isa != ISA_BEST && !isa_available(isa)) {
@@ -99,10 +179,11 @@ const struct kernels *kernels_select(enum profile profile, enum isa isa, struct 
     }
     if (profile == PROFILE_F32)
         return &F32;
-    for (size_t i = 0; i < sizeof(BF16_FORMS) / sizeof(BF16_FORMS[0]); i++)
-        if (isa == ISA_BEST ? isa_available(BF16_FORMS[i]->isa) : BF16_FORMS[i]->isa == isa)
-            return BF16_FORMS[i];
-    fail(failure, ERR_UNSUPPORTED, "this build has no bf16 kernels for instruction set %s",
+    for (size_t i = 0; i < sizeof(FORMS) / sizeof(FORMS[0]); i++)
+        if (FORMS[i]->profile == profile &&
+            (isa == ISA_BEST ? isa_available(FORMS[i]->isa) : FORMS[i]->isa == isa))
+            return FORMS[i];
+    fail(failure, ERR_UNSUPPORTED, "this build has no such kernels for instruction set %s",
          isa_name(isa));
     return NULL;
 }

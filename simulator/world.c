@@ -151,7 +151,7 @@ static void add_nodes(struct world *self, enum role role, uint32_t count) {
             .host = "world",
             .coordinator_address = self->node[0].address,
             .model_fingerprint = model_fingerprint(self->options.model),
-            .numerics = self->options.kernels->profile == PROFILE_F32 ? "f32" : "bf16",
+            .numerics = profile_name(self->options.kernels->profile),
             .pid = self->nodes,
             .threads = 1,
         };

@@ -62,7 +62,7 @@ static void test_refused(void **state) {
         {FOR_SERVE, "serve --port 65536", "65535"},
         {FOR_SERVE, "serve --port 80x", "80x"},
         {FOR_SERVE, "serve --verbose=1", "takes no value"},
-        {FOR_SERVE, "serve --numerics fp64", "f32, bf16, bf16-sm90 or fp8-sm90, found 'fp64'"},
+        {FOR_SERVE, "serve --numerics fp64", "f32, bf16, fp8, bf16-sm90 or fp8-sm90, found 'fp64'"},
         {FOR_SERVE, "serve --isa sse", "found 'sse'"},
         {FOR_SERVE, "serve --transport pigeon", "found 'pigeon'"},
         {FOR_SERVE, "serve --prefill-chunk 0", "prefill_chunk"},

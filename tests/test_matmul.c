@@ -319,8 +319,8 @@ static void forms_give_the_defined_bits_on_odd_shapes(void **unused) {
         }
 }
 
-/* Where forms change their way: more rows than are packed together, more panels than a strip, more K
- * than is expanded at once. */
+/* Where forms change their way: more rows than are packed together, more panels than a strip, more
+ * K than is expanded at once. */
 static void forms_agree_on_large_shapes(void **unused) {
     const struct shape shapes[] = {{150, 96, 300, .dtype = DTYPE_BF16},
                                    {150, 160, 290, .dtype = DTYPE_E4M3, .scaled = true},
@@ -349,6 +349,76 @@ static void forms_agree_on_large_shapes(void **unused) {
         case_free(&it);
     }
     (void)unused;
+}
+
+/* The fp8 profile: activations that are quantised by the definition, multiplied by the definition
+ * of the bf16 profile segment by segment. */
+static void fp8_quantises_rows_by_segments(void **unused) {
+    (void)unused;
+    matmul_function *const products[] = {
+        matmul_fp8_scalar,
+#if defined(__x86_64__)
+        isa_available(ISA_AVX512) ? matmul_fp8_avx512 : NULL,
+        isa_available(ISA_AMX) ? matmul_fp8_amx : NULL,
+#endif
+    };
+    const uint32_t rows[] = {0, 1, 2, 5, 9, 17, 33, 70, 81};
+    for (size_t turn = 0; turn < 4 * sizeof rows / sizeof *rows; turn++) {
+        const struct shape shape = {.n = 1 + below(90),
+                                    .k = 1 + below(500),
+                                    .rows = rows[turn / 4],
+                                    .dtype = DTYPE_E4M3,
+                                    .scaled = true,
+                                    .col0 = turn % 2 ? below(200) : 0,
+                                    .values = turn % 4 == 3 ? WIDE : ORDINARY};
+        struct test_case it = case_make(&shape);
+        for (uint32_t k = 0; shape.rows > 1 && k < shape.k; k++)
+            it.x[k] = 0; /* a row of zeros has a scale as well */
+        struct matrix w = packed(&it.view, matrix_bytes_bf16, matrix_pack_bf16);
+        const size_t count = (size_t)shape.rows * shape.n;
+        float *expected = calloc(count + 1, sizeof *expected), *found = malloc(count * 4 + 4);
+        numerics_enter();
+        for (uint32_t r = 0; r < shape.rows; r++)
+            for (uint32_t s = 0; s < w.segments; s++) {
+                const uint32_t begin = w.segment_k[s], width = w.segment_k[s + 1] - begin;
+                const bf16 *x = it.x + r * it.x_stride + begin;
+                float most = 0x1p-100f;
+                for (uint32_t i = 0; i < width; i++)
+                    most = fmaxf(most, fabsf(bf16_to_float(x[i])));
+                bf16 values[128] = {0};
+                for (uint32_t i = 0; i < width; i++)
+                    values[i] =
+                        e4m3_to_bf16(e4m3_from_float(bf16_to_float(x[i]) / (most / 448.0f)));
+                struct weight_view part = it.view;
+                part.col0 += begin;
+                part.k = width;
+                part.scale = NULL;
+                struct matrix one = packed(&part, matrix_bytes_bf16, matrix_pack_bf16);
+                float sums[128];
+                matmul_bf16_scalar(&one, values, 128, 1, sums, 128, &PARALLEL_SERIAL);
+                for (uint32_t n = 0; n < shape.n; n++) {
+                    float *y = &expected[(size_t)r * shape.n + n];
+                    const float scale =
+                        w.scales[(size_t)s * ((shape.n + 15) / 16 * 16) + n] * (most / 448.0f);
+                    *y = fma_canonical(sums[n], scale, *y);
+                }
+                free(one.data);
+            }
+        for (size_t f = 0; f < sizeof products / sizeof *products; f++) {
+            if (products[f] == NULL)
+                continue;
+            memset(found, 0x7f, count * 4);
+            products[f](&w, it.x, it.x_stride, it.rows, found, w.n, &PARALLEL_SERIAL);
+            for (size_t i = 0; i < count; i++)
+                if (bits_of(expected[i]) != bits_of(found[i]))
+                    fail_msg("turn %zu, form %zu, output %zu: %a, found %a", turn, f, i,
+                             (double)expected[i], (double)found[i]);
+        }
+        free(expected);
+        free(found);
+        free(w.data);
+        case_free(&it);
+    }
 }
 
 static void parts_of_a_file_matrix_keep_their_scales(void **unused) {
@@ -649,6 +719,7 @@ int main(void) {
         cmocka_unit_test(e4m3_expands_exactly),
         cmocka_unit_test(forms_give_the_defined_bits_on_odd_shapes),
         cmocka_unit_test(forms_agree_on_large_shapes),
+        cmocka_unit_test(fp8_quantises_rows_by_segments),
         cmocka_unit_test(parts_of_a_file_matrix_keep_their_scales),
         cmocka_unit_test(extreme_values_give_the_same_bits),
         cmocka_unit_test(a_row_does_not_depend_on_its_batch_nor_on_threads),

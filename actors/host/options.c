@@ -72,9 +72,9 @@ static const struct option_row table[] = {
     TEXT("bind-data", bind_data, "ADDRESS", FOR_WORKER,
          "where its data plane listens for other hosts (default: as --bind)"),
     TEXT("name", name, "NAME", FOR_ACTORS, "name for people and logs (default: the role)"),
-    TEXT("numerics", numerics, "f32|bf16|bf16-sm90|fp8-sm90", FOR_MODELS,
-         "numerics profile, the same everywhere; those of sm90 compute on the GPU of --gpu (default "
-         "bf16)"),
+    TEXT("numerics", numerics, "f32|bf16|fp8|bf16-sm90|fp8-sm90", FOR_MODELS,
+         "numerics profile, the same everywhere; fp8: FP8 weights meet activations quantised to FP8; "
+         "those of sm90 compute on the GPU of --gpu (default bf16)"),
     TEXT("isa", isa, "best|scalar|avx512|amx", FOR_MODELS,
          "instruction set; all give the same bits (default best)"),
     TEXT("transport", transport, "auto|shm|zmq", FOR_SERVE | FOR_WORKER | FOR_BENCH | FOR_CHAOS,
@@ -316,14 +316,15 @@ static bool is_loopback(const char *host) {
 }
 
 static int check_words(const struct options *self, struct failure *failure) {
-    static const char *const numerics[] = {"f32", "bf16", "bf16-sm90", "fp8-sm90", NULL};
+    static const char *const numerics[] = {"f32", "bf16", "fp8", "bf16-sm90", "fp8-sm90", NULL};
     static const char *const isas[] = {"best", "scalar", "avx512", "amx", NULL};
     static const char *const transports[] = {"auto", "shm", "zmq", NULL};
     static const char *const policies[] = {"troupe", "eplb", "none", NULL};
     static const char *const views[] = {"on", "off", NULL};
     int error = check_word("view", self->view, views, "on or off", failure);
     if (error == 0)
-        error = check_word("numerics", self->numerics, numerics, "f32, bf16, bf16-sm90 or fp8-sm90", failure);
+        error = check_word("numerics", self->numerics, numerics,
+                           "f32, bf16, fp8, bf16-sm90 or fp8-sm90", failure);
     if (error == 0)
         error = check_word("isa", self->isa, isas, "best, scalar, avx512 or amx", failure);
     if (error == 0)

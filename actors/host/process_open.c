@@ -70,8 +70,7 @@ const struct kernels *options_kernels(const struct options *options, struct fail
         if (strcmp(options->isa, names[i]) == 0)
             isa = (enum isa)i;
     }
-    return kernels_select(strcmp(options->numerics, "f32") == 0 ? PROFILE_F32 : PROFILE_BF16, isa,
-                          failure);
+    return kernels_select(profile_of_name(options->numerics), isa, failure);
 }
 
 static int pin(const char *cpus, struct failure *failure) {

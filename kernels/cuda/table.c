@@ -326,6 +326,7 @@ const struct kernels *kernels_cuda(const char *name, bool fp8, struct failure *f
     device.table.matrix_bytes = matrix_bytes;
     device.table.matrix_pack = matrix_pack;
     device.table.matmul = matmul;
+    device.table.matmul_latent = matmul; /* weights are packed for the device */
     device.table.mla_absorbed = mla_absorbed;
     device.table.mla_expanded = mla_expanded;
     return &device.table;

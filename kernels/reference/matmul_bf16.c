@@ -47,6 +47,12 @@ static void segment_sums(const struct matmul_job *job, size_t panel, uint32_t se
     }
 }
 
+static float both_scales(const struct matmul_job *job, float scale, size_t row, uint32_t segment) {
+    if (job->x_scale == NULL)
+        return scale;
+    return fma_canonical(scale, job->x_scale[row * job->w->segments + segment], 0);
+}
+
 static void panel_rows(const struct matmul_job *job, uint32_t panel, uint32_t row, uint32_t rows) {
     const struct matrix *w = job->w;
     float acc[ROWS_AT_ONCE][PANEL_OUTPUTS] = {{0}};
@@ -60,7 +66,8 @@ static void panel_rows(const struct matmul_job *job, uint32_t panel, uint32_t ro
         const float *scale = w->scales + ((size_t)s * matrix_panels(w) + panel) * PANEL_OUTPUTS;
         for (uint32_t r = 0; r < rows; r++)
             for (int o = 0; o < PANEL_OUTPUTS; o++)
-                acc[r][o] = fma_canonical(partial[r][o], scale[o], acc[r][o]);
+                acc[r][o] =
+                    fma_canonical(partial[r][o], both_scales(job, scale[o], row + r, s), acc[r][o]);
     }
     const uint32_t first = panel * PANEL_OUTPUTS;
     for (uint32_t r = 0; r < rows; r++)
@@ -76,10 +83,14 @@ static void part_scalar(const struct matmul_job *job, const struct matmul_part *
         }
 }
 
+void matmul_job_scalar(const struct matmul_job *job, const struct parallel *parallel) {
+    ASSERT(job->w->dtype == DTYPE_BF16 || job->w->dtype == DTYPE_E4M3);
+    const struct matmul_cost cost = {.rows_per_load = 1, .part_min = 1280 * 1024};
+    matmul_run(job, part_scalar, 1, 1, &cost, parallel);
+}
+
 void matmul_bf16_scalar(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                         float *y, size_t y_stride, const struct parallel *parallel) {
-    ASSERT(w->dtype == DTYPE_BF16 || w->dtype == DTYPE_E4M3);
-    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride};
-    const struct matmul_cost cost = {.rows_per_load = 1, .part_min = 1280 * 1024};
-    matmul_run(&job, part_scalar, 1, 1, &cost, parallel);
+    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL};
+    matmul_job_scalar(&job, parallel);
 }

@@ -20,6 +20,8 @@ struct kernel_job {
     size_t y_stride;
     const float *scales; /* of the first segment and panel; NULL: unscaled */
     size_t scale_stride;
+    const float *x_scale;      /* of the first row and segment; NULL: activations unscaled */
+    size_t x_scale_stride;     /* from row to row */
     const uint32_t *segment_k; /* of the first segment */
     uint32_t segments;
     bool continues;         /* y holds the sums of the segments before; otherwise they start at 0 */

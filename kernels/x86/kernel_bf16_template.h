@@ -216,7 +216,11 @@ INLINE void kernel(bool e4m3, int rows, int panels, const struct kernel_job *job
         UNROLL for (int p = 0; p < panels; p++) {
             const __m512 scale = _mm512_loadu_ps(job->scales + s * job->scale_stride + 16 * p);
             UNROLL for (int r = 0; r < rows; r++) {
-                sums.at[r][p] = _mm512_fmadd_ps(partial.at[r][p], scale, sums.at[r][p]);
+                __m512 by = scale;
+                if (job->x_scale != NULL)
+                    by = _mm512_mul_ps(
+                        scale, _mm512_set1_ps(job->x_scale[(size_t)r * job->x_scale_stride + s]));
+                sums.at[r][p] = _mm512_fmadd_ps(partial.at[r][p], by, sums.at[r][p]);
             }
         }
     }

@@ -46,6 +46,15 @@ static const uint8_t *panel_at(const struct walk *walk, uint32_t panel) {
     return (const uint8_t *)walk->w->data + panel * walk->panel_bytes;
 }
 
+/* The scales of weights, times that of the row's activations in the fp8 profile. */
+static inline __m512 both_scales(const struct walk *walk, __m512 scale, uint32_t row,
+                                 uint32_t segment) {
+    const float *x_scale = walk->job->x_scale;
+    if (x_scale == NULL)
+        return scale;
+    return _mm512_mul_ps(scale, _mm512_set1_ps(x_scale[(size_t)row * walk->w->segments + segment]));
+}
+
 static __mmask16 panel_outputs(const struct matrix *w, uint32_t panel) {
     const uint32_t left = w->n - panel * PANEL_OUTPUTS;
     return left < PANEL_OUTPUTS ? (__mmask16)((1u << left) - 1) : 0xffff;
@@ -180,16 +189,18 @@ static inline void few_store(few_sums sums, const uint32_t count) {
 }
 
 /* acc += sums * scale. */
-static inline void few_scale(const struct walk *walk, uint32_t panel, const uint32_t count,
-                             uint32_t segment, uint32_t rows, few_sums sums, few_sums acc) {
+static inline void few_scale(const struct walk *walk, const struct few *few, const uint32_t count,
+                             uint32_t segment, few_sums sums, few_sums acc) {
     const struct matrix *w = walk->w;
+    const uint32_t panel = few->panel;
     const float *scales = w->scales + ((size_t)segment * matrix_panels(w) + panel) * PANEL_OUTPUTS;
     for (uint32_t p = 0; p < count; p++) {
         const __m512 scale = _mm512_loadu_ps(scales + p * PANEL_OUTPUTS);
-        for (uint32_t i = 0; i < rows * PANEL_OUTPUTS; i += PANEL_OUTPUTS) {
+        for (uint32_t r = 0; r < few->rows; r++) {
+            const uint32_t i = r * PANEL_OUTPUTS;
             const __m512 before = segment == 0 ? _mm512_setzero_ps() : _mm512_load_ps(&acc[p][i]);
-            _mm512_store_ps(&acc[p][i],
-                            _mm512_fmadd_ps(_mm512_load_ps(&sums[p][i]), scale, before));
+            const __m512 by = both_scales(walk, scale, few->row + r, segment);
+            _mm512_store_ps(&acc[p][i], _mm512_fmadd_ps(_mm512_load_ps(&sums[p][i]), by, before));
         }
     }
 }
@@ -227,10 +238,10 @@ static inline void few_panels(const struct walk *walk, struct few *few, const ui
         }
         few_store(w->scales == NULL ? acc : sums[s % 2], count);
         if (w->scales != NULL && s > 0)
-            few_scale(walk, panel, count, s - 1, rows, sums[(s - 1) % 2], acc);
+            few_scale(walk, few, count, s - 1, sums[(s - 1) % 2], acc);
     }
     if (w->scales != NULL && w->segments > 0)
-        few_scale(walk, panel, count, w->segments - 1, rows, sums[(w->segments - 1) % 2], acc);
+        few_scale(walk, few, count, w->segments - 1, sums[(w->segments - 1) % 2], acc);
     for (uint32_t p = 0; p < count; p++)
         for (uint32_t r = 0; r < rows; r++)
             _mm512_mask_storeu_ps(
@@ -393,8 +404,10 @@ static void group_scale(const struct walk *walk, const struct strip *strip, stru
     for (uint32_t r = 0; r < group->rows; r++, partial += 32, acc += 32) {
         const __m512 low = segment > 0 ? _mm512_load_ps(acc) : _mm512_setzero_ps();
         const __m512 high = segment > 0 ? _mm512_load_ps(acc + 16) : _mm512_setzero_ps();
-        _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_load_ps(partial), first, low));
-        _mm512_store_ps(acc + 16, _mm512_fmadd_ps(_mm512_load_ps(partial + 16), second, high));
+        const __m512 by_low = both_scales(walk, first, group->row + r, segment);
+        const __m512 by_high = both_scales(walk, second, group->row + r, segment);
+        _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_load_ps(partial), by_low, low));
+        _mm512_store_ps(acc + 16, _mm512_fmadd_ps(_mm512_load_ps(partial + 16), by_high, high));
     }
 }
 
@@ -604,11 +617,15 @@ static void part_amx(const struct matmul_job *job, const struct matmul_part *par
     TILES_RELEASE();
 }
 
+void matmul_job_amx(const struct matmul_job *job, const struct parallel *parallel) {
+    ASSERT(job->w->dtype == DTYPE_BF16 || job->w->dtype == DTYPE_E4M3);
+    const struct matmul_cost cost = {.rows_per_load = 32, .part_min = 256 * 1024};
+    matmul_run(job, part_amx, job->rows <= FEW_ROWS ? FEW_PANELS : GROUP_PANELS, GROUP_ROWS, &cost,
+               parallel);
+}
+
 void matmul_bf16_amx(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                      float *y, size_t y_stride, const struct parallel *parallel) {
-    ASSERT(w->dtype == DTYPE_BF16 || w->dtype == DTYPE_E4M3);
-    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride};
-    const struct matmul_cost cost = {.rows_per_load = 32, .part_min = 256 * 1024};
-    matmul_run(&job, part_amx, rows <= FEW_ROWS ? FEW_PANELS : GROUP_PANELS, GROUP_ROWS, &cost,
-               parallel);
+    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL};
+    matmul_job_amx(&job, parallel);
 }

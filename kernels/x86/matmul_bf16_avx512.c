@@ -44,6 +44,8 @@ static void run_rows(struct kernel_job job, kernel_function *const (*kernels)[KE
         kernels[now - 1][size](&job);
         job.x += now * job.x_stride;
         job.y += now * job.y_stride;
+        if (job.x_scale != NULL)
+            job.x_scale += now * job.x_scale_stride;
         rows -= now;
     }
 }
@@ -64,6 +66,8 @@ static void run_expanded(struct kernel_job job, const struct matrix *w, uint32_t
         run_rows(job, kernels_bf16, size, rows);
         packed += (size_t)blocks * TILE_ELEMENTS;
         job.scales += job.scale_stride;
+        if (job.x_scale != NULL)
+            job.x_scale++;
         job.segment_k++;
         job.continues = true;
     }
@@ -102,6 +106,9 @@ static void part_avx512(const struct matmul_job *job, const struct matmul_part *
             .y_stride = job->y_stride,
             .scales = w->scales == NULL ? NULL : w->scales + (size_t)panel * PANEL_OUTPUTS,
             .scale_stride = (size_t)panels * PANEL_OUTPUTS,
+            .x_scale =
+                job->x_scale == NULL ? NULL : job->x_scale + (size_t)part->row_begin * w->segments,
+            .x_scale_stride = w->segments,
             .segment_k = w->segment_k,
             .segments = w->segments,
             .last_outputs = (__mmask16)(0xffff >> missing),
@@ -114,10 +121,14 @@ static void part_avx512(const struct matmul_job *job, const struct matmul_part *
     }
 }
 
+void matmul_job_avx512(const struct matmul_job *job, const struct parallel *parallel) {
+    ASSERT(job->w->dtype == DTYPE_BF16 || job->w->dtype == DTYPE_E4M3);
+    const struct matmul_cost cost = {.rows_per_load = 1, .part_min = 1280 * 1024};
+    matmul_run(job, part_avx512, job->rows <= 2 ? 4 : 2, KERNEL_ROWS_MAX, &cost, parallel);
+}
+
 void matmul_bf16_avx512(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                         float *y, size_t y_stride, const struct parallel *parallel) {
-    ASSERT(w->dtype == DTYPE_BF16 || w->dtype == DTYPE_E4M3);
-    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride};
-    const struct matmul_cost cost = {.rows_per_load = 1, .part_min = 1280 * 1024};
-    matmul_run(&job, part_avx512, rows <= 2 ? 4 : 2, KERNEL_ROWS_MAX, &cost, parallel);
+    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL};
+    matmul_job_avx512(&job, parallel);
 }

@@ -1,0 +1,22 @@
+/* Activations of the fp8 profile: E4M3 with a scale for each row and segment of K (128 channels
+ * wherever the weights' scale blocks are), as DeepSeek-V3 trains and serves (2412.19437, section
+ * 3.3.2). The values are kept as BF16, which holds every E4M3 value exactly, so that the products
+ * of the bf16 profile multiply them exactly. */
+#include "kernels/internal.h"
+#include "kernels/rows.h"
+
+void quantise_scalar(const struct matrix *w, const bf16 *x, size_t x_stride, uint32_t rows,
+                     bf16 *ret, size_t ret_stride, float *ret_scale) {
+    for (uint32_t r = 0; r < rows; r++, x += x_stride, ret += ret_stride)
+        for (uint32_t s = 0; s < w->segments; s++) {
+            float most = 0;
+            for (uint32_t k = w->segment_k[s]; k < w->segment_k[s + 1]; k++) {
+                const float magnitude = __builtin_fabsf(widen_bf16(x[k]));
+                most = magnitude > most ? magnitude : most;
+            }
+            const float scale = (most > QUANTISE_LEAST ? most : QUANTISE_LEAST) / 448.0f;
+            for (uint32_t k = w->segment_k[s]; k < w->segment_k[s + 1]; k++)
+                ret[k] = e4m3_to_bf16(e4m3_from_float(widen_bf16(x[k]) / scale));
+            *ret_scale++ = scale;
+        }
+}
