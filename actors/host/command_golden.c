@@ -308,10 +308,12 @@ static void compare_mtp(void *context, uint32_t sequence, uint32_t position, con
 }
 
 /* The MTP module, where the oracle and the model have one. */
-static int check_mtp(const struct local_world *local, const struct golden *golden, bool f32,
-                     bool *ret_holds, struct failure *failure) {
+static int check_mtp(const struct local_world *local, const struct golden *golden,
+                     enum profile profile, bool *ret_holds, struct failure *failure) {
     struct mtp_comparison mtp = {.golden = golden};
     const struct comparison *found = &mtp.comparison;
+    const bool f32 = profile == PROFILE_F32;
+    const double kl_max = profile == PROFILE_FP8 ? FP8_KL_MAX : MTP_KL_MAX;
     *ret_holds = true;
     if (golden->mtp_logits == NULL || model_config(local->directory.model)->mtp_layers == 0)
         return 0;
@@ -321,9 +323,9 @@ static int check_mtp(const struct local_world *local, const struct golden *golde
         return error;
     char value[64], limit[64];
     double kl = found->kl_sum / (double)found->positions;
-    *ret_holds = f32 ? found->difference <= F32_DIFFERENCE_MAX : kl <= MTP_KL_MAX;
+    *ret_holds = f32 ? found->difference <= F32_DIFFERENCE_MAX : kl <= kl_max;
     snprintf(value, sizeof value, "%.3g", f32 ? found->difference : kl);
-    snprintf(limit, sizeof limit, "at most %g", f32 ? F32_DIFFERENCE_MAX : MTP_KL_MAX);
+    snprintf(limit, sizeof limit, "at most %g", f32 ? F32_DIFFERENCE_MAX : kl_max);
     print_row(f32 ? "MTP: largest difference" : "MTP: mean KL(oracle || ours)", value, limit,
               *ret_holds);
     snprintf(value, sizeof value, "%llu of %llu", (unsigned long long)found->top1_equal,
@@ -366,7 +368,7 @@ int command_golden(const struct options *given) {
         const enum profile profile = profile_of_name(options.numerics);
         bool mtp_holds = true;
         bool holds = judge(&comparison, profile, is_trained(options.golden));
-        error = check_mtp(&local, &golden, profile == PROFILE_F32, &mtp_holds, &failure);
+        error = check_mtp(&local, &golden, profile, &mtp_holds, &failure);
         if (error < 0)
             fprintf(stderr, "troupe check: %s\n", failure.text);
         else if (!holds || !mtp_holds)
