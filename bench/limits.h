@@ -15,7 +15,7 @@ struct machine_limits {
     int threads;
 };
 
-/* Takes about half a second. stream 0: no memory for the buffer. peak 0: only scalar code runs
+/* Takes a second or two. stream 0: no memory for the buffer. peak 0: only scalar code runs
  * here. */
 void limits_measure(struct machine_limits *ret, enum isa isa, const struct parallel *parallel,
                     uint64_t (*now_ns)(void));
