@@ -250,9 +250,8 @@ static void take_member(struct member *self, const Troupe__Member *entry, uint32
     self->peers = known; /* search among the old ones, which are sorted */
     struct peer *peer = member_peer(self, entry->id);
     self->peers = all;
-    if (peer == NULL || peer->incarnation != entry->incarnation) {
-        if (peer == NULL)
-            peer = &self->peer[self->peers++];
+    if (peer == NULL) {
+        peer = &self->peer[self->peers++];
         memset(peer, 0, sizeof *peer);
         peer->id = entry->id;
         peer->incarnation = entry->incarnation;
@@ -264,7 +263,26 @@ static void take_member(struct member *self, const Troupe__Member *entry, uint32
     }
     peer->state = entry->state;
     peer->lost = false;
-    peer->marked = true;
+}
+
+/* Before anybody is connected: a process that a restarted coordinator has given another id is one that
+ * leaves and one that comes, and what is closed for the former must not be the latter's. */
+static void drop_departed(struct member *self, const Troupe__Commit *commit, struct effects *out) {
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < self->peers; i++)
+        self->peer[i].marked = false;
+    for (size_t i = 0; i < commit->n_member; i++) {
+        struct peer *peer = member_peer(self, commit->member[i]->id);
+        if (peer != NULL && peer->incarnation == commit->member[i]->incarnation)
+            peer->marked = true;
+    }
+    for (uint32_t i = 0; i < self->peers; i++) {
+        if (self->peer[i].marked)
+            self->peer[kept++] = self->peer[i];
+        else if (self->peer[i].connected)
+            disconnect(&self->peer[i], out);
+    }
+    self->peers = kept;
 }
 
 static void take_members(struct member *self, const Troupe__Commit *commit, struct effects *out) {
@@ -275,20 +293,11 @@ static void take_members(struct member *self, const Troupe__Commit *commit, stru
         self->peer = grown;
         self->peers_capacity = wanted;
     }
+    drop_departed(self, commit, out);
     uint32_t known = self->peers;
-    for (uint32_t i = 0; i < known; i++)
-        self->peer[i].marked = false;
     for (size_t i = 0; i < commit->n_member; i++)
         if (commit->member[i]->id != self->id && commit->member[i]->id > ACTOR_COORDINATOR)
             take_member(self, commit->member[i], known, out);
-    uint32_t kept = 0;
-    for (uint32_t i = 0; i < self->peers; i++) {
-        if (self->peer[i].marked)
-            self->peer[kept++] = self->peer[i];
-        else if (self->peer[i].connected)
-            disconnect(&self->peer[i], out);
-    }
-    self->peers = kept;
     qsort(self->peer, self->peers, sizeof *self->peer, compare_peers);
 }
 
@@ -319,7 +328,8 @@ static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uin
     self->bias_version = commit->bias_version;
     keep_operations(self, commit->operations);
     self->draining = own->state == TROUPE__ACTOR_STATE__STATE_DRAINING;
-    self->ready = self->draining || own->state == TROUPE__ACTOR_STATE__STATE_READY;
+    self->quarantined = own->state == TROUPE__ACTOR_STATE__STATE_QUARANTINED;
+    self->ready = self->draining || self->quarantined || own->state == TROUPE__ACTOR_STATE__STATE_READY;
     self->serving = commit->serving && self->ready;
     self->heartbeat_at_ns = now_ns; /* the acknowledgement; others wait for it */
     effects_trace(out, TRACE_DEBUG, "adopted epoch %llu: %u peers, %zu placements%s",

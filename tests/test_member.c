@@ -97,6 +97,25 @@ static void test_only_larger_epochs_are_adopted(void **state) {
     stage_free(&stage);
 }
 
+/* Two ids may be one process, before and after a restarted coordinator took it for a new one: what is closed
+ * for the old id must not be what has just been opened for the new one. */
+static void test_who_leaves_is_let_go_first(void **state) {
+    struct stage stage;
+    open_sampler(&stage);
+    stage_join(&stage, 40);
+    stage_commit(&stage, (actor_id[]){20, 51, 53}, 3, NULL, 0);
+    stage_clear(&stage);
+    stage_commit(&stage, (actor_id[]){20, 50, 52}, 3, NULL, 0);
+    bool connected = false;
+    for (uint32_t i = 0; i < stage.log.count; i++) {
+        connected = connected || stage.log.list[i].kind == EFFECT_CONNECT;
+        assert_false(connected && stage.log.list[i].kind == EFFECT_DISCONNECT);
+    }
+    assert_int_equal(stage_count(&stage, EFFECT_CONNECT), 2);
+    assert_int_equal(stage_count(&stage, EFFECT_DISCONNECT), 2);
+    stage_free(&stage);
+}
+
 static void test_an_epoch_without_the_actor_is_not_adopted(void **state) {
     struct stage stage;
     open_sampler(&stage);
@@ -199,6 +218,7 @@ int main(void) {
         cmocka_unit_test(test_hello_is_repeated_until_welcome),
         cmocka_unit_test(test_a_refusal_ends_the_actor),
         cmocka_unit_test(test_only_larger_epochs_are_adopted),
+        cmocka_unit_test(test_who_leaves_is_let_go_first),
         cmocka_unit_test(test_an_epoch_without_the_actor_is_not_adopted),
         cmocka_unit_test(test_strangers_are_ignored),
         cmocka_unit_test(test_shutdown_ends_the_actor),

@@ -360,6 +360,32 @@ static void test_restart_is_fenced(void **state) {
 }
 
 /* A peer that disappears while its frame is being read. */
+/* A restarted coordinator may give a peer another id: the edge of the old id is closed after or before that of
+ * the new one is made, and the new one works, whether the peer had opened the old ring or not. */
+static void test_a_peer_gets_another_id(void **state) {
+    for (int order = 0; order < 2; order++) {
+        struct end a, b;
+        end_open(&a, 1, 0xaaaa);
+        end_open(&b, 2, 0xbbbb);
+        end_connect(&a, 20, &b);
+        end_connect(&b, 10, &a);
+        assert_int_equal(post(&a, 20, &b, 1, 1), 0);
+        assert_int_equal(take(&b), 1);
+        if (order == 0)
+            a.transport->class->disconnect(a.transport, 20);
+        assert_int_equal(end_connect(&a, 21, &b), 0);
+        if (order == 1)
+            a.transport->class->disconnect(a.transport, 20);
+        assert_int_equal(post(&a, 21, &b, 1, 2), 0);
+        assert_int_equal(take(&b), 2);
+        assert_int_equal(post(&b, 10, &a, 1, 3), 0);
+        assert_int_equal(take(&a), 3);
+        end_close(&a);
+        end_close(&b);
+        assert_int_equal(segments(), 0);
+    }
+}
+
 static void test_disconnect_with_a_frame_out(void **state) {
     struct end a, b;
     end_open(&a, 1, 0xaaaa);
@@ -505,6 +531,7 @@ int main(void) {
         cmocka_unit_test(test_full_edge_defers),
         cmocka_unit_test(test_edge_grows),
         cmocka_unit_test(test_restart_is_fenced),
+        cmocka_unit_test(test_a_peer_gets_another_id),
         cmocka_unit_test(test_disconnect_with_a_frame_out),
         cmocka_unit_test(test_malformed_ring_heals),
         cmocka_unit_test(test_damaged_frame_is_refused),

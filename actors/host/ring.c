@@ -113,10 +113,12 @@ int ring_open(struct ring *ret, const char *name, struct failure *failure) {
 void ring_close(struct ring *self) {
     if (self->page == NULL)
         return;
+    /* The consumer removes the name when it opens the ring; by now it may be another ring's. */
+    bool named = self->producer && !ring_peer_opened(self);
     atomic_store(self->producer ? &self->page->producer_closed : &self->page->consumer_closed, 1);
     munmap(self->page, sizeof *self->page + self->capacity);
-    if (self->producer)
-        shm_unlink(self->name); /* gone already if the consumer has opened it */
+    if (named)
+        shm_unlink(self->name);
     self->page = NULL;
 }
 
