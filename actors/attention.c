@@ -68,6 +68,7 @@ static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effec
     heartbeat.frames_resent = self->frames_resent;
     heartbeat.frames_stale = self->frames_stale;
     fill_loads(self, &heartbeat, out);
+    audit_fill_heartbeat(self, &heartbeat, out);
     member_heartbeat(&self->member, &heartbeat, now_ns, out);
 }
 
@@ -225,10 +226,13 @@ static uint64_t attention_deadline(const struct actor *actor) {
     if (self->failed)
         return NEVER;
     uint64_t deadline = member_deadline(&self->member), parts = NEVER;
-    if (batch->phase == BATCH_EXPERTS)
+    if (batch->phase == BATCH_EXPERTS) {
+        uint64_t audit = audit_deadline(self);
         parts = parts_deadline(batch->flight.part, batch->flight.parts);
-    else if (batch->phase == BATCH_SAMPLERS)
+        parts = audit < parts ? audit : parts;
+    } else if (batch->phase == BATCH_SAMPLERS) {
         parts = parts_deadline(batch->sample_part, batch->sample_parts);
+    }
     return self->member.exited || deadline < parts ? deadline : parts;
 }
 
@@ -238,7 +242,8 @@ static const char *describe_most(struct actor *actor) {
     snprintf(
         self->description, sizeof self->description,
         "sequences=%u waiting=%u running=%u done=%u pages=%u/%u batch=%llu phase=%d resent=%llu "
-        "stale=%llu hedged=%llu cached=%u hits=%llu drafted=%llu accepted=%llu%s%s",
+        "stale=%llu hedged=%llu cached=%u hits=%llu drafted=%llu accepted=%llu audited=%llu "
+        "differed=%llu alone=%llu%s%s",
         self->waiting.count + self->runnings + self->done.count, self->waiting.count,
         self->runnings, self->done.count, self->pages.total - pages_available(&self->pages),
         self->pages.total,
@@ -246,8 +251,9 @@ static const char *describe_most(struct actor *actor) {
         (unsigned long long)self->frames_resent, (unsigned long long)self->frames_stale,
         (unsigned long long)self->frames_hedged, self->pages.idle,
         (unsigned long long)self->prefix_hits, (unsigned long long)self->draft_tokens_total,
-        (unsigned long long)self->accepted_total, broken != NULL ? " broken: " : "",
-        broken != NULL ? broken : "");
+        (unsigned long long)self->accepted_total, (unsigned long long)self->audit.rows,
+        (unsigned long long)self->audit.differed, (unsigned long long)self->audit.alone,
+        broken != NULL ? " broken: " : "", broken != NULL ? broken : "");
     return self->description;
 }
 
@@ -267,6 +273,7 @@ static void attention_destroy(struct actor *actor) {
         attention_drop_all(self);
     batch_free(self);
     pages_free(self);
+    audit_free(self);
     free(self->hash);
     free(self->running);
     free(self->placement_first);
@@ -315,7 +322,7 @@ static bool allocate(struct attention *self) {
     self->load = calloc(entries + 1, sizeof *self->load);
     return self->hash != NULL && self->running != NULL &&
            self->placement_first != NULL && self->load != NULL && pages_init(self) &&
-           batch_init(self);
+           batch_init(self) && audit_init(self);
 }
 
 struct actor *attention_create(const struct actor_identity *identity,

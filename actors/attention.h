@@ -5,6 +5,7 @@
  *   attention_pages.c     pages of the latent cache: held, shared, evicted
  *   attention_batch.c     which rows go into the next step; programs of a step
  *   attention_dispatch.c  rows to experts and back: parts, replies, resending
+ *   attention_audit.c     answers of experts checked against those of others
  *   attention_sample.c    rows to samplers and back
  *   attention_draft.c     guessed tokens (MTP): made, verified, kept or dropped
  *   attention_report.c    tokens to gateways */
@@ -182,6 +183,25 @@ struct flight {
     struct dispatch_item *planned; /* [items_max] scratch */
 };
 
+/* Rows of the layer in flight that are checked; a cell is (row, slot). See attention_audit.c. */
+struct audit {
+    double share;
+    struct audit_cell *cell; /* [batch_tokens * k] */
+    uint32_t *listed;        /* [batch_tokens * k] cells that are checked in this layer */
+    uint32_t *target;        /* [batch_tokens * k] scratch: whom to ask for each of them */
+    uint32_t cells, pending; /* in `listed`; of them not settled yet */
+    struct audit_vote *vote; /* answers kept, and their bytes; grow to what a layer needs */
+    uint8_t *bytes;          /* [votes_capacity, hidden] float */
+    uint32_t votes, votes_capacity;
+    struct part *part;       /* ranges of `ask`; numbered from AUDIT_PART on in frames */
+    uint32_t *ask;           /* cells */
+    uint32_t parts, parts_capacity, asks, asks_capacity;
+    uint64_t retry_ns;       /* nobody could be asked for some: tried again; NEVER: not so */
+    bool accused;            /* somebody is known as a liar since the last look */
+    uint64_t rows, differed, alone; /* totals: checked, with differing answers, not checked for want of a second holder */
+};
+#define AUDIT_PART 0x80000000u
+
 struct batch {
     enum batch_phase phase;
     uint32_t slot;
@@ -218,6 +238,10 @@ struct destination {
     /* After a hedge has answered before it: others are asked instead, if there are any, until it speaks
      * again and for a while after that, longer each time. */
     uint64_t suspect_until_ns, suspicion_ns;
+    /* An audit has shown that its rows are wrong (or, if undecided, that they may be): nothing is sent to
+     * it any more, and heartbeats say so until the coordinator has taken it away. */
+    bool liar, undecided;
+    uint32_t lie_layer, lie_expert;
 };
 
 struct attention {
@@ -244,6 +268,7 @@ struct attention {
     struct batch batch;
     uint64_t last_batch, last_tag;
     uint64_t decode_ns, prompt_row_ns; /* usual time of a batch without prompt rows; of each of these; 0: not known */
+    struct audit audit;
 
     /* Who holds what, of the adopted epoch. */
     struct placement placement;
@@ -262,7 +287,7 @@ struct attention {
     uint64_t *load; /* [layers * experts] rows routed to each */
     uint32_t load_cursor,
         load_heartbeats; /* heartbeats that still carry loads after the last change */
-    char description[256];
+    char description[384];
 };
 
 /* attention_admit.c, between batches; pages that are handed out join batch.clear */
@@ -344,6 +369,39 @@ uint64_t parts_deadline(const struct part *part, uint32_t parts);
  * (counted as stale). */
 struct part *reply_part(struct attention *self, const struct frame_header *header, enum role role,
                         struct part *part, uint32_t parts, struct effects *out);
+
+/* attention_dispatch.c, for attention_audit.c */
+uint32_t dispatch_destination(const struct attention *self, actor_id id); /* index, UINT32_MAX: unknown */
+bool dispatch_survey(struct attention *self, actor_id excluded, bool desperate, uint64_t now_ns);
+void dispatch_send_part(struct attention *self, const struct part *part, uint32_t number,
+                        const struct dispatch_part *planned, struct effects *out);
+void dispatch_trust(struct attention *self, const struct part *part, uint64_t now_ns);
+void dispatch_suspect(struct attention *self, const struct part *part, uint64_t now_ns, struct effects *out);
+/* Rows that are with somebody go to others. */
+void dispatch_leave(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out);
+/* Items may wait for a holder that was only believed lost: believe in it again rather than wait for ever. */
+void dispatch_believe(struct attention *self);
+/* The layer is over if every item is there and every audit settled. */
+void dispatch_finish(struct attention *self, struct effects *out);
+
+/* attention_audit.c: all but audit_start may be called while no experts are at work. */
+bool audit_init(struct attention *self);
+void audit_free(struct attention *self);
+/* The first plan of a layer has been sent: chooses what is checked and asks for it. */
+void audit_start(struct attention *self, uint64_t now_ns, struct effects *out);
+/* An answer to (row, slot); `taken`: it has been scattered. */
+void audit_answer(struct attention *self, uint32_t row, uint32_t slot, const struct frame_header *header,
+                  const uint8_t *bytes, bool taken, struct effects *out);
+/* After answers or changes around: asks for what is lacking; rows at liars go elsewhere. */
+void audit_review(struct attention *self, uint64_t now_ns, struct effects *out);
+void audit_on_combine(struct attention *self, const struct frame *frame, uint64_t now_ns, struct effects *out);
+void audit_on_moved(struct attention *self, const struct frame_header *header, uint64_t now_ns,
+                    struct effects *out);
+void audit_adopt(struct attention *self, uint64_t now_ns, struct effects *out);
+void audit_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out);
+void audit_timer(struct attention *self, uint64_t now_ns, struct effects *out);
+uint64_t audit_deadline(const struct attention *self);
+void audit_fill_heartbeat(const struct attention *self, Troupe__Heartbeat *heartbeat, struct effects *out);
 
 /* attention_sample.c */
 void sample_start(struct attention *self, uint64_t now_ns, struct effects *out);

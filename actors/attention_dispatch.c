@@ -95,7 +95,7 @@ static void take_destinations(struct attention *self) {
     }
 }
 
-static uint32_t find_destination(const struct attention *self, actor_id id) {
+uint32_t dispatch_destination(const struct attention *self, actor_id id) {
     for (uint32_t i = 0; i < self->destinations; i++)
         if (self->destination[i].id == id)
             return i;
@@ -107,7 +107,7 @@ static uint32_t placement_entry(const struct attention *self, const Troupe__Comm
                                 size_t i, uint32_t *ret_destination) {
     if (commit->layer[i] >= self->config.layers || commit->expert[i] >= self->config.experts)
         return UINT32_MAX;
-    *ret_destination = find_destination(self, commit->holder[i]);
+    *ret_destination = dispatch_destination(self, commit->holder[i]);
     if (*ret_destination == UINT32_MAX)
         return UINT32_MAX;
     return commit->layer[i] * self->config.experts + commit->expert[i];
@@ -182,30 +182,29 @@ static void part_free(struct flight *flight, struct part *part) {
 
 /* How many items each destination still has to answer, and who can be given more: suspects only if
  * `desperate`. Returns whether any was left out for being one. */
-static bool survey(struct attention *self, actor_id excluded, bool desperate, uint64_t now_ns) {
+bool dispatch_survey(struct attention *self, actor_id excluded, bool desperate, uint64_t now_ns) {
     const struct flight *flight = &self->batch.flight;
     bool left_out = false;
     for (uint32_t i = 0; i < self->destinations; i++) {
         const struct peer *peer = member_peer(&self->member, self->destination[i].id);
         bool suspect = !desperate && self->destination[i].suspect_until_ns > now_ns;
-        bool usable = peer != NULL && !peer->lost && peer->id != excluded;
+        bool usable = peer != NULL && !peer->lost && peer->id != excluded && !self->destination[i].liar;
         self->alive[i] = usable && !suspect;
         left_out = left_out || (usable && suspect);
         self->queued[i] = 0;
     }
     for (uint32_t i = 0; i < flight->parts; i++)
         if (flight->part[i].state == PART_SENT) {
-            uint32_t destination = find_destination(self, flight->part[i].to);
+            uint32_t destination = dispatch_destination(self, flight->part[i].to);
             if (destination != UINT32_MAX)
                 self->queued[destination] += flight->part[i].count;
         }
     return left_out;
 }
 
-static void send_part(struct attention *self, const struct part *part,
-                      const struct dispatch_part *planned, struct effects *out) {
-    const struct flight *flight = &self->batch.flight;
-    const struct dispatch_plan *plan = &flight->plan;
+void dispatch_send_part(struct attention *self, const struct part *part, uint32_t number,
+                        const struct dispatch_part *planned, struct effects *out) {
+    const struct dispatch_plan *plan = &self->batch.flight.plan;
     size_t group_bytes = planned->groups * sizeof(struct frame_group);
     size_t item_bytes = planned->items * sizeof(uint32_t);
     uint8_t *prefix = effects_alloc(out, group_bytes + item_bytes);
@@ -222,7 +221,7 @@ static void send_part(struct attention *self, const struct part *part,
         .batch = self->batch.number,
         .layer = self->batch.layer,
         .attempt = part->attempt,
-        .part = (uint32_t)(part - flight->part),
+        .part = number,
         .rows = planned->rows,
         .items = planned->items,
         .groups = planned->groups,
@@ -287,7 +286,7 @@ static uint32_t plan_alive(struct attention *self, uint32_t first, uint32_t coun
             .family_first = first + planned->first_item,
             .family_count = planned->items,
         };
-        send_part(self, part, planned, out);
+        dispatch_send_part(self, part, (uint32_t)(part - flight->part), planned, out);
     }
     return plan->waiting;
 }
@@ -295,11 +294,11 @@ static uint32_t plan_alive(struct attention *self, uint32_t first, uint32_t coun
 /* The same over everybody but `excluded`, with suspects only where there is nobody else. */
 static uint32_t plan_range(struct attention *self, uint32_t first, uint32_t count,
                            actor_id excluded, uint64_t now_ns, struct effects *out) {
-    bool left_out = survey(self, excluded, false, now_ns);
+    bool left_out = dispatch_survey(self, excluded, false, now_ns);
     uint32_t waiting = plan_alive(self, first, count, now_ns, out);
     if (waiting == 0 || !left_out)
         return waiting;
-    survey(self, excluded, true, now_ns);
+    dispatch_survey(self, excluded, true, now_ns);
     return plan_alive(self, first + count - waiting, waiting, now_ns, out);
 }
 
@@ -351,7 +350,7 @@ static void hedge_range(struct attention *self, const struct part *late, uint32_
     };
     flight->hedges++;
     self->frames_hedged++;
-    send_part(self, part, &plan->part[0], out);
+    dispatch_send_part(self, part, (uint32_t)(part - flight->part), &plan->part[0], out);
 }
 
 static bool holds(const struct attention *self, uint32_t destination, uint32_t expert) {
@@ -367,7 +366,7 @@ static bool holds(const struct attention *self, uint32_t destination, uint32_t e
 static uint32_t hedge_destination(struct attention *self, const struct part *late, uint32_t expert,
                                   uint64_t now_ns) {
     for (int desperate = 0; desperate < 2; desperate++) {
-        survey(self, late->again ? 0 : late->to, desperate, now_ns);
+        dispatch_survey(self, late->again ? 0 : late->to, desperate, now_ns);
         uint32_t destination =
             replica_choose(&self->placement, self->batch.layer, expert, self->alive, self->queued);
         if (destination != UINT32_MAX)
@@ -430,8 +429,8 @@ static void set_hedge_time(struct attention *self) {
 }
 
 /* It has answered in time. */
-static void trust(struct attention *self, const struct part *part, uint64_t now_ns) {
-    uint32_t destination = find_destination(self, part->to);
+void dispatch_trust(struct attention *self, const struct part *part, uint64_t now_ns) {
+    uint32_t destination = dispatch_destination(self, part->to);
     if (destination == UINT32_MAX)
         return;
     latency_add(&self->destination[destination].latency, now_ns - part->sent_ns);
@@ -439,9 +438,9 @@ static void trust(struct attention *self, const struct part *part, uint64_t now_
 }
 
 /* Others have answered before it. */
-static void suspect(struct attention *self, const struct part *part, uint64_t now_ns,
-                    struct effects *out) {
-    uint32_t index = find_destination(self, part->to);
+void dispatch_suspect(struct attention *self, const struct part *part, uint64_t now_ns,
+                      struct effects *out) {
+    uint32_t index = dispatch_destination(self, part->to);
     if (index == UINT32_MAX || self->destination[index].incarnation != part->to_incarnation)
         return;
     struct destination *destination = &self->destination[index];
@@ -458,7 +457,7 @@ static void suspect(struct attention *self, const struct part *part, uint64_t no
 
 /* It speaks, if late. */
 static void note_life(struct attention *self, const struct frame_header *header, uint64_t now_ns) {
-    uint32_t index = find_destination(self, header->from);
+    uint32_t index = dispatch_destination(self, header->from);
     if (index == UINT32_MAX || self->destination[index].incarnation != header->from_incarnation)
         return;
     struct destination *destination = &self->destination[index];
@@ -482,7 +481,7 @@ static void settle_family(struct attention *self, const struct part *answered, u
         if (part == answered || !same_family(part, answered) || !all_done(flight, part))
             continue;
         if (!part->hedge && part->to != answered->to)
-            suspect(self, part, now_ns, out);
+            dispatch_suspect(self, part, now_ns, out);
         part_free(flight, part);
     }
 }
@@ -580,10 +579,15 @@ void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now
                       batch->layer);
         wait_part(self, flight->items - waiting, waiting, now_ns);
     }
+    audit_start(self, now_ns, out);
     /* after the transfers, so that the experts work meanwhile */
     if (self->config.shared_experts > 0)
         batch_program(self, out, PROGRAM_SHARED, batch->layer);
-    if (flight->missing == 0)
+    dispatch_finish(self, out);
+}
+
+void dispatch_finish(struct attention *self, struct effects *out) {
+    if (self->batch.phase == BATCH_EXPERTS && self->batch.flight.missing == 0 && self->audit.pending == 0)
         batch_combine(self, out);
 }
 
@@ -624,24 +628,39 @@ struct part *reply_part(struct attention *self, const struct frame_header *heade
     return &part[header->part];
 }
 
-/* Takes the items of the answer that nobody has brought before. */
+/* A range of the answer's items that nobody has brought before. */
+static void take_items(struct attention *self, uint32_t first, uint32_t count, const uint8_t *rows,
+                       struct effects *out) {
+    struct flight *flight = &self->batch.flight;
+    struct program *program = batch_program(self, out, PROGRAM_SCATTER, self->batch.layer);
+    program->payload = rows;
+    program->item_row = flight->item_row + first;
+    program->item_slot = flight->item_slot + first;
+    program->items = count;
+    if (self->audit.cells > 0) { /* what comes of an audit may reorder items in this very step */
+        program->item_row = effects_copy(out, program->item_row, count * sizeof *program->item_row);
+        program->item_slot = effects_copy(out, program->item_slot, count * sizeof *program->item_slot);
+    }
+    flight->missing -= count;
+    memset(flight->item_done + first, 1, count);
+}
+
+/* Scatters what is new in the answer, and hands all of it to the audit. */
 static void scatter(struct attention *self, const struct part *part, const struct frame *frame,
                     struct effects *out) {
     struct flight *flight = &self->batch.flight;
+    size_t row_bytes = frame->header->row_bytes;
     const uint8_t *rows = frame_rows(frame);
     for (uint32_t i = 0, next; i < part->count; i = next) {
         const uint8_t *done = flight->item_done + part->first;
         for (next = i + 1; next < part->count && done[next] == done[i];)
             next++;
-        if (done[i])
-            continue;
-        struct program *program = batch_program(self, out, PROGRAM_SCATTER, self->batch.layer);
-        program->payload = rows + (size_t)i * frame->header->row_bytes;
-        program->item_row = flight->item_row + part->first + i;
-        program->item_slot = flight->item_slot + part->first + i;
-        program->items = next - i;
-        flight->missing -= next - i;
-        memset(flight->item_done + part->first + i, 1, next - i);
+        bool taken = !done[i];
+        if (taken)
+            take_items(self, part->first + i, next - i, rows + i * row_bytes, out);
+        for (uint32_t item = i; self->audit.cells > 0 && item < next; item++)
+            audit_answer(self, flight->item_row[part->first + item], flight->item_slot[part->first + item],
+                         frame->header, rows + item * row_bytes, taken, out);
     }
 }
 
@@ -650,6 +669,10 @@ void dispatch_on_combine(struct attention *self, const struct frame *frame, uint
     struct flight *flight = &self->batch.flight;
     const struct frame_header *header = frame->header;
     note_life(self, header, now_ns);
+    if ((header->part & AUDIT_PART) != 0) {
+        audit_on_combine(self, frame, now_ns, out);
+        return;
+    }
     struct part *part = reply_part(self, header, ROLE_EXPERT, flight->part, flight->parts, out);
     if (part == NULL)
         return;
@@ -662,18 +685,22 @@ void dispatch_on_combine(struct attention *self, const struct frame *frame, uint
         replan(self, part, REPLAN_LATE, now_ns, out);
         return;
     }
-    trust(self, part, now_ns);
+    dispatch_trust(self, part, now_ns);
     scatter(self, part, frame, out);
     if (flight->hedges > 0)
         settle_family(self, part, now_ns, out);
     part_free(flight, part);
-    if (flight->missing == 0)
-        batch_combine(self, out);
+    audit_review(self, now_ns, out);
+    dispatch_finish(self, out);
 }
 
 void dispatch_on_moved(struct attention *self, const struct frame_header *header, uint64_t now_ns,
                        struct effects *out) {
     struct flight *flight = &self->batch.flight;
+    if ((header->part & AUDIT_PART) != 0) {
+        audit_on_moved(self, header, now_ns, out);
+        return;
+    }
     struct part *part = reply_part(self, header, ROLE_EXPERT, flight->part, flight->parts, out);
     if (part == NULL)
         return;
@@ -702,7 +729,7 @@ static void replan_where(struct attention *self, part_test *wanted, uint64_t arg
 static bool is_gone(const struct attention *self, const struct part *part, uint64_t unused) {
     if (part->state == PART_WAITING)
         return true;
-    uint32_t destination = find_destination(self, part->to);
+    uint32_t destination = dispatch_destination(self, part->to);
     return destination == UINT32_MAX ||
            self->destination[destination].incarnation != part->to_incarnation;
 }
@@ -720,9 +747,15 @@ void dispatch_adopt(struct attention *self, const Troupe__Commit *commit, uint64
     take_destinations(self);
     take_placement(self, commit);
     replan_where(self, is_gone, 0, REPLAN_LOST, now_ns, out);
+    audit_adopt(self, now_ns, out);
 }
 
 void dispatch_peer_lost(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out) {
+    replan_where(self, is_at, id, REPLAN_LOST, now_ns, out);
+    audit_peer_lost(self, id, now_ns, out);
+}
+
+void dispatch_leave(struct attention *self, actor_id id, uint64_t now_ns, struct effects *out) {
     replan_where(self, is_at, id, REPLAN_LOST, now_ns, out);
 }
 
@@ -733,8 +766,17 @@ static bool any_late(const struct flight *flight, uint64_t now_ns) {
     return false;
 }
 
+void dispatch_believe(struct attention *self) {
+    for (uint32_t i = 0; i < self->destinations; i++) {
+        struct peer *peer = member_peer(&self->member, self->destination[i].id);
+        if (peer != NULL)
+            peer->lost = false;
+    }
+}
+
 void dispatch_timer(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct flight *flight = &self->batch.flight;
+    audit_timer(self, now_ns, out);
     if (self->batch.phase != BATCH_EXPERTS || parts_deadline(flight->part, flight->parts) > now_ns)
         return;
     uint32_t parts = flight->parts; /* not those that come of it */
@@ -743,12 +785,6 @@ void dispatch_timer(struct attention *self, uint64_t now_ns, struct effects *out
             hedge(self, &flight->part[i], now_ns, out);
     if (!any_late(flight, now_ns))
         return;
-    /* Items may wait for a holder that was only believed lost: believe in it again rather than wait
-     * for ever. */
-    for (uint32_t i = 0; i < self->destinations; i++) {
-        struct peer *peer = member_peer(&self->member, self->destination[i].id);
-        if (peer != NULL)
-            peer->lost = false;
-    }
+    dispatch_believe(self);
     replan_where(self, is_late, now_ns, REPLAN_LATE, now_ns, out);
 }

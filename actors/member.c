@@ -139,6 +139,7 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
         hello.members = self->epoch > 0 ? self->peers + 1 : 0;
         hello.ready = self->ready;
         hello.draining = self->draining;
+        hello.quarantined = self->quarantined;
         if (self->describe_holdings != NULL)
             self->describe_holdings(self, &hello, out);
     }

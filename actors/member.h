@@ -41,6 +41,7 @@ struct member {
     uint8_t *operations; /* packed, of the adopted epoch: only a coordinator can read them; NULL: none */
     size_t operations_bytes;
     bool ready;   /* as the adopted epoch lists it */
+    bool quarantined; /* likewise: it gave wrong rows and serves nothing */
     bool draining; /* likewise: give away what there is; the coordinator says when to end */
     bool serving; /* requests may be submitted: the epoch serves, and all who must know this actor
                      do */

@@ -73,7 +73,7 @@ static void answer_failure(const struct admin *admin, uint16_t status, const str
 /* ---- what there is ---- */
 
 static const char *seat_state(const struct seat *seat) {
-    return seat->draining ? "draining" : seat->ready ? "ready" : "joining";
+    return seat->quarantined ? "quarantined" : seat->draining ? "draining" : seat->ready ? "ready" : "joining";
 }
 
 static json_t *describe_actor(const struct coordinator *self, const struct seat *seat,
@@ -162,15 +162,28 @@ static json_t *list_operations(const struct admin *admin, bool all) {
     return list;
 }
 
+static json_t *list_quarantines(const struct coordinator *self) {
+    json_t *list = json_array();
+    for (uint32_t i = 0; i < self->lies; i++) {
+        const struct lie *lie = &self->lie[i];
+        json_array_append_new(
+            list, json_pack("{s:s, s:i, s:i, s:i, s:s, s:b, s:b}", "name", lie->name, "times",
+                            (int)lie->times, "layer", (int)lie->layer, "expert", (int)lie->expert,
+                            "accuser", lie->accuser, "undecided", lie->undecided, "stays", lie->stays));
+    }
+    return list;
+}
+
 static void on_status(const struct admin *admin) {
     const struct coordinator *self = admin->self;
     uint64_t copies = 0;
     for (uint32_t pair = 0; pair < self->pairs; pair++)
         copies += self->actives[pair];
     answer(admin, 200,
-           json_pack("{s:I, s:b, s:I, s:i, s:o, s:o}", "epoch", (json_int_t)self->epoch, "serving",
+           json_pack("{s:I, s:b, s:I, s:i, s:o, s:o, s:o}", "epoch", (json_int_t)self->epoch, "serving",
                      self->serving, "copies", (json_int_t)copies, "experts", (int)self->moe_pairs,
-                     "actors", list_actors(admin), "operations", list_operations(admin, false)));
+                     "actors", list_actors(admin), "operations", list_operations(admin, false),
+                     "quarantines", list_quarantines(self)));
 }
 
 static void on_actors(const struct admin *admin) {

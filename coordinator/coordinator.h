@@ -8,6 +8,7 @@
  *   restart.c      operations of an earlier coordinator
  *   rebalance.c    the planner's view of the troupe, and what its plan changes
  *   policy.c       what it does by itself, and limits
+ *   quarantine.c   processes that gave wrong rows
  *   admin.c        the same over HTTP
  *   statistics.c   STATS and STATUS
  *   recent.c       loads and speeds of late */
@@ -54,6 +55,7 @@ struct seat {
                                nothing */
     bool ready; /* all who must know it have adopted an epoch that lists it */
     bool draining;          /* it gives everything away and then ends */
+    bool quarantined;       /* it gave wrong rows: it serves nothing and is given nothing */
     uint64_t draining_epoch; /* the first that says so; 0: an earlier coordinator's */
     uint64_t drained_ns;    /* since when it has nothing left; 0: it has */
     uint64_t leave_sent_ns; /* told to end; 0: not yet */
@@ -136,6 +138,14 @@ struct operation {
     char reason[FAILURE_TEXT_BYTES]; /* why it was aborted */
 };
 
+/* Whoever gave wrong rows, by name; kept after it has ended. */
+struct lie {
+    char name[64], accuser[64];
+    uint32_t times, layer, expert;
+    bool undecided, stays; /* of the last time */
+};
+#define LIES_MAX 64u
+
 /* Loads per window, recorded on request. */
 struct recording {
     bool on;
@@ -184,6 +194,8 @@ struct coordinator {
     struct operation operation[OPERATIONS_MAX]; /* a ring; id 0: never used */
     uint64_t last_operation_id;
     struct recording recording;
+    struct lie lie[LIES_MAX]; /* the oldest name makes room */
+    uint32_t lies;
     char *admin_token; /* NULL: none asked for */
     uint32_t *current, *wanted; /* planning: [pairs] */
     uint32_t *scratch;          /* planning: [6 * ACTORS_MAX] */
@@ -280,6 +292,14 @@ bool operation_ended(const struct operation *operation);
 /* restart.c */
 void operations_learn(struct coordinator *self, const Troupe__Hello *hello);
 void operations_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* quarantine.c: what an attention actor's heartbeat says about expert processes. Removes seats: no pointer
+ * to one is good after it. */
+void quarantine_take(struct coordinator *self, const struct seat *accuser,
+                     const Troupe__Heartbeat *heartbeat, uint64_t now_ns, struct effects *out);
+void quarantine_fill(const struct coordinator *self, Troupe__Stats *stats, struct effects *out);
+/* Copies of each pair that there should be, and that it takes to serve. */
+uint32_t copies_wanted(const struct coordinator *self);
+uint32_t copies_needed(const struct coordinator *self);
 
 /* rebalance.c */
 struct rebalance {

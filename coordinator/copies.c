@@ -30,7 +30,7 @@ bool seat_serves(const struct coordinator *self, const struct seat *seat) {
 bool copies_complete(const struct coordinator *self) {
     uint32_t served = 0, wanted = self->moe_pairs;
     for (uint32_t pair = 0; pair < self->pairs; pair++)
-        served += self->actives[pair] > 0; /* only ready processes are made active */
+        served += self->actives[pair] >= copies_needed(self); /* only ready processes are made active */
     return served == wanted;
 }
 
@@ -222,7 +222,8 @@ static struct seat *emptiest_without(struct coordinator *self, uint32_t pair) {
     struct seat *best = NULL;
     for (uint32_t i = 0; i < self->seats; i++) {
         struct seat *seat = &self->seat[i];
-        if (seat->copy != NULL && !seat->draining && (seat->copy[pair] & COPY_TARGET) == 0 &&
+        if (seat->copy != NULL && !seat->draining && !seat->quarantined &&
+            (seat->copy[pair] & COPY_TARGET) == 0 &&
             seat->targets < seat->capacity && (best == NULL || seat->targets < best->targets))
             best = seat;
     }
@@ -240,10 +241,11 @@ static void move_replica(struct coordinator *self, struct seat *leaving, uint32_
 
 /* As many copies of each pair as the knob says, where there is room. */
 static void add_replicas(struct coordinator *self) {
-    for (uint32_t pair = 0; self->settings.replicas > 1 && pair < self->pairs; pair++) {
+    uint32_t wanted = copies_wanted(self);
+    for (uint32_t pair = 0; wanted > 1 && pair < self->pairs; pair++) {
         struct seat *seat = NULL;
         while (self->is_moe[pair / self->config.experts] && self->owner[pair] == 0 &&
-               self->targets[pair] > 0 && self->targets[pair] < self->settings.replicas &&
+               self->targets[pair] > 0 && self->targets[pair] < wanted &&
                (seat = emptiest_without(self, pair)) != NULL)
             copy_set_target(self, seat, pair, true);
     }
@@ -254,7 +256,7 @@ static uint32_t list_holders(struct coordinator *self, uint32_t *id, uint32_t *c
     uint32_t holders = 0;
     for (uint32_t i = 0; i < self->seats; i++) {
         const struct seat *seat = &self->seat[i];
-        if (seat->role != ROLE_EXPERT || seat->draining)
+        if (seat->role != ROLE_EXPERT || seat->draining || seat->quarantined)
             continue;
         uint32_t replicas = seat->targets;
         for (uint32_t pair = 0; pair < self->pairs && replicas > 0; pair++)

@@ -98,6 +98,7 @@ static bool seat_fill(const struct coordinator *self, struct seat *seat,
     seat->host = put_string(&at, hello->host);
     seat->pid = hello->pid;
     seat->draining = hello->draining;
+    seat->quarantined = hello->quarantined;
     seat->capacity = self->pairs;
     if (hello->capacity_bytes > 0 && hello->capacity_bytes / self->expert_bytes < self->pairs)
         seat->capacity = (uint32_t)(hello->capacity_bytes / self->expert_bytes);
@@ -410,7 +411,8 @@ Troupe__Member *membership_member(const struct seat *seat, struct effects *out) 
     member->data_address = seat->data_address;
     member->host = seat->host;
     member->name = seat->name;
-    member->state = seat->draining ? TROUPE__ACTOR_STATE__STATE_DRAINING
+    member->state = seat->quarantined && seat->ready ? TROUPE__ACTOR_STATE__STATE_QUARANTINED
+                    : seat->draining ? TROUPE__ACTOR_STATE__STATE_DRAINING
                     : seat->ready  ? TROUPE__ACTOR_STATE__STATE_READY
                                    : TROUPE__ACTOR_STATE__STATE_JOINING;
     return member;
@@ -538,6 +540,8 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
     seat->heartbeat.n_load_layer = seat->heartbeat.n_load_expert = seat->heartbeat.n_load_rows = 0;
     seat->heartbeat.load_layer = seat->heartbeat.load_expert = NULL;
     seat->heartbeat.load_rows = NULL;
+    seat->heartbeat.n_accusation = 0;
+    seat->heartbeat.accusation = NULL;
     seat->heartbeat.control_address = (char *)protobuf_c_empty_string;
     seat->heartbeat.base.n_unknown_fields = 0;
     seat->heartbeat.base.unknown_fields = NULL;
@@ -548,4 +552,5 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
         effects_send_packed(out, seat->id, bytes, size);
         seat->commit_sent_ns = now_ns;
     }
+    quarantine_take(self, seat, heartbeat, now_ns, out);
 }

@@ -140,6 +140,8 @@ static int check_taker(const struct coordinator *self, actor_id id, uint32_t pai
         return fail(failure, ERR_NOT_FOUND, "actor %u is no expert process", id);
     if (seat->draining)
         return fail(failure, ERR_STATE, "%s is being drained", seat->name);
+    if (seat->quarantined)
+        return fail(failure, ERR_STATE, "%s gave wrong rows and is quarantined; restart it first", seat->name);
     if ((seat->copy[pair] & COPY_TARGET) != 0)
         return fail(failure, ERR_EXISTS, "%s holds expert %u of layer %u already", seat->name,
                     pair % self->config.experts, pair / self->config.experts);

@@ -84,7 +84,7 @@ static int view_open(struct view *view, struct coordinator *self, struct failure
         return fail(failure, ERR_NO_MEMORY, "no memory for a plan of %u experts", self->pairs);
     for (uint32_t i = 0; i < self->seats; i++) {
         struct seat *seat = &self->seat[i];
-        if (!seat_serves(self, seat) || seat->draining)
+        if (!seat_serves(self, seat) || seat->draining || seat->quarantined)
             continue;
         uint32_t host = host_of(view, seat);
         view->hosts += host == view->hosts;

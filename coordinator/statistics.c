@@ -171,6 +171,7 @@ void statistics_send(struct coordinator *self, uint64_t now_ns, struct effects *
             stats.n_actor = self->seats;
             stats.actor = actor_stats(self, now_ns, out);
             fill_loads(self, &stats, out);
+            quarantine_fill(self, &stats, out);
         }
         message envelope = coordinator_envelope(self);
         envelope.body_case = TROUPE__ENVELOPE__BODY_STATS;

@@ -80,6 +80,21 @@ static void test_a_lie_is_seen(void **state) {
                      1);
 }
 
+/* The same lies, but every row is computed twice: none passes, and the process is found out. */
+static void test_an_audit_lets_no_lie_pass(void **state) {
+    static char report[16384];
+    (void)state;
+    assert_int_equal(run_plan("streams 8\ntokens 64\nexperts 4\nknob audit_share 1\nfor 4s\nwindow 2s\n"
+                              "at 500ms lie expert 1 share 0.001 for 3s\n",
+                              "5", report, sizeof report),
+                     0);
+    assert_says(report, "lost 0, duplicated 0, different 0");
+    const char *line = strstr(report, "lie expert 1");
+    assert_non_null(line);
+    if (strstr(line, " - ") != NULL && strstr(line, " - ") < strchr(line, '\n'))
+        fail_msg("the liar was not found");
+}
+
 static void test_plans_are_checked(void **state) {
     static struct chaos_plan plan;
     static const char *const bad[] = {"streams 0",
@@ -116,7 +131,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_plans_are_checked),     cmocka_unit_test(test_every_role_is_killed),
         cmocka_unit_test(test_damaged_frames_are_caught), cmocka_unit_test(test_short_storm),
-        cmocka_unit_test(test_a_lie_is_seen),
+        cmocka_unit_test(test_a_lie_is_seen),         cmocka_unit_test(test_an_audit_lets_no_lie_pass),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

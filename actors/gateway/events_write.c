@@ -39,8 +39,8 @@ static uint64_t unix_ms(const struct event_source *source, uint64_t ns) {
 }
 
 static const char *state_name(Troupe__ActorState state) {
-    static const char *const NAMES[] = {"joining", "loading", "ready", "draining", "gone"};
-    return state <= TROUPE__ACTOR_STATE__STATE_GONE ? NAMES[state] : "unknown";
+    static const char *const NAMES[] = {"joining", "loading", "ready", "draining", "gone", "quarantined"};
+    return state <= TROUPE__ACTOR_STATE__STATE_QUARANTINED ? NAMES[state] : "unknown";
 }
 
 void events_write_hello(struct event_feed *self, const struct event_source *source,

@@ -115,8 +115,8 @@ double cluster_view_balancedness(const struct cluster_view *self, uint32_t layer
 }
 
 static const char *state_name(Troupe__ActorState state) {
-    static const char *const NAMES[] = {"joining", "loading", "ready", "draining", "gone"};
-    return state <= TROUPE__ACTOR_STATE__STATE_GONE ? NAMES[state] : "unknown";
+    static const char *const NAMES[] = {"joining", "loading", "ready", "draining", "gone", "quarantined"};
+    return state <= TROUPE__ACTOR_STATE__STATE_QUARANTINED ? NAMES[state] : "unknown";
 }
 
 #define ATTENTION         ROLE_BIT_OF(ROLE_ATTENTION)
@@ -173,6 +173,12 @@ static const struct {
      AT(frames_resent), true, 1},
     {"troupe_frames_stale_total", "counter", "Data frames dropped as stale.", DATA_PLANE,
      AT(frames_stale), true, 1},
+    {"troupe_rows_audited_total", "counter", "Rows of experts confirmed by a second process.",
+     ATTENTION, AT(rows_audited), true, 1},
+    {"troupe_rows_unaudited_total", "counter",
+     "Rows chosen for an audit that had no second holder.", ATTENTION, AT(rows_unaudited), true, 1},
+    {"troupe_audits_differed_total", "counter",
+     "Rows for which two processes gave different bits.", ATTENTION, AT(audits_differed), true, 1},
 };
 
 static void write_actor_labels(struct text *out, const char *metric, const Troupe__Member *member) {
@@ -215,9 +221,21 @@ static void write_actors(struct text *out, const Troupe__Stats *stats) {
     }
 }
 
+static void write_quarantines(struct text *out, const Troupe__Stats *stats) {
+    metric_head(out, "troupe_quarantines_total", "counter",
+                "Times that a process was taken out of service because its rows were wrong.");
+    for (size_t i = 0; i < stats->n_quarantine; i++) {
+        text_format(out, "troupe_quarantines_total{actor=");
+        metric_label(out, stats->quarantine[i]->name);
+        text_format(out, "} %u\n", stats->quarantine[i]->times);
+    }
+}
+
 void cluster_view_write(struct text *out, const struct cluster_view *self) {
-    if (self->stats != NULL)
+    if (self->stats != NULL) {
         write_actors(out, self->stats);
+        write_quarantines(out, self->stats);
+    }
     metric_head(out, "troupe_expert_tokens_total", "counter", "Rows routed to each expert.");
     for (uint32_t l = 0; l < self->layers; l++)
         for (uint32_t e = 0; e < self->experts; e++)

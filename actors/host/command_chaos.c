@@ -106,7 +106,7 @@ static double unix_ms(const char *line) {
 
 static void take_line(struct chaos *self, const char *line, bool coordinator) {
     static const char *const losses[] = {": removed ", " removed ", " lost ", "is slow", "the coordinator is gone",
-                                         "another coordinator is there", "gateway joined"};
+                                         "another coordinator is there", "gateway joined", "gave wrong rows"};
     struct note note = {.unix_ms = unix_ms(line)};
     const char *epoch = coordinator ? strstr(line, " epoch ") : NULL;
     unsigned members, placed;

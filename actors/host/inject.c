@@ -170,6 +170,16 @@ static bool strikes(struct inject *self, enum fault_kind kind, struct rule *ret)
     return found;
 }
 
+/* Each of `count` rows is hit or not: the first that is, else `count`. */
+static uint32_t strikes_row(struct inject *self, enum fault_kind kind, uint32_t count, struct rule *ret) {
+    if (atomic_load_explicit(&self->rules, memory_order_relaxed) == 0)
+        return count;
+    for (uint32_t row = 0; row < count; row++)
+        if (strikes(self, kind, ret))
+            return row;
+    return count;
+}
+
 static enum injected fate(struct inject *self) {
     struct rule rule;
     if (strikes(self, FAULT_PARTITION, &rule) || strikes(self, FAULT_DROP, &rule))
@@ -187,9 +197,12 @@ enum injected inject_frame(struct inject *self, struct outgoing *frame) {
     struct rule rule;
     if (strikes(self, FAULT_CORRUPT, &rule))
         frame->flip_after = 1 + random_next(&rule.random) % (8 * frame->bytes);
-    if (frame->header.kind == FRAME_COMBINE && strikes(self, FAULT_LIE, &rule))
-        frame->flip_before = 1 + 8 * frame->rows_offset +
-                             random_next(&rule.random) % (8 * (frame->bytes - frame->rows_offset));
+    if (frame->header.kind == FRAME_COMBINE) { /* one bit of one row */
+        uint64_t row_bits = 8 * (uint64_t)frame->header.row_bytes;
+        uint32_t row = strikes_row(self, FAULT_LIE, frame->header.items, &rule);
+        if (row < frame->header.items)
+            frame->flip_before = 1 + 8 * frame->rows_offset + row * row_bits + random_next(&rule.random) % row_bits;
+    }
     return fate(self);
 }
 
