@@ -49,6 +49,29 @@ static uint8_t *build_frame(const struct node *node, const struct effect *effect
     return bytes;
 }
 
+/* Lies of an expert process: wrong rows under a right checksum. */
+static void lie(struct world *self, const struct node *node, uint8_t *bytes) {
+    struct frame_header *header = (struct frame_header *)bytes;
+    struct faults *faults = self->options.faults;
+    for (uint32_t i = 0; faults != NULL && header->kind == FRAME_COMBINE && i < faults->count; i++) {
+        struct fault *fault = &faults->list[i];
+        if (fault->kind != FAULT_LIE || !fault_is_active(fault, self->now_ns) ||
+            !place_matches(fault->from, node_place(node)))
+            continue;
+        uint8_t *rows = bytes + frame_rows_offset(header->kind, header->rows, header->items, header->groups);
+        for (uint32_t item = 0; item < header->items; item++) {
+            if (random_between(&fault->random, 0, 999) >= fault->share_permille)
+                continue;
+            uint64_t place = fault->steady ? 0 : random_between(&fault->random, 0, header->row_bytes / 4 - 1);
+            uint32_t mask = fault->steady ? 0x10000u : (uint32_t)random_between(&fault->random, 1, UINT32_MAX);
+            uint32_t *word = (uint32_t *)(rows + (size_t)item * header->row_bytes) + place;
+            *word ^= mask;
+            if (self->options.watch != NULL && self->options.watch->lied != NULL)
+                self->options.watch->lied(self->options.watch->context, node_place(node));
+        }
+    }
+}
+
 static void carry_transfer(struct world *self, struct node *node, const struct effect *effect,
                            uint64_t time_ns) {
     const struct connection *peer = find_peer(node, effect->transfer.header.to);
@@ -58,6 +81,7 @@ static void carry_transfer(struct world *self, struct node *node, const struct e
     uint8_t *bytes = build_frame(node, effect, &size);
     struct frame_header *header = (struct frame_header *)bytes;
     header->from_incarnation = node->identity.incarnation;
+    lie(self, node, bytes);
     frame_seal(header);
     world_hash_word(self, header->crc);
     network_send_frame(self, node, peer->node, peer->incarnation, bytes, size, time_ns);

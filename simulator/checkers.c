@@ -17,6 +17,7 @@ struct life {
     uint64_t heard_epoch;    /* newest that the coordinator has received from it */
     uint64_t batch, epoch;   /* of its last first sending */
     uint32_t layer;
+    bool lied;
 };
 
 /* An epoch as published. */
@@ -154,6 +155,18 @@ static void decide(struct checkers *self) {
     self->suspicion.code = 0;
 }
 
+/* If two insist on different rows, one of them may be right. */
+static void check_accusations(struct checkers *self, struct place who, const Troupe__Heartbeat *heartbeat) {
+    for (size_t i = 0; i < heartbeat->n_accusation; i++) {
+        const Troupe__Accusation *accusation = heartbeat->accusation[i];
+        const struct life *accused = life_of_id(self, accusation->actor);
+        if (accused != NULL && accused->incarnation == accusation->incarnation && !accused->lied &&
+            !accusation->undecided)
+            violate(self, "innocence: attention-%u says that expert-%u gave wrong rows of layer %u expert %u", who.index,
+                    accused->place.index, accusation->layer, accusation->expert);
+    }
+}
+
 static void on_sent(struct checkers *self, struct place who, const struct effect *effect) {
     Troupe__Envelope *envelope;
     struct failure failure;
@@ -174,6 +187,7 @@ static void on_sent(struct checkers *self, struct place who, const struct effect
             violate(self, "epochs: %s-%u had adopted %llu and now says %llu", role_name(who.role), who.index,
                     (unsigned long long)life->told_epoch, (unsigned long long)envelope->heartbeat->epoch);
         life->told_epoch = envelope->heartbeat->epoch;
+        check_accusations(self, who, envelope->heartbeat);
     }
     wire_free(&envelope);
 }
@@ -253,6 +267,10 @@ static void on_end(void *context, struct place who) {
         self->ended(self->context, who);
 }
 
+static void on_lie(void *context, struct place who) {
+    life_of(context, who)->lied = true;
+}
+
 /* ---- the end ---- */
 
 static int check_counts(const struct checkers *self, enum role role, const char *const *counts,
@@ -322,7 +340,7 @@ int checkers_open(struct checkers **ret, const struct model_config *config, stru
     self->layers = config->layers;
     self->experts = config->experts;
     self->pairs = config->layers * config->experts;
-    self->watch = (struct world_watch){self, on_effect, on_message, on_end};
+    self->watch = (struct world_watch){self, on_effect, on_message, on_end, on_lie};
     bool enough = true;
     for (uint32_t i = 0; i < CHECKED_EPOCHS_MAX; i++) {
         self->published[i].holder =

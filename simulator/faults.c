@@ -29,6 +29,7 @@ static const struct kind {
     [FAULT_SHORT_READ] = {"short-read", ABOUT_PROCESS, true, false},
     [FAULT_NO_MEMORY] = {"no-memory", ABOUT_PROCESS, true, false},
     [FAULT_HANG_UP] = {"hang-up", ABOUT_CLIENT, false, false},
+    [FAULT_LIE] = {"lie", ABOUT_PROCESS, true, true},
 };
 
 bool place_matches(struct place wanted, struct place is) {
@@ -96,7 +97,7 @@ void fault_print(const struct fault *fault, char ret[FAULT_LINE_BYTES]) {
         put_time(&writer, fault->for_ns);
     }
     if (kind->share)
-        put(&writer, " share 0.%03u", fault->share_permille);
+        put(&writer, " share %u.%03u", fault->share_permille / 1000, fault->share_permille % 1000);
     if (fault->kind == FAULT_SLOW)
         put(&writer, " by %llu", (unsigned long long)fault->amount);
     if (fault->kind == FAULT_DELAY) {
@@ -105,6 +106,8 @@ void fault_print(const struct fault *fault, char ret[FAULT_LINE_BYTES]) {
     }
     if (fault->silent)
         put(&writer, " silent");
+    if (fault->steady)
+        put(&writer, " steady");
 }
 
 /* ---- reading ---- */
@@ -204,6 +207,10 @@ static int take_option(struct reader *self, struct fault *ret) {
     }
     if (take_if(self, "silent")) {
         ret->silent = true;
+        return 0;
+    }
+    if (ret->kind == FAULT_LIE && take_if(self, "steady")) {
+        ret->steady = true;
         return 0;
     }
     if (take_if(self, "share")) {
@@ -319,8 +326,8 @@ static void draw_group(struct faults *self, const struct fault_field *field, uin
 static void draw_one(struct faults *self, const struct fault_field *field, struct random *random) {
     static const enum fault_kind OFTEN[] = {FAULT_CRASH, FAULT_CRASH, FAULT_CRASH, FAULT_PAUSE};
     uint64_t at_ns = draw_time(random, 0, field->until_ns);
-    uint32_t which = (uint32_t)random_between(random, 0, FAULT_KINDS + 3);
-    struct fault *fault = add(self, which < FAULT_KINDS ? (enum fault_kind)which : OFTEN[which - FAULT_KINDS], at_ns);
+    uint32_t which = (uint32_t)random_between(random, 0, FAULT_LIE + 3);
+    struct fault *fault = add(self, which < FAULT_LIE ? (enum fault_kind)which : OFTEN[which - FAULT_LIE], at_ns);
     fault->for_ns = draw_time(random, 1 * MS, random_chance(random, 0.2) ? 1500 * MS : 250 * MS);
     switch (KINDS[fault->kind].about) {
     case ABOUT_LINK:
@@ -368,6 +375,17 @@ void faults_draw(struct faults *ret, const struct fault_field *field, struct ran
             draw_group(ret, field, draw_time(random, 0, field->until_ns), random);
         else
             draw_one(ret, field, random);
+    }
+}
+
+void faults_draw_lies(struct faults *ret, const struct fault_field *field, struct random *random) {
+    uint32_t liar = (uint32_t)random_between(random, 0, field->experts - 1);
+    for (uint64_t lies = random_between(random, 1, 3); lies > 0 && ret->count < FAULTS_MAX; lies--) {
+        struct fault *lie = add(ret, FAULT_LIE, draw_time(random, 0, field->until_ns));
+        lie->from = (struct place){ROLE_EXPERT, liar};
+        lie->for_ns = draw_time(random, 10 * MS, 600 * MS);
+        lie->share_permille = (uint32_t)(random_chance(random, 0.5) ? random_between(random, 1, 20) : random_between(random, 100, 1000));
+        lie->steady = random_chance(random, 0.4);
     }
 }
 

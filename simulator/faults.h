@@ -13,6 +13,8 @@
  *   at 120ms clog from expert 0 for 1s            nothing arrives until the fault is over, then everything does
  *   at 120ms disk-error expert 1 for 1s           loads fail; also short-read, no-memory
  *   at 120ms hang-up client 3                     the client closes its connection
+ *   at 120ms lie expert 1 for 1s share 0.001      so many of its rows are wrong, in frames that are right; `steady`: always in
+ *                                                 the same place, as with damaged weights. Only audit_share 1 stands that
  *
  * `from` and `to` name a process (role and number) or, left out, all. */
 #ifndef TROUPE_SIMULATOR_FAULTS_H
@@ -39,6 +41,7 @@ enum fault_kind {
     FAULT_SHORT_READ,
     FAULT_NO_MEMORY,
     FAULT_HANG_UP,
+    FAULT_LIE, /* drawn apart from the others */
     FAULT_KINDS,
 };
 
@@ -55,10 +58,11 @@ struct fault {
     uint64_t at_ns, for_ns;
     struct place from, to; /* one process: `from`; `to` is the other end of a link */
     enum traffic traffic;
-    uint32_t share_permille; /* drop, duplicate, corrupt */
+    uint32_t share_permille; /* drop, duplicate, corrupt, lie */
     uint64_t amount;         /* slow: factor; delay: ns */
     uint32_t client;         /* hang-up */
     bool silent;             /* crash */
+    bool steady;             /* lie */
     struct random random;    /* its own chance, so that taking a fault out leaves the others as they are */
 };
 
@@ -90,5 +94,8 @@ struct fault_field {
  * processes come late (a crash at the start), some never come back, but never the last of their role. */
 #define FAULTS_DRAWN_MIN 5u
 void faults_draw(struct faults *ret, const struct fault_field *field, struct random *random);
+
+/* Adds lies of one expert process, for clusters that audit everything. */
+void faults_draw_lies(struct faults *ret, const struct fault_field *field, struct random *random);
 
 #endif

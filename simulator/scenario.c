@@ -99,6 +99,19 @@ static void draw_network(struct scenario *ret, struct random *random) {
     ret->frames_find_any_life = random_chance(random, 0.5);
 }
 
+/* Apart from all other draws. Whoever lies must be outvoted: two others stay, even if one is lost for good. */
+static void draw_audit(struct scenario *ret, const struct fault_field *field) {
+    struct random mixed = {ret->seed ^ 0x6175646974u};
+    struct random drawn = {random_next(&mixed)}, *random = &drawn;
+    if (!random_chance(random, 0.35))
+        return;
+    ret->settings.audit_share = (double)random_between(random, 1, 99) / 100;
+    if (ret->experts < 4 || random_chance(random, 0.2))
+        return;
+    ret->settings.audit_share = 1;
+    faults_draw_lies(&ret->faults, field, random);
+}
+
 void scenario_draw(struct scenario *ret, uint64_t seed) {
     struct random mixed = {seed ^ 0x74726f757065u}; /* neighbouring states would give one shifted sequence */
     struct random drawn = {random_next(&mixed)}, *random = &drawn;
@@ -129,6 +142,7 @@ void scenario_draw(struct scenario *ret, uint64_t seed) {
         draw_request(&ret->request[i], tight ? span_ns / 16 : span_ns, seed, tight, &beginning, random);
     struct fault_field field = {ret->attention, ret->experts, ret->samplers, ret->requests, span_ns + 200 * MS};
     faults_draw(&ret->faults, &field, random);
+    draw_audit(ret, &field);
     faults_prepare(&ret->faults, seed);
 }
 
@@ -263,6 +277,7 @@ void scenario_print(const struct scenario *self, char ret[SCENARIO_TEXT_BYTES]) 
     put(&out, "# model %u in %s, %u requests, heartbeat %u ms x %u, row deadline %u ms, poll %u ms\n",
         self->model, self->f32 ? "f32" : "bf16", self->requests, self->settings.heartbeat_ms,
         self->settings.heartbeat_misses, self->settings.row_deadline_ms, self->settings.poll_ms);
+    put(&out, "# replicas %u, audit share %g\n", self->settings.replicas, self->settings.audit_share);
     put(&out, "# messages %llu to %llu us, lost %g, doubled %g; frames %llu to %llu us, lost %g\n",
         (unsigned long long)(self->delay_min_ns / US), (unsigned long long)(self->delay_max_ns / US),
         self->loss, self->duplicate, (unsigned long long)(self->frame_delay_min_ns / US),

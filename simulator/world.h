@@ -13,6 +13,7 @@ struct world_watch {
     void (*effect)(void *context, struct place who, const struct effect *effect); /* before it is carried out */
     void (*message)(void *context, struct place to, const message *envelope);     /* before it is stepped */
     void (*ended)(void *context, struct place who); /* a process has crashed or left */
+    void (*lied)(void *context, struct place who);  /* a fault has falsified one of its rows */
 };
 
 struct world_options {

@@ -111,7 +111,9 @@ static void test_shipped_scenarios(void **state) {
                                         "coordinator-gives-another-id",
                                         "member-missing-in-one-epoch",
                                         "submit-for-an-earlier-life",
-                                        "refusal-under-a-taken-id"};
+                                        "refusal-under-a-taken-id",
+                                        "liar",
+                                        "liar-steady"};
     for (size_t i = 0; i < sizeof FILES / sizeof *FILES; i++) {
         char path[128];
         size_t size;
@@ -126,6 +128,30 @@ static void test_shipped_scenarios(void **state) {
         if (report.outcome != OUTCOME_GOOD)
             fail_msg("%s: %s: %s", path, outcome_name(report.outcome), report.text);
     }
+}
+
+static void count_quarantines(void *context, const char *line) {
+    uint32_t *count = context;
+    count[0] += strstr(line, "quarantined expert-1") != NULL;
+    count[1] += strstr(line, "quarantined expert") != NULL && strstr(line, "quarantined expert-1") == NULL;
+    count[2] += strstr(line, "it stays, without experts") != NULL;
+}
+
+/* A process that lies in one row of a hundred and more is named, and nobody else. */
+static void test_a_liar_is_named(void **state) {
+    (void)state;
+    size_t size;
+    uint32_t count[3] = {0};
+    struct report report;
+    struct failure failure = {0};
+    char *text = read_file("config/faults/liar.scenario", &size);
+    assert_int_equal(scenario_parse(&scenario, text, size, &failure), 0);
+    free(text);
+    sim_run(&sim, &scenario, count_quarantines, count, &report);
+    assert_int_equal(report.outcome, OUTCOME_GOOD);
+    assert_int_equal(count[0], 2);
+    assert_int_equal(count[1], 0);
+    assert_int_equal(count[2], 1);
 }
 
 static void test_wrong_scenarios_are_told(void **state) {
@@ -213,6 +239,7 @@ int main(void) {
         cmocka_unit_test(test_a_seed_is_the_same_run_each_time),
         cmocka_unit_test(test_seeds_are_good),
         cmocka_unit_test(test_shipped_scenarios),
+        cmocka_unit_test(test_a_liar_is_named),
         cmocka_unit_test(test_wrong_scenarios_are_told),
         cmocka_unit_test(test_faults_take_effect),
     };
