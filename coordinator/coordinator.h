@@ -190,6 +190,7 @@ struct coordinator {
     actor_id *home;             /* [pairs] the target that placement looks after; 0: nobody */
     uint16_t *targets, *actives, *waiting; /* [pairs] copies with COPY_TARGET, with COPY_ACTIVE, with
                                               the first but not the second */
+    bool replicas_due; /* pairs that operations had kept to themselves may lack copies */
     uint64_t *owner; /* [pairs] the operation that is at work on it; 0: none */
     struct operation operation[OPERATIONS_MAX]; /* a ring; id 0: never used */
     uint64_t last_operation_id;

@@ -511,6 +511,9 @@ void copies_review(struct coordinator *self, uint64_t now_ns, struct effects *ou
         self->placed = true;
         copies_plan(self, now_ns, out);
     }
+    if (self->placed && self->replicas_due)
+        add_replicas(self);
+    self->replicas_due = false;
     for (uint32_t i = 0; i < self->seats; i++) {
         struct seat *seat = &self->seat[i];
         if (seat->role != ROLE_EXPERT)

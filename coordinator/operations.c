@@ -105,6 +105,7 @@ static void disown(struct coordinator *self, const struct operation *operation) 
         if (self->owner[pair] != operation->id)
             continue;
         self->owner[pair] = 0;
+        self->replicas_due = true;
         for (uint32_t j = 0; j < self->seats && self->waiting[pair] > 0; j++)
             if (self->seat[j].copy != NULL && self->seat[j].copy[pair] == COPY_TARGET)
                 self->seat[j].dirty = true;

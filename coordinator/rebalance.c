@@ -151,7 +151,8 @@ static bool in_plan(const struct expert_plan *plan, uint32_t pair, uint32_t proc
     return false;
 }
 
-/* Copies that come and copies that go, in twos as far as they reach. */
+/* Copies that come and copies that go, in twos as far as they reach. The planner knows nothing of the copies
+ * that there are to be of each pair at least: those stay. */
 static struct change *list_changes(const struct view *view, const struct expert_plan *plan,
                                    uint32_t *ret_count) {
     uint32_t pairs = view->layers * view->experts;
@@ -167,6 +168,11 @@ static struct change *list_changes(const struct view *view, const struct expert_
             if (before && !after)
                 list[go++].from = view->seat[i]->id;
         }
+        uint32_t least = copies_wanted(view->self) < view->processes ? copies_wanted(view->self)
+                                                                      : view->processes;
+        uint32_t all = view->self->targets[model] + (come - *ret_count);
+        for (; go > *ret_count && all - (go - *ret_count) < least; go--)
+            list[go - 1].from = 0;
         for (; *ret_count < come || *ret_count < go; (*ret_count)++)
             list[*ret_count].pair = model;
     }

@@ -143,6 +143,23 @@ static void test_capacity_bounds_what_a_fast_process_is_given(void **state) {
     stage_free(&stage);
 }
 
+/* The planner thinks in single copies and spares; the copies that `replicas` asks for are none of its business. */
+static void test_rebalancing_keeps_replicas(void **state) {
+    struct stage stage;
+    struct player player[5];
+    open_stage(&stage);
+    stage.settings.replicas = 2;
+    fill_troupe(&stage, player);
+    wait_ms(&stage, player, 5, 500);
+    assert_says(request(&stage, "GET", "/status", NULL, 200), "\"copies\":16");
+    for (uint32_t expert = 0; expert < 4; expert++)
+        route(&stage, &player[1], 1, expert, HOT);
+    work(&stage, &player[2], 1000000, 4000000000u); /* unequal, so that fewer copies would pay */
+    work(&stage, &player[3], 1000000, 1000000000u);
+    assert_says(request(&stage, "POST", "/rebalance", "{\"dry_run\":true}", 200), "\"proposed\":false");
+    stage_free(&stage);
+}
+
 /* ---- limits ---- */
 
 static void test_scaling_keeps_to_its_limits(void **state) {
@@ -177,6 +194,7 @@ static void test_scaling_keeps_to_its_limits(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_uneven_loads_are_rebalanced_at_the_interval),
+        cmocka_unit_test(test_rebalancing_keeps_replicas),
         cmocka_unit_test(test_even_loads_and_no_interval_are_left_alone),
         cmocka_unit_test(test_loads_of_late_decide),
         cmocka_unit_test(test_a_fast_process_is_given_more),
