@@ -221,6 +221,11 @@ storm: deps ## ten minutes with a fault every 2 s under 32 streams (SEED=N)
 	@$(MAKE) --no-print-directory $(BUILD)/troupe
 	$(BUILD)/troupe chaos --plan config/faults/live-storm.plan --seed $(or $(SEED),1) --html $(BUILD)/storm.html --journal $(BUILD)/chaos.db
 
+.PHONY: bench-cost
+bench-cost: deps ## processor time per token with checksums, hedging and heartbeats on and off, in turns (ARGS=--audit for audits)
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	python3 bench/fault_cost.py --troupe $(BUILD)/troupe $(ARGS)
+
 sim: $(BUILD)/troupe ## simulate clusters with faults: SEEDS=1..2000 JOBS=2, or SEED=17
 	$(BUILD)/troupe sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS) --jobs $(JOBS)) --shrink $(ARGS)
 

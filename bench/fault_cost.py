@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""What it costs to be ready for faults: processor time of all processes of a troupe per token, with and without checksums, hedging and
+frequent heartbeats, side by side. Every round measures each setting once, in an order that turns; medians of the rounds are compared, and the
+spread of the rounds says how far they can be trusted. Processor time rather than wall time: it hardly depends on what else the machine does.
+
+usage: bench/fault_cost.py --troupe build/troupe [--rounds 9] [--model DIR] [--figure decode-32] [--audit]"""
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+
+SETTINGS = {
+    "all on": [],
+    "no CRC": ["--frame-crc", "0"],
+    "no hedging": ["--hedge-factor", "0"],
+    "all off": ["--frame-crc", "0", "--hedge-factor", "0", "--heartbeat-ms", "60000"],
+}
+AUDITS = {
+    "no audit": ["--replicas", "2"],
+    "audit 0.01": ["--audit-share", "0.01"],
+    "audit 0.1": ["--audit-share", "0.1"],
+    "audit 1": ["--audit-share", "1"],
+}
+
+
+def measure(arguments, figure, model, knobs):
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        subprocess.run([arguments.troupe, "bench", "--model", model, "--figures", figure, "--runs", "1", "--json", out.name] + knobs,
+                       check=True, stdout=subprocess.DEVNULL)
+        result = json.load(open(out.name))["figures"][figure]
+    cpu = sum(us for role, us in result["cpu_us_per_token"].items() if role != "client")
+    return cpu, result["tokens_per_s"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--troupe", default="build/troupe")
+    parser.add_argument("--model", default="models/demo")
+    parser.add_argument("--figure", default="decode-32")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--audit", action="store_true", help="compare audits instead")
+    arguments = parser.parse_args()
+    settings = AUDITS if arguments.audit else SETTINGS
+    names = list(settings)
+    found = {name: [] for name in names}
+    for turn in range(arguments.rounds):
+        at = turn % len(names)
+        for name in names[at:] + names[:at]:
+            found[name].append(measure(arguments, arguments.figure, arguments.model, settings[name]))
+    base = names[0] if arguments.audit else names[-1]
+    zero = statistics.median(cpu for cpu, _ in found[base])
+    print(f"{arguments.figure}, {arguments.rounds} rounds; processor time of all processes, us a token")
+    print(f"{'':12} {'median':>8} {'lowest':>8} {'highest':>8} {'cost':>7} {'paired':>8} {'tokens/s':>9}")
+    for name in names:
+        cpu = [value for value, _ in found[name]]
+        middle = statistics.median(cpu)
+        paired = statistics.median(here / there for (here, _), (there, _) in zip(found[name], found[base]))
+        rate = statistics.median(value for _, value in found[name])
+        print(f"{name:12} {middle:8.1f} {min(cpu):8.1f} {max(cpu):8.1f} {100 * (middle / zero - 1):6.1f}% {100 * (paired - 1):7.1f}% {rate:9.0f}")
+
+
+if __name__ == "__main__":
+    main()
