@@ -9,7 +9,7 @@
 #define US 1000u
 #define MS UINT64_C(1000000)
 
-enum about { ABOUT_PROCESS, ABOUT_LINK, ABOUT_CLIENT };
+enum about { ABOUT_PROCESS, ABOUT_LINK, ABOUT_CLIENT, ABOUT_PAIR, ABOUT_ALL };
 
 static const struct kind {
     const char *name;
@@ -30,6 +30,10 @@ static const struct kind {
     [FAULT_NO_MEMORY] = {"no-memory", ABOUT_PROCESS, true, false},
     [FAULT_HANG_UP] = {"hang-up", ABOUT_CLIENT, false, false},
     [FAULT_LIE] = {"lie", ABOUT_PROCESS, true, true},
+    [FAULT_DRAIN] = {"drain", ABOUT_PROCESS, false, false},
+    [FAULT_REBALANCE] = {"rebalance", ABOUT_ALL, false, false},
+    [FAULT_REPLICATE] = {"replicate", ABOUT_PAIR, false, false},
+    [FAULT_MOVE] = {"move", ABOUT_PAIR, false, false},
 };
 
 bool place_matches(struct place wanted, struct place is) {
@@ -84,9 +88,11 @@ void fault_print(const struct fault *fault, char ret[FAULT_LINE_BYTES]) {
         put_place(&writer, "", fault->from);
     if (kind->about == ABOUT_CLIENT)
         put(&writer, " client %u", fault->client);
+    if (kind->about == ABOUT_PAIR)
+        put(&writer, " pair %u %u", fault->layer, fault->expert);
     if (kind->about == ABOUT_LINK && fault->traffic != TRAFFIC_ALL)
         put(&writer, " %s", fault->traffic == TRAFFIC_DATA ? "data" : "control");
-    if (kind->about == ABOUT_LINK) {
+    if (kind->about == ABOUT_LINK || kind->about == ABOUT_PAIR) {
         put_place(&writer, " from", fault->from);
         put_place(&writer, " to", fault->to);
     }
@@ -248,6 +254,15 @@ static int read_words(struct reader *self, struct fault *ret) {
         result = take_if(self, "client") ? take_number(self, "client", 1e6, &client)
                                          : fail(self->failure, ERR_INVALID, "expected 'client N'");
     ret->client = (uint32_t)client;
+    double layer = 0, expert = 0;
+    if (kind->about == ABOUT_PAIR) {
+        result = take_if(self, "pair") ? take_number(self, "layer", LAYERS_MAX, &layer)
+                                       : fail(self->failure, ERR_INVALID, "expected 'pair LAYER EXPERT'");
+        if (result == 0)
+            result = take_number(self, "expert", EXPERTS_MAX, &expert);
+    }
+    ret->layer = (uint32_t)layer;
+    ret->expert = (uint32_t)expert;
     while (result == 0 && self->next < self->words)
         result = take_option(self, ret);
     if (result == 0 && kind->lasts && ret->for_ns == 0)
@@ -323,6 +338,38 @@ static void draw_group(struct faults *self, const struct fault_field *field, uin
     }
 }
 
+void faults_draw_operations(struct faults *ret, const struct fault_field *field, struct random *random) {
+    for (uint64_t asked = random_between(random, 1, 5); asked > 0 && ret->count < FAULTS_MAX; asked--) {
+        enum fault_kind kind = (enum fault_kind)random_between(random, FAULT_DRAIN, FAULT_MOVE);
+        struct fault *fault = add(ret, kind, draw_time(random, 0, field->until_ns));
+        fault->layer = (uint32_t)random_between(random, 0, 3);
+        fault->expert = (uint32_t)random_between(random, 0, 7);
+        if (kind == FAULT_DRAIN)
+            fault->from = draw_place(field, random);
+        if (kind == FAULT_MOVE)
+            fault->from = (struct place){ROLE_EXPERT, (uint32_t)random_between(random, 0, field->experts - 1)};
+        if (kind == FAULT_MOVE || kind == FAULT_REPLICATE)
+            fault->to = (struct place){ROLE_EXPERT, (uint32_t)random_between(random, 0, field->experts - 1)};
+    }
+}
+
+bool fault_request(const struct fault *fault, const char **ret_path, char ret_body[FAULT_BODY_BYTES]) {
+    static const char *const PATHS[] = {"/drain", "/rebalance", "/replicate", "/move"};
+    if (fault->kind < FAULT_DRAIN || fault->kind > FAULT_MOVE)
+        return false;
+    *ret_path = PATHS[fault->kind - FAULT_DRAIN];
+    struct writer body = {ret_body, FAULT_BODY_BYTES};
+    put(&body, "{");
+    if (fault->kind == FAULT_DRAIN)
+        put(&body, "\"actor\":\"%s-%u\"", role_name(fault->from.role), fault->from.index);
+    if (fault->kind == FAULT_REPLICATE || fault->kind == FAULT_MOVE)
+        put(&body, "\"layer\":%u,\"expert\":%u,\"to\":\"expert-%u\"", fault->layer, fault->expert, fault->to.index);
+    if (fault->kind == FAULT_MOVE)
+        put(&body, ",\"from\":\"expert-%u\"", fault->from.index);
+    put(&body, "}");
+    return true;
+}
+
 static void draw_one(struct faults *self, const struct fault_field *field, struct random *random) {
     static const enum fault_kind OFTEN[] = {FAULT_CRASH, FAULT_CRASH, FAULT_CRASH, FAULT_PAUSE};
     uint64_t at_ns = draw_time(random, 0, field->until_ns);
@@ -337,6 +384,9 @@ static void draw_one(struct faults *self, const struct fault_field *field, struc
         fault->client = (uint32_t)random_between(random, 0, field->clients - 1);
         fault->for_ns = 0;
         break;
+    case ABOUT_PAIR:
+    case ABOUT_ALL:
+        break; /* drawn apart */
     case ABOUT_PROCESS:
         fault->from = draw_place(field, random);
         if (fault->kind >= FAULT_DISK_ERROR && fault->kind <= FAULT_NO_MEMORY)

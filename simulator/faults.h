@@ -16,6 +16,10 @@
  *   at 120ms lie expert 1 for 1s share 0.001      so many of its rows are wrong, in frames that are right; `steady`: always in
  *                                                 the same place, as with damaged weights. Only audit_share 1 stands that
  *
+ *   at 120ms drain expert 1                       what people ask the coordinator for: it gives everything away and ends, and is started
+ *                                                 again; also rebalance; replicate pair 1 5 (layer, expert) to expert 2; move pair 1 5
+ *                                                 from expert 0 to expert 2. What cannot be done is refused, as by the admin interface
+ *
  * `from` and `to` name a process (role and number) or, left out, all. */
 #ifndef TROUPE_SIMULATOR_FAULTS_H
 #define TROUPE_SIMULATOR_FAULTS_H
@@ -41,7 +45,11 @@ enum fault_kind {
     FAULT_SHORT_READ,
     FAULT_NO_MEMORY,
     FAULT_HANG_UP,
-    FAULT_LIE, /* drawn apart from the others */
+    FAULT_LIE, /* this and what follows is drawn apart from the others */
+    FAULT_DRAIN,
+    FAULT_REBALANCE,
+    FAULT_REPLICATE,
+    FAULT_MOVE,
     FAULT_KINDS,
 };
 
@@ -61,6 +69,7 @@ struct fault {
     uint32_t share_permille; /* drop, duplicate, corrupt, lie */
     uint64_t amount;         /* slow: factor; delay: ns */
     uint32_t client;         /* hang-up */
+    uint32_t layer, expert;  /* replicate, move */
     bool silent;             /* crash */
     bool steady;             /* lie */
     struct random random;    /* its own chance, so that taking a fault out leaves the others as they are */
@@ -95,6 +104,11 @@ struct fault_field {
 #define FAULTS_DRAWN_MIN 5u
 void faults_draw(struct faults *ret, const struct fault_field *field, struct random *random);
 
+/* Adds operations that people ask for, at random times. */
+void faults_draw_operations(struct faults *ret, const struct fault_field *field, struct random *random);
+/* The request to the coordinator's admin interface; false: it is none of these faults. */
+#define FAULT_BODY_BYTES 128u
+bool fault_request(const struct fault *fault, const char **ret_path, char ret_body[FAULT_BODY_BYTES]);
 /* Adds lies of one expert process, for clusters that audit everything. */
 void faults_draw_lies(struct faults *ret, const struct fault_field *field, struct random *random);
 

@@ -28,7 +28,7 @@ static void deliver_to_gateway(struct world *self, struct delivery *delivery) {
     queue_push(&self->queue, delivery);
 }
 
-void world_http(struct world *self, const struct http_request *request) {
+static struct http_request *copy_request(const struct http_request *request) {
     size_t size = sizeof *request + string_bytes(request->method) + string_bytes(request->path) +
                   string_bytes(request->query) + string_bytes(request->authorization) +
                   string_bytes(request->request_id) + request->body_bytes + 1;
@@ -45,9 +45,24 @@ void world_http(struct world *self, const struct http_request *request) {
     copy->body_bytes = request->body_bytes;
     if (request->body_bytes > 0)
         memcpy(at, request->body, request->body_bytes);
+    return copy;
+}
+
+void world_http(struct world *self, const struct http_request *request) {
     struct delivery *delivery = delivery_new(DELIVER_HTTP, GATEWAY_NODE, self->now_ns);
-    delivery->http = copy;
+    delivery->http = copy_request(request);
     deliver_to_gateway(self, delivery);
+}
+
+void world_admin(struct world *self, const struct http_request *request) {
+    const struct node *node = &self->node[0];
+    struct delivery *delivery = delivery_new(DELIVER_HTTP, 0, self->now_ns);
+    delivery->http = copy_request(request);
+    delivery->incarnation = node->identity.incarnation;
+    if (node->alive)
+        queue_push(&self->queue, delivery);
+    else
+        delivery_free(&delivery);
 }
 
 void world_client_gone(struct world *self, uint64_t client) {

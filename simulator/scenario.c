@@ -112,6 +112,14 @@ static void draw_audit(struct scenario *ret, const struct fault_field *field) {
     faults_draw_lies(&ret->faults, field, random);
 }
 
+/* Apart from all other draws, too. */
+static void draw_operations(struct scenario *ret, const struct fault_field *field) {
+    struct random mixed = {ret->seed ^ 0x6f7065726174u};
+    struct random drawn = {random_next(&mixed)};
+    if (random_chance(&drawn, 0.4))
+        faults_draw_operations(&ret->faults, field, &drawn);
+}
+
 void scenario_draw(struct scenario *ret, uint64_t seed) {
     struct random mixed = {seed ^ 0x74726f757065u}; /* neighbouring states would give one shifted sequence */
     struct random drawn = {random_next(&mixed)}, *random = &drawn;
@@ -143,6 +151,7 @@ void scenario_draw(struct scenario *ret, uint64_t seed) {
     struct fault_field field = {ret->attention, ret->experts, ret->samplers, ret->requests, span_ns + 200 * MS};
     faults_draw(&ret->faults, &field, random);
     draw_audit(ret, &field);
+    draw_operations(ret, &field);
     faults_prepare(&ret->faults, seed);
 }
 

@@ -14,6 +14,7 @@
 #include "simulator/clients.h"
 
 #define MS UINT64_C(1000000)
+#define ADMIN_CLIENT (UINT64_C(1) << 63) /* from here on, no client of the gateway has such a number */
 #define STEPS_MAX 20000000u
 #define LEAKS_LOOKED_AT_NS (20 * MS)
 
@@ -135,7 +136,19 @@ static void end(struct run *self, enum outcome outcome, const char *text) {
              text);
 }
 
-/* Crashes, pauses and hang-ups whose time has come. */
+static void ask_coordinator(struct run *self, const struct fault *fault) {
+    char body[FAULT_BODY_BYTES];
+    const char *path;
+    if (fault_request(fault, &path, body))
+        world_admin(self->world, &(struct http_request){.client = ADMIN_CLIENT + self->next_fault,
+                                                        .method = "POST",
+                                                        .path = path,
+                                                        .query = "",
+                                                        .body = body,
+                                                        .body_bytes = strlen(body)});
+}
+
+/* Crashes, pauses, hang-ups and operations whose time has come. */
 static void begin_faults(struct run *self) {
     for (; self->next_fault < self->faults.count; self->next_fault++) {
         const struct fault *fault = &self->faults.list[self->next_fault];
@@ -152,6 +165,7 @@ static void begin_faults(struct run *self) {
             world_pause(self->world, fault->from, fault->at_ns + fault->for_ns);
         else if (fault->kind == FAULT_HANG_UP)
             clients_hang_up(&self->clients, fault->client);
+        ask_coordinator(self, fault);
     }
 }
 

@@ -59,6 +59,8 @@ uint64_t world_trace_hash(const struct world *self);
 void world_calm(struct world *self);
 /* Hands an HTTP request to the gateway, now; it is lost if that is not alive. Strings are copied. */
 void world_http(struct world *self, const struct http_request *request);
+/* The same to the coordinator's admin interface. */
+void world_admin(struct world *self, const struct http_request *request);
 void world_client_gone(struct world *self, uint64_t client);
 struct actor *world_actor(struct world *self, enum role role, uint32_t index); /* probe: ROLE_GATEWAY 0; NULL: not alive */
 /* The process of this role and number: there is one, alive or not. */

@@ -170,6 +170,8 @@ static void test_wrong_scenarios_are_told(void **state) {
         {"at 1ms drop for 1ms\n", "expected 'share X'"},
         {"at 1ms drop for 1ms share 2\n", "expected a number from 0 to 1"},
         {"at 1ms hang-up\n", "expected 'client N'"},
+        {"at 1ms move 1 2 to expert 0\n", "expected 'pair LAYER EXPERT'"},
+        {"at 1ms replicate pair 1 x to expert 0\n", "expert: expected a number"},
         {"at 1ms pause expert 0 for 1ms quickly\n", "did not expect 'quickly'"},
         {"lunch\n", "found 'lunch'"},
     };
@@ -195,7 +197,9 @@ static void test_faults_take_effect(void **state) {
         "at 1ms delay for 1s by 5ms",       "at 1ms drop for 1s share 0.3",        "at 1ms duplicate for 1s share 0.5",
         "at 1ms corrupt data for 1s share 0.3", "at 1ms partition from expert 0 for 500ms",
         "at 1ms clog from attention 0 for 500ms", "at 0ms disk-error expert 0 for 300ms",
-        "at 0ms short-read expert 0 for 300ms", "at 0ms no-memory expert 0 for 300ms", "at 0ms hang-up client 0"};
+        "at 0ms short-read expert 0 for 300ms", "at 0ms no-memory expert 0 for 300ms", "at 0ms hang-up client 0",
+        "at 200ms drain attention 0",        "at 200ms drain expert 0",             "at 200ms rebalance",
+        "at 200ms replicate pair 1 1 to expert 0", "at 200ms move pair 1 1 from expert 0 to expert 0"};
     static const char HEAD[] = "seed 4\nattention 1\nexperts 1\nsamplers 1\nnetwork quiet\n";
     struct report calm, faulty;
     struct failure failure = {0};
