@@ -468,6 +468,8 @@ void operations_step(struct coordinator *self, uint64_t now_ns, struct effects *
 
 uint64_t operations_deadline(const struct coordinator *self) {
     uint64_t deadline = NEVER;
+    if (self->learn_until_ns != NEVER) /* as operations_step does */
+        return NEVER;
     for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
         const struct operation *operation = &self->operation[i];
         if (operation->id != 0 && !operation->told && operation->tell_at_ns < deadline)

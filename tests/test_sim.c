@@ -112,6 +112,7 @@ static void test_shipped_scenarios(void **state) {
                                         "member-missing-in-one-epoch",
                                         "submit-for-an-earlier-life",
                                         "refusal-under-a-taken-id",
+                                        "drain-while-learning",
                                         "liar",
                                         "liar-steady"};
     for (size_t i = 0; i < sizeof FILES / sizeof *FILES; i++) {
