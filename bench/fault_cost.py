@@ -3,7 +3,7 @@
 frequent heartbeats, side by side. Every round measures each setting once, in an order that turns; medians of the rounds are compared, and the
 spread of the rounds says how far they can be trusted. Processor time rather than wall time: it hardly depends on what else the machine does.
 
-usage: bench/fault_cost.py --troupe build/troupe [--rounds 9] [--model DIR] [--figure decode-32] [--audit]"""
+usage: bench/fault_cost.py --troupe build/troupe [--rounds 9] [--model DIR] [--figure decode-32] [--audit] [--only "all on,all off"]"""
 import argparse
 import json
 import statistics
@@ -40,15 +40,18 @@ def main():
     parser.add_argument("--figure", default="decode-32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--audit", action="store_true", help="compare audits instead")
+    parser.add_argument("--only", help="these settings, with commas between; the last one is compared with")
     arguments = parser.parse_args()
     settings = AUDITS if arguments.audit else SETTINGS
+    if arguments.only:
+        settings = {name: settings[name] for name in arguments.only.split(",")}
     names = list(settings)
     found = {name: [] for name in names}
     for turn in range(arguments.rounds):
         at = turn % len(names)
         for name in names[at:] + names[:at]:
             found[name].append(measure(arguments, arguments.figure, arguments.model, settings[name]))
-    base = names[0] if arguments.audit else names[-1]
+    base = names[0] if arguments.audit and not arguments.only else names[-1]
     zero = statistics.median(cpu for cpu, _ in found[base])
     print(f"{arguments.figure}, {arguments.rounds} rounds; processor time of all processes, us a token")
     print(f"{'':12} {'median':>8} {'lowest':>8} {'highest':>8} {'cost':>7} {'paired':>8} {'tokens/s':>9}")
