@@ -314,6 +314,55 @@ static void test_a_process_that_never_becomes_ready_ends_the_scaling(void **stat
     stage_free(&stage);
 }
 
+static void test_a_cancelled_scaling_up_sends_away_what_it_started(void **state) {
+    struct stage stage;
+    struct player player[7];
+    open_troupe(&stage, player);
+    player[5] = join(&stage, ROLE_CONTROL, "supervisor", 300);
+    settle(&stage, player, 6);
+    post(&stage, "/scale", "{\"role\":\"experts\",\"count\":4}");
+    Troupe__Scaled body = TROUPE__SCALED__INIT;
+    Troupe__Process process[2] = {TROUPE__PROCESS__INIT, TROUPE__PROCESS__INIT}, *list[] = {&process[0], &process[1]};
+    process[0].name = "expert-2";
+    process[1].name = "expert-3";
+    body.operation = 1;
+    body.n_started = 2;
+    body.started = list;
+    message envelope = envelope_of(&player[5]);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_SCALED;
+    envelope.scaled = &body;
+    stage_message(&stage, &envelope);
+    player[6] = join(&stage, ROLE_EXPERT, "expert-2", 106);
+    settle(&stage, player, 7);
+    post(&stage, "/cancel", "{\"operation\":1}");
+    assert_phase(&stage, 1, "aborted");
+    assert_int_equal(listed(last_commit(&stage), player[6].id)->state, TROUPE__ACTOR_STATE__STATE_DRAINING);
+    struct player late = join(&stage, ROLE_EXPERT, "expert-3", 107); /* it comes after that */
+    assert_int_equal(listed(last_commit(&stage), late.id)->state, TROUPE__ACTOR_STATE__STATE_DRAINING);
+    assert_int_equal(placed_at(last_commit(&stage), late.id), 0);
+    stage_free(&stage);
+}
+
+/* It joins and says no more: others go on as soon as it counts as lost. */
+static void test_a_process_that_joins_and_falls_silent_holds_nothing_up_for_long(void **state) {
+    struct stage stage;
+    struct player player[5];
+    open_troupe(&stage, player);
+    join(&stage, ROLE_ATTENTION, "attention-1", 105);
+    post(&stage, "/move", MOVE);
+    answer_order(&stage, &player[3], true);
+    settle(&stage, player, 5);
+    assert_phase(&stage, 1, "drain"); /* it might use the old copy */
+    uint64_t lost_ns = (uint64_t)stage.settings.heartbeat_ms * stage.settings.heartbeat_misses * MS;
+    for (uint64_t end_ns = stage.now_ns + lost_ns + 500 * (uint64_t)MS; stage.now_ns < end_ns;) {
+        stage_timer(&stage, stage.now_ns + 100 * (uint64_t)MS);
+        settle(&stage, player, 5);
+    }
+    go_on(&stage, player, 5);
+    assert_phase(&stage, 1, "done");
+    stage_free(&stage);
+}
+
 /* ---- rebalancing ---- */
 
 /* Experts 0 and 1 of layer 1, both hot, are at the same process. */
@@ -347,6 +396,32 @@ static void test_rebalancing_parts_hot_experts(void **state) {
     assert_true(holder[0] != 0 && holder[1] != 0 && holder[0] != holder[1]);
     assert_int_equal(commit->n_layer, 8);
     stage_free(&stage);
+}
+
+/* Wherever it is cancelled, everything is where it was. */
+static void test_cancelling_a_rebalance(void **state) {
+    for (int loaded = 0; loaded < 2; loaded++) {
+        struct stage stage;
+        struct player player[5];
+        open_troupe(&stage, player);
+        route(&stage, &player[1], 1, 0, 50000000);
+        route(&stage, &player[1], 1, 1, 50000000);
+        post(&stage, "/rebalance", "{}");
+        for (int i = 2; i <= 3 && loaded; i++)
+            if (last_order(&stage, &player[i]).operation != 0)
+                answer_order(&stage, &player[i], true);
+        assert_phase(&stage, 1, loaded ? "commit" : "prepare");
+        post(&stage, "/cancel", "{\"operation\":1}");
+        go_on(&stage, player, 5);
+        assert_phase(&stage, 1, "aborted");
+        assert_described(&stage, "orders=0 serving=1");
+        const Troupe__Commit *commit = last_commit(&stage);
+        assert_int_equal(commit->n_layer, 8);
+        assert_int_equal(placed_at(commit, player[2].id), 4);
+        for (size_t i = 0; i < commit->n_layer; i++)
+            assert_true(commit->holder[i] == player[commit->expert[i] < 2 ? 2 : 3].id);
+        stage_free(&stage);
+    }
 }
 
 /* ---- recording ---- */
@@ -401,7 +476,10 @@ int main(void) {
         cmocka_unit_test(test_a_drained_attention_actor_ends_when_it_is_empty),
         cmocka_unit_test(test_scaling_up_waits_until_the_new_process_serves),
         cmocka_unit_test(test_a_process_that_never_becomes_ready_ends_the_scaling),
+        cmocka_unit_test(test_a_cancelled_scaling_up_sends_away_what_it_started),
+        cmocka_unit_test(test_a_process_that_joins_and_falls_silent_holds_nothing_up_for_long),
         cmocka_unit_test(test_rebalancing_parts_hot_experts),
+        cmocka_unit_test(test_cancelling_a_rebalance),
         cmocka_unit_test(test_loads_are_recorded_in_windows),
     };
     return cmocka_run_group_tests_name("operations", tests, NULL, NULL);
