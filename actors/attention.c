@@ -282,6 +282,7 @@ static void attention_destroy(struct actor *actor) {
     free(self->former);
     free(self->alive);
     free(self->queued);
+    free(self->cost);
     free(self->load);
     member_free(&self->member);
     free(self);

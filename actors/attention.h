@@ -235,6 +235,7 @@ struct destination {
     actor_id id;
     uint64_t incarnation;
     struct latency latency;
+    double answers_ns, answers_items; /* of late: time that answers took, and their items (decaying sums) */
     /* After a hedge has answered before it: others are asked instead, if there are any, until it speaks
      * again and for a while after that, longer each time. */
     uint64_t suspect_until_ns, suspicion_ns;
@@ -275,7 +276,8 @@ struct attention {
     uint32_t *placement_first, *placement_holder, holders_capacity;
     struct destination *destination; /* ascending id */
     uint8_t *alive;
-    uint32_t *queued; /* items outstanding at each, recomputed for each plan */
+    uint32_t *queued; /* cost of the items outstanding at each, recomputed for each plan */
+    uint32_t *cost;   /* of an item at each, see router/dispatch.h; set for each layer */
     uint32_t destinations, destinations_capacity;
     struct destination *former; /* scratch: those of the epoch before */
 

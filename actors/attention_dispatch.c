@@ -25,6 +25,10 @@
 #define HEDGE_UNKNOWN_FLOORS 5u /* floors to wait while the usual time is not known */
 #define HEDGE_AGAIN          3u /* times the hedging time until the same process is asked again */
 #define SUSPICION_MIN_NS     100000000u
+#define ANSWERS_KEPT         0.95 /* of what is remembered of answers, with each further one */
+#define ANSWER_ITEMS         8.0  /* an answer costs about as much beside its items, so that small ones do not look slow */
+#define FORGIVENESS          0.9995 /* of its slowness, with each layer */
+#define SPEED_NOISE          1.5  /* processes within this factor of the fastest are taken to be as fast */
 
 /* ---- memory ---- */
 
@@ -75,6 +79,7 @@ static void take_destinations(struct attention *self) {
         self->former = grown(self->former, count, sizeof *self->former);
         self->alive = grown(self->alive, count, sizeof *self->alive);
         self->queued = grown(self->queued, count, sizeof *self->queued);
+        self->cost = grown(self->cost, count, sizeof *self->cost);
         self->destinations_capacity = count;
     }
     uint32_t former = self->destinations, at = 0;
@@ -197,7 +202,7 @@ bool dispatch_survey(struct attention *self, actor_id excluded, bool desperate, 
         if (flight->part[i].state == PART_SENT) {
             uint32_t destination = dispatch_destination(self, flight->part[i].to);
             if (destination != UINT32_MAX)
-                self->queued[destination] += flight->part[i].count;
+                self->queued[destination] += flight->part[i].count * self->cost[destination];
         }
     return left_out;
 }
@@ -264,7 +269,8 @@ static uint32_t plan_alive(struct attention *self, uint32_t first, uint32_t coun
     struct dispatch_plan *plan = &flight->plan;
     list_items(flight, first, count);
     dispatch_plan_build(plan, &self->placement, self->batch.layer, flight->planned, count,
-                        self->alive, self->queued, self->destinations, self->part_items_max);
+                        self->alive, self->queued, self->cost, self->destinations,
+                        self->part_items_max);
     for (uint32_t i = 0; i < count; i++) {
         flight->item_row[first + i] = plan->item[i].row;
         flight->item_slot[first + i] = plan->item[i].slot;
@@ -331,7 +337,7 @@ static void hedge_range(struct attention *self, const struct part *late, uint32_
     only[destination] = 1;
     list_items(flight, first, count);
     dispatch_plan_build(plan, &self->placement, self->batch.layer, flight->planned, count, only,
-                        self->queued, self->destinations, self->part_items_max);
+                        self->queued, self->cost, self->destinations, self->part_items_max);
     ASSERT(plan->parts == 1 && plan->waiting == 0);
     struct part *part = part_new(flight);
     *part = (struct part){
@@ -368,7 +374,8 @@ static uint32_t hedge_destination(struct attention *self, const struct part *lat
     for (int desperate = 0; desperate < 2; desperate++) {
         dispatch_survey(self, late->again ? 0 : late->to, desperate, now_ns);
         uint32_t destination =
-            replica_choose(&self->placement, self->batch.layer, expert, self->alive, self->queued);
+            replica_choose(&self->placement, self->batch.layer, expert, self->alive, self->queued,
+                           self->cost);
         if (destination != UINT32_MAX)
             return destination;
     }
@@ -428,12 +435,40 @@ static void set_hedge_time(struct attention *self) {
     self->hedge_ns = hedge_after_ns(self, usual);
 }
 
+/* What an item takes at a process, overhead shared out; 0: not known. */
+static double item_ns(const struct destination *destination) {
+    return destination->answers_items > 0 ? destination->answers_ns / destination->answers_items : 0;
+}
+
+/* Costs of items, from how long answers have taken of late; the fastest process has the least. */
+static void set_costs(struct attention *self) {
+    double fastest = 0;
+    for (uint32_t i = 0; i < self->destinations; i++) {
+        double ns = item_ns(&self->destination[i]);
+        if (ns > 0 && (fastest == 0 || ns < fastest))
+            fastest = ns;
+    }
+    for (uint32_t i = 0; i < self->destinations; i++) {
+        double ns = item_ns(&self->destination[i]), times = ns > 0 ? ns / fastest : 1;
+        double cost = times < SPEED_NOISE ? REPLICA_COST : times * REPLICA_COST;
+        if (times >= SPEED_NOISE) /* who is given little is heard little of: it is tried again in the end */
+            self->destination[i].answers_ns *= FORGIVENESS;
+        self->cost[i] = cost < REPLICA_COST_MAX ? (uint32_t)cost : REPLICA_COST_MAX;
+    }
+}
+
+static void note_speed(struct destination *destination, const struct part *part, uint64_t now_ns) {
+    destination->answers_ns = destination->answers_ns * ANSWERS_KEPT + (double)(now_ns - part->sent_ns);
+    destination->answers_items = destination->answers_items * ANSWERS_KEPT + part->count + ANSWER_ITEMS;
+}
+
 /* It has answered in time. */
 void dispatch_trust(struct attention *self, const struct part *part, uint64_t now_ns) {
     uint32_t destination = dispatch_destination(self, part->to);
     if (destination == UINT32_MAX)
         return;
     latency_add(&self->destination[destination].latency, now_ns - part->sent_ns);
+    note_speed(&self->destination[destination], part, now_ns);
     self->destination[destination].suspicion_ns /= 2;
 }
 
@@ -558,6 +593,7 @@ void dispatch_start(struct attention *self, const uint16_t *choice, uint64_t now
     batch->phase = BATCH_EXPERTS;
     flight->items = flight->parts = flight->free_parts = flight->attempt = flight->hedges = 0;
     set_hedge_time(self);
+    set_costs(self);
     for (uint32_t row = 0; row < batch->rows; row++)
         for (uint32_t slot = 0; slot < self->k; slot++) {
             uint16_t expert = choice[(size_t)row * self->k + slot];
@@ -745,6 +781,7 @@ static bool is_late(const struct attention *self, const struct part *part, uint6
 void dispatch_adopt(struct attention *self, const Troupe__Commit *commit, uint64_t now_ns,
                     struct effects *out) {
     take_destinations(self);
+    set_costs(self);
     take_placement(self, commit);
     replan_where(self, is_gone, 0, REPLAN_LOST, now_ns, out);
     audit_adopt(self, now_ns, out);

@@ -160,8 +160,8 @@ static void cut_parts(struct dispatch_plan *self, uint32_t part_items_max) {
 
 void dispatch_plan_build(struct dispatch_plan *self, const struct placement *placement,
                          uint32_t layer, const struct dispatch_item *items, uint32_t count,
-                         const uint8_t *alive, uint32_t *load, uint32_t destinations,
-                         uint32_t part_items_max) {
+                         const uint8_t *alive, uint32_t *level, const uint32_t *cost,
+                         uint32_t destinations, uint32_t part_items_max) {
     struct scratch *scratch = self->scratch;
     ASSERT(count <= self->items_max && destinations <= scratch->destinations_max);
     ASSERT(part_items_max >= 1 && placement->experts <= EXPERTS_MAX);
@@ -178,13 +178,13 @@ void dispatch_plan_build(struct dispatch_plan *self, const struct placement *pla
     struct dispatch_item *start = ascending ? self->item : scratch->item;
     for (uint32_t i = 0; i < count; i++) {
         start[i] = items[i];
-        uint32_t destination = replica_choose(placement, layer, items[i].expert, alive, load);
+        uint32_t destination = replica_choose(placement, layer, items[i].expert, alive, level, cost);
         start[i].destination = destination;
         if (destination == UINT32_MAX) {
             self->waiting++;
         } else {
             ASSERT(destination < destinations);
-            load[destination]++;
+            level[destination] += cost != NULL ? cost[destination] : REPLICA_COST;
         }
     }
     if (!ascending)

@@ -14,10 +14,13 @@ struct placement {
     const uint32_t *holder; /* destination index of each replica, ascending */
 };
 
-/* Chooses a replica among the live ones. `load` [destinations] is the number of items given to each so far in this dispatch plus its
- * queue; `alive` [destinations]. Deterministic. Returns the destination index, or UINT32_MAX if none is alive. */
+/* Chooses a replica among the live ones (router/replica.c). `level` [destinations]: costs of the items given to each so far in this
+ * dispatch plus its queue; `cost` [destinations] of one item there, REPLICA_COST where nothing is known (NULL: everywhere), at most
+ * REPLICA_COST_MAX; `alive` [destinations]. Deterministic. Returns the destination index, or UINT32_MAX if none is alive. */
+#define REPLICA_COST     16u
+#define REPLICA_COST_MAX (16u * REPLICA_COST)
 uint32_t replica_choose(const struct placement *placement, uint32_t layer, uint32_t expert,
-                        const uint8_t *alive, const uint32_t *load);
+                        const uint8_t *alive, const uint32_t *level, const uint32_t *cost);
 
 /* One row of one expert that must be computed: `slot` is its place in the row's top-k list. */
 struct dispatch_item {
@@ -53,10 +56,11 @@ int dispatch_plan_init(struct dispatch_plan *self, uint32_t items_max, uint32_t 
 void dispatch_plan_free(struct dispatch_plan *self);
 
 /* Plans the given items (row, slot, expert filled in; duplicates of (row, slot) are a bug). part_items_max bounds the items of
- * one frame. Expert ids GATE_UNUSED must not be passed; rows are below BATCH_ROWS_MAX. `load` [destinations] grows by what each is given. */
+ * one frame. Expert ids GATE_UNUSED must not be passed; rows are below BATCH_ROWS_MAX. `level` [destinations] grows by the cost of what each is
+ * given. */
 void dispatch_plan_build(struct dispatch_plan *self, const struct placement *placement,
                          uint32_t layer, const struct dispatch_item *items, uint32_t count,
-                         const uint8_t *alive, uint32_t *load, uint32_t destinations,
-                         uint32_t part_items_max);
+                         const uint8_t *alive, uint32_t *level, const uint32_t *cost,
+                         uint32_t destinations, uint32_t part_items_max);
 
 #endif

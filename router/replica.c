@@ -1,16 +1,22 @@
-/* Choice of the replica that computes one item: the live holder with the least load. It decides
+/* Choice of the replica that computes one item: where it would be done first. Every destination has a level, the
+ * time until it has done what it was given so far (its queue and this batch's share of it), and a cost, the time that an item
+ * takes there; the item goes where level plus cost is least, which raises that level. Item by item this fills the replicas like
+ * water of one surface, so that all end together (shares follow speeds, a queue counts as water that is there already). It decides
  * where a row is computed, never what comes out. */
 #include "router/dispatch.h"
 
 uint32_t replica_choose(const struct placement *placement, uint32_t layer, uint32_t expert,
-                        const uint8_t *alive, const uint32_t *load) {
+                        const uint8_t *alive, const uint32_t *level, const uint32_t *cost) {
     ASSERT(layer < placement->layers && expert < placement->experts);
     size_t entry = (size_t)layer * placement->experts + expert;
-    uint32_t best = UINT32_MAX;
+    uint32_t best = UINT32_MAX, best_end = UINT32_MAX;
     for (uint32_t i = placement->first[entry]; i < placement->first[entry + 1]; i++) {
         uint32_t destination = placement->holder[i];
-        if (alive[destination] && (best == UINT32_MAX || load[destination] < load[best]))
+        uint32_t end = level[destination] + (cost != NULL ? cost[destination] : REPLICA_COST);
+        if (alive[destination] && (best == UINT32_MAX || end < best_end)) {
             best = destination; /* ties: the lower destination, as holders ascend */
+            best_end = end;
+        }
     }
     return best;
 }

@@ -21,12 +21,45 @@ static void a_replica_is_the_least_loaded_live_holder(void **state) {
     (void)state;
     uint8_t alive[3] = {1, 1, 1};
     uint32_t load[3] = {5, 5, 0};
-    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load), 0); /* tie: the lower */
+    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load, NULL), 0); /* tie: the lower */
     load[0] = 6;
-    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load), 1);
+    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load, NULL), 1);
     alive[1] = 0;
-    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load), 0);
-    assert_int_equal(replica_choose(&SMALL, 0, 2, alive, load), UINT32_MAX);
+    assert_int_equal(replica_choose(&SMALL, 0, 1, alive, load, NULL), 0);
+    assert_int_equal(replica_choose(&SMALL, 0, 2, alive, load, NULL), UINT32_MAX);
+}
+
+/* Items of expert 1, at destinations 0 and 1: shares follow the costs, a queue counts as water that is there already, and nobody ends
+ * an item later than the others would have begun it. */
+static void replicas_are_filled_like_water(void **state) {
+    (void)state;
+    static const struct {
+        uint32_t level[2], cost[2], items, share[2];
+    } cases[] = {
+        {{0, 0}, {16, 16}, 10, {5, 5}},
+        {{0, 0}, {16, 48}, 16, {12, 4}}, /* three times as slow */
+        {{0, 0}, {64, 16}, 5, {1, 4}},
+        {{80, 0}, {16, 16}, 9, {2, 7}}, /* five items wait already */
+        {{0, 0}, {256, 16}, 3, {0, 3}},
+    };
+    const uint8_t alive[3] = {1, 1, 1};
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        uint32_t level[3] = {cases[c].level[0], cases[c].level[1], 0};
+        const uint32_t cost[3] = {cases[c].cost[0], cases[c].cost[1], 16};
+        struct dispatch_item items[16];
+        struct dispatch_plan plan;
+        uint32_t share[3] = {0};
+        for (uint32_t i = 0; i < cases[c].items; i++)
+            items[i] = (struct dispatch_item){.row = i, .expert = 1};
+        assert_int_equal(dispatch_plan_init(&plan, 16, 3), 0);
+        dispatch_plan_build(&plan, &SMALL, 0, items, cases[c].items, alive, level, cost, 3, 100);
+        for (uint32_t i = 0; i < plan.parts; i++)
+            share[plan.part[i].destination] += plan.part[i].items;
+        assert_int_equal(share[0], cases[c].share[0]);
+        assert_int_equal(share[1], cases[c].share[1]);
+        assert_int_equal(level[0], cases[c].level[0] + share[0] * cost[0]);
+        dispatch_plan_free(&plan);
+    }
 }
 
 static void a_plan_written_out(void **state) {
@@ -40,7 +73,7 @@ static void a_plan_written_out(void **state) {
     uint32_t load[3] = {0, 0, 0};
     struct dispatch_plan plan;
     assert_int_equal(dispatch_plan_init(&plan, 6, 3), 0);
-    dispatch_plan_build(&plan, &SMALL, 0, items, 6, alive, load, 3, 100);
+    dispatch_plan_build(&plan, &SMALL, 0, items, 6, alive, load, NULL, 3, 100);
     assert_int_equal(plan.items, 6);
     assert_int_equal(plan.waiting, 1);
     assert_int_equal(plan.parts, 2);
@@ -64,8 +97,8 @@ static void a_plan_written_out(void **state) {
     assert_int_equal(plan.part[1].rows, 2);
     assert_int_equal(plan.group[0].expert, 0);
     assert_int_equal(plan.group[0].count, 2);
-    assert_int_equal(load[0], 3);
-    assert_int_equal(load[1], 2);
+    assert_int_equal(load[0], 3 * REPLICA_COST);
+    assert_int_equal(load[1], 2 * REPLICA_COST);
     dispatch_plan_free(&plan);
 }
 
@@ -205,11 +238,11 @@ static void every_plan_keeps_its_invariants(void **state) {
             before[d] = load[d] = random_below(&random, 10);
         if (seed % 100 == 0)
             printf("seed %u: %u items\n", (unsigned)seed, count);
-        dispatch_plan_build(&plan, &placement, layer, items, count, c.alive, load, c.destinations,
+        dispatch_plan_build(&plan, &placement, layer, items, count, c.alive, load, NULL, c.destinations,
                             part_max);
         check_plan(&plan, &placement, layer, &c, items, count, part_max);
         for (uint32_t p = 0; p < plan.parts; p++)
-            before[plan.part[p].destination] += plan.part[p].items;
+            before[plan.part[p].destination] += plan.part[p].items * REPLICA_COST;
         assert_memory_equal(before, load, c.destinations * sizeof *load);
     }
     dispatch_plan_free(&plan);
@@ -231,15 +264,16 @@ static void replicas_share_the_load(void **state) {
     uint32_t load[2] = {0, 0};
     struct dispatch_plan plan;
     assert_int_equal(dispatch_plan_init(&plan, 101, 2), 0);
-    dispatch_plan_build(&plan, &placement, 0, items, 101, alive, load, 2, FRAME_ITEMS_MAX);
-    assert_int_equal(load[0], 51);
-    assert_int_equal(load[1], 50);
+    dispatch_plan_build(&plan, &placement, 0, items, 101, alive, load, NULL, 2, FRAME_ITEMS_MAX);
+    assert_int_equal(load[0], 51 * REPLICA_COST);
+    assert_int_equal(load[1], 50 * REPLICA_COST);
     dispatch_plan_free(&plan);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_replica_is_the_least_loaded_live_holder),
+        cmocka_unit_test(replicas_are_filled_like_water),
         cmocka_unit_test(a_plan_written_out),
         cmocka_unit_test(every_plan_keeps_its_invariants),
         cmocka_unit_test(replicas_share_the_load),

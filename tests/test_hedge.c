@@ -83,6 +83,52 @@ static void open_pair(struct stage *stage, struct effect *first, struct effect *
     assert_to(second, 31, 3);
 }
 
+/* Runs what is asked for to its end; 31 takes `slow_ms` for each of its answers, 30 one. Returns the items that each was given in the
+ * last layer. */
+static void run_with_a_slow_one(struct stage *stage, uint32_t slow_ms, uint32_t ret_items[2]) {
+    for (const struct effect *found; (found = stage_take(stage, EFFECT_TRANSFER)) != NULL;) {
+        struct effect frame = *found, other = {0};
+        if (frame.transfer.header.kind == FRAME_SAMPLE) {
+            stage_sampled(stage, &frame, 5);
+            continue;
+        }
+        found = stage_take(stage, EFFECT_TRANSFER);
+        if (found != NULL)
+            other = *found;
+        ret_items[0] = ret_items[1] = 0;
+        ret_items[frame.transfer.header.to - 30] = frame.transfer.header.items;
+        if (found != NULL)
+            ret_items[other.transfer.header.to - 30] = other.transfer.header.items;
+        for (int i = 0; i < 2; i++) { /* the quick one first */
+            const struct effect *answered = frame.transfer.header.to == 30u + (uint32_t)i ? &frame : &other;
+            if (answered->kind != EFFECT_TRANSFER || answered->transfer.header.to != 30u + (uint32_t)i)
+                continue;
+            stage->now_ns += (i == 0 ? 1 : slow_ms) * (uint64_t)MS;
+            stage_combine(stage, answered);
+        }
+    }
+}
+
+static void test_shares_follow_speeds_and_come_back(void **state) {
+    struct stage stage;
+    uint32_t items[2] = {0};
+    open_stage(&stage, (actor_id[]){30, 31}, 2, 1);
+    for (uint64_t sequence = 1; sequence < 20; sequence++) {
+        submit(&stage, sequence, 1);
+        run_with_a_slow_one(&stage, 4, items);
+        stage_clear(&stage);
+    }
+    assert_int_equal(items[0] + items[1], 6);
+    assert_true(items[0] > items[1]);
+    for (uint64_t sequence = 20; sequence < 2500; sequence++) { /* as quick as the other again, and tried again in the end */
+        submit(&stage, sequence, 1);
+        run_with_a_slow_one(&stage, 0, items);
+        stage_clear(&stage);
+    }
+    assert_int_equal(items[0], items[1]);
+    stage_free(&stage);
+}
+
 static void test_the_first_answer_wins(void **state) {
     struct stage stage;
     struct effect first, second;
@@ -400,6 +446,7 @@ static void test_latency_quantiles(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_first_answer_wins),
+        cmocka_unit_test(test_shares_follow_speeds_and_come_back),
         cmocka_unit_test(test_the_late_one_may_win),
         cmocka_unit_test(test_a_suspect_is_asked_again_after_it_has_spoken),
         cmocka_unit_test(test_suspects_are_asked_if_there_is_nobody_else),

@@ -211,7 +211,7 @@ static void run_experts(struct one_process *self, uint32_t layer, uint32_t rows,
     struct program program = {.kind = PROGRAM_SHARED, .layer = layer};
     struct program_result result;
     engine_run(self->attention, &program, &result);
-    dispatch_plan_build(&self->plan, &self->placement, layer, self->items, count, &alive, &load, 1,
+    dispatch_plan_build(&self->plan, &self->placement, layer, self->items, count, &alive, &load, NULL, 1,
                         self->part_items_max);
     for (uint32_t p = 0; p < self->plan.parts; p++)
         run_part(self, layer, &self->plan.part[p]);
