@@ -402,7 +402,7 @@ static void ask_destination(struct attention *self, uint32_t destination, uint64
     ASSERT(destination < ACTORS_MAX);
     only[destination] = 1;
     dispatch_plan_build(&flight->plan, &self->placement, self->batch.layer, flight->planned, count,
-                        only, self->queued, self->destinations, self->part_items_max);
+                        only, self->queued, self->cost, self->destinations, self->part_items_max);
     ASSERT(flight->plan.waiting == 0);
     for (uint32_t i = 0; i < flight->plan.parts; i++)
         ask_part(self, &flight->plan.part[i], destination, now_ns, out);
@@ -437,7 +437,7 @@ static void ask_all(struct attention *self, uint64_t now_ns, struct effects *out
     for (uint32_t i = 0; i < audit->cells; i++) {
         audit->target[i] = find_target(self, audit->listed[i], now_ns, out);
         if (audit->target[i] != NOBODY) {
-            self->queued[audit->target[i]]++;
+            self->queued[audit->target[i]] += self->cost[audit->target[i]];
             some = true;
         }
     }
