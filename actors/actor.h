@@ -53,6 +53,8 @@ struct http_request {
     const char *request_id;    /* X-Request-Id */
     const char *stream_resume; /* X-Stream-Resume: events are wanted with ids */
     const char *last_event_id; /* Last-Event-ID: what has been seen of the request, by such an id */
+    const char *traceparent;   /* of W3C Trace Context */
+    const char *trace;         /* X-Troupe-Trace: the answer is to say who computed it */
     const char *body;
     size_t body_bytes;
 };

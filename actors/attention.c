@@ -161,6 +161,7 @@ static void on_computed(struct attention *self, const struct program_result *res
         self->failed = true;
         return;
     }
+    step_trace_computed(self, result);
     batch_computed(self, result, now_ns, out);
 }
 
@@ -197,6 +198,7 @@ static void attention_step(struct actor *actor, const struct event *event, uint6
     struct attention *self = (struct attention *)actor;
     if (self->failed)
         return;
+    self->now_ns = now_ns;
     uint32_t news = member_step(&self->member, event, now_ns, out);
     if ((news & MEMBER_EXIT) != 0)
         return;
@@ -284,6 +286,7 @@ static void attention_destroy(struct actor *actor) {
     free(self->queued);
     free(self->cost);
     free(self->load);
+    step_trace_free(self);
     member_free(&self->member);
     free(self);
 }
@@ -323,7 +326,7 @@ static bool allocate(struct attention *self) {
     self->load = calloc(entries + 1, sizeof *self->load);
     return self->hash != NULL && self->running != NULL &&
            self->placement_first != NULL && self->load != NULL && pages_init(self) &&
-           batch_init(self) && audit_init(self);
+           step_trace_init(self) && batch_init(self) && audit_init(self);
 }
 
 struct actor *attention_create(const struct actor_identity *identity,

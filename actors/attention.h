@@ -8,7 +8,8 @@
  *   attention_audit.c     answers of experts checked against those of others
  *   attention_sample.c    rows to samplers and back
  *   attention_draft.c     guessed tokens (MTP): made, verified, kept or dropped
- *   attention_report.c    tokens to gateways */
+ *   attention_report.c    tokens to gateways
+ *   attention_trace.c     where the time of traced sequences goes */
 #ifndef TROUPE_ATTENTION_H
 #define TROUPE_ATTENTION_H
 
@@ -69,6 +70,27 @@ struct token_counts {
     uint32_t count, capacity, index_size;
 };
 
+/* attention_trace.c: of a sequence whose SUBMIT asked for it; totals, but for the workers: since TOKENS
+ * were last sent. */
+#define TRACE_WORKERS_MAX 512u
+struct sequence_trace {
+    uint64_t steps, step_ns, prefill_ns, sample_ns, resent, hedged;
+    uint64_t *layer_ns; /* [layers * stages] */
+    struct trace_worker {
+        actor_id id;
+        uint32_t rows;
+    } *worker; /* [TRACE_WORKERS_MAX] */
+    uint32_t workers;
+    actor_id sampler;
+};
+
+/* Of the batch in flight. */
+struct step_trace {
+    uint32_t sequences; /* of it that are traced; 0: nothing is kept */
+    uint64_t begin_ns, mark_ns, resent, hedged;
+    uint64_t *layer_ns; /* [layers * stages] */
+};
+
 struct sequence {
     struct sequence *hash_next;
     struct sequence *previous, *next; /* list of its state */
@@ -88,6 +110,9 @@ struct sequence {
     bool in_batch;  /* has rows in the batch in flight: neither pages nor memory may go */
     bool cancelled; /* dropped when the batch in flight has ended */
     bool reported;  /* scratch of attention_report.c */
+    bool begun;     /* it has been part of a step */
+    uint64_t submitted_ns, begun_ns;
+    struct sequence_trace *trace; /* NULL: not traced */
 
     uint32_t *token; /* [tokens_max]: prompt, generated */
     uint32_t prompt_tokens,
@@ -256,6 +281,8 @@ struct attention {
     uint64_t hedge_ns; /* after this long with an expert, computed anew for each layer; NEVER: no hedging */
     struct latency sampler_latency;
     bool failed;
+    uint64_t now_ns; /* of the event being handled */
+    struct step_trace trace;
 
     struct pages pages;
     struct sequence **hash; /* [hash_size] */
@@ -434,5 +461,20 @@ void report_sequence(struct attention *self, struct sequence *sequence, uint32_t
                      uint32_t first_prompt, struct effects *out);
 void report_rejected(struct attention *self, actor_id gateway, uint64_t sequence, int code,
                      bool unknown, const char *reason, struct effects *out);
+
+/* attention_trace.c */
+bool step_trace_init(struct attention *self);
+void step_trace_free(struct attention *self);
+bool sequence_trace_create(const struct attention *self, struct sequence *sequence);
+void sequence_trace_free(struct sequence *sequence);
+void step_trace_begin(struct attention *self); /* the rows of a step are chosen */
+void step_trace_computed(struct attention *self, const struct program_result *result);
+void step_trace_answered(struct attention *self); /* all experts have */
+void step_trace_scatter(struct attention *self, actor_id from, const uint32_t *item_row, uint32_t count);
+void step_trace_sampling(struct attention *self); /* the final rows are there */
+void step_trace_sampled(struct attention *self, actor_id from, const struct sequence *sequence);
+void step_trace_end(struct attention *self); /* before the sequences move on */
+Troupe__Trace *step_trace_tell(const struct attention *self, struct sequence *sequence,
+                          struct effects *out);
 
 #endif

@@ -236,6 +236,7 @@ void batch_start(struct attention *self, uint64_t now_ns, struct effects *out) {
     }
     batch->number = ++self->last_batch;
     batch->started_ns = now_ns;
+    step_trace_begin(self);
     if (batch->clears > 0) {
         struct program *program = batch_program(self, out, PROGRAM_CLEAR_PAGES, 0);
         program->select = batch->clear;
@@ -247,6 +248,7 @@ void batch_start(struct attention *self, uint64_t now_ns, struct effects *out) {
 }
 
 void batch_combine(struct attention *self, struct effects *out) {
+    step_trace_answered(self);
     batch_program(self, out, PROGRAM_COMBINE, self->batch.layer);
     run_layers(self, self->batch.layer + 1, out);
 }
@@ -306,6 +308,7 @@ void batch_end(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct batch *batch = &self->batch;
     self->steps++;
     note_time(self, now_ns);
+    step_trace_end(self);
     draft_settle(self);
     for (uint32_t i = 0; i < batch->sequences; i++)
         advance(self, batch->sequence[i], batch->sequence_rows[i]);

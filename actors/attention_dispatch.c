@@ -692,8 +692,10 @@ static void scatter(struct attention *self, const struct part *part, const struc
         for (next = i + 1; next < part->count && done[next] == done[i];)
             next++;
         bool taken = !done[i];
-        if (taken)
+        if (taken) {
+            step_trace_scatter(self, frame->header->from, flight->item_row + part->first + i, next - i);
             take_items(self, part->first + i, next - i, rows + i * row_bytes, out);
+        }
         for (uint32_t item = i; self->audit.cells > 0 && item < next; item++)
             audit_answer(self, flight->item_row[part->first + item], flight->item_slot[part->first + item],
                          frame->header, rows + item * row_bytes, taken, out);

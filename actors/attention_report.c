@@ -116,8 +116,8 @@ static uint32_t add_tokens(struct report *report, const struct sequence *sequenc
 
 /* All that follows `first_token` and `first_prompt`, in as many messages as it takes; at least one
  * entry. The end of the sequence is told with its last tokens, after all its prompt entries. */
-static void add_sequence(struct report *report, const struct sequence *sequence,
-                         uint32_t first_token, uint32_t first_prompt) {
+static void add_sequence(struct report *report, struct sequence *sequence, uint32_t first_token,
+                         uint32_t first_prompt, bool again) {
     if (first_token > generated(sequence))
         first_token = generated(sequence);
     if (first_prompt > sequence->prompt_complete)
@@ -127,8 +127,13 @@ static void add_sequence(struct report *report, const struct sequence *sequence,
         Troupe__Tokens *tokens = add(report, sequence);
         first_prompt = add_prompt(report, sequence, tokens, first_prompt);
         first_token = add_tokens(report, sequence, tokens, first_token);
+        if (tokens->n_token > 0 &&
+            tokens->first + sequence->prompt_tokens == sequence->given_tokens)
+            tokens->queue_ns = sequence->begun_ns - sequence->submitted_ns;
         if (first_prompt < sequence->prompt_complete || first_token < generated(sequence))
             continue;
+        if (sequence->trace != NULL && !again)
+            tokens->trace = step_trace_tell(report->self, sequence, report->out);
         if (finished) {
             tokens->finish = sequence->finish;
             tokens->stop_token = sequence->stopped_by;
@@ -147,7 +152,7 @@ void report_sequence(struct attention *self, struct sequence *sequence, uint32_t
                      uint32_t first_prompt, struct effects *out) {
     struct report report;
     begin(&report, self, sequence->gateway, out);
-    add_sequence(&report, sequence, first_token, first_prompt);
+    add_sequence(&report, sequence, first_token, first_prompt, true);
     flush(&report);
 }
 
@@ -170,7 +175,7 @@ void report_batch(struct attention *self, struct effects *out) {
             struct sequence *sequence = batch->sequence[j];
             if (sequence->reported || sequence->gateway != report.to)
                 continue;
-            add_sequence(&report, sequence, sequence->told_tokens, sequence->told_prompt);
+            add_sequence(&report, sequence, sequence->told_tokens, sequence->told_prompt, false);
             sequence->told_tokens = generated(sequence);
             sequence->told_prompt = sequence->prompt_complete;
             sequence->reported = true;

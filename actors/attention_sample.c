@@ -253,6 +253,7 @@ static void cut_parts(struct attention *self, uint32_t turn, uint32_t turns, uin
 void sample_start(struct attention *self, uint64_t now_ns, struct effects *out) {
     struct batch *batch = &self->batch;
     batch->phase = BATCH_SAMPLERS;
+    step_trace_sampling(self);
     batch->sample_parts = batch->sample_missing = 0;
     uint32_t turns = samplers(self, 0);
     if (turns == 0) {
@@ -362,8 +363,11 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
         pump(self, now_ns, out);
         return;
     }
-    for (uint32_t i = 0; i < part->count; i++)
-        take_answer(self, &batch->question[batch->order[part->first + i]], &result[i], words);
+    for (uint32_t i = 0; i < part->count; i++) {
+        const struct question *question = &batch->question[batch->order[part->first + i]];
+        take_answer(self, question, &result[i], words);
+        step_trace_sampled(self, header->from, question->sequence);
+    }
     part->state = PART_FREE;
     note_answer(self, part, header->from, now_ns);
     batch->sample_missing -= part->count;

@@ -145,6 +145,7 @@ static void sequence_free(struct sequence *sequence) {
     free(sequence->prompt_entry);
     free(sequence->prompt_top);
     free(sequence->prompt_logits);
+    sequence_trace_free(sequence);
     free(sequence);
 }
 
@@ -335,6 +336,7 @@ static struct sequence *sequence_create(const struct attention *self, actor_id g
     if (sequence == NULL)
         return NULL;
     sequence->id = submit->sequence;
+    sequence->submitted_ns = self->now_ns;
     sequence->gateway = gateway;
     sequence->prompt_tokens = submit->prompt_tokens;
     sequence->given_tokens = sequence->tokens = (uint32_t)submit->n_token;
@@ -352,7 +354,8 @@ static struct sequence *sequence_create(const struct attention *self, actor_id g
     sequence->told_tokens = sequence->given_tokens - sequence->prompt_tokens;
     take_sampling(sequence, submit->sampling);
     if (!take_lists(sequence, submit) || !fill_counts(sequence) ||
-        !allocate_entries(self, sequence)) {
+        !allocate_entries(self, sequence) ||
+        (submit->trace && !sequence_trace_create(self, sequence))) {
         sequence_free(sequence);
         return NULL;
     }

@@ -77,6 +77,7 @@ struct program_result {
     uint32_t slot, layer, rows, items;
     uint64_t tag;
     int error; /* 0 or negative */
+    uint64_t began_ns, ended_ns; /* by the clock of a host that knows; 0: it does not */
     /* LAYER of an MoE layer: [rows, k] experts as chosen, valid until the slot's next LAYER; NULL for dense layers. */
     const uint16_t *choice;
     uint32_t k;

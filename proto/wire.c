@@ -145,6 +145,7 @@ static const struct check COMMIT[] = {
     SAME(Troupe__Commit, expert, layer),
     SAME(Troupe__Commit, holder, layer),
     COUNT(Troupe__Commit, layer, PLACEMENT_ENTRIES_MAX),
+    COUNT(Troupe__Commit, lost, ACTORS_MAX),
     EACH_BELOW(Troupe__Commit, layer, LAYERS_MAX),
     EACH_BELOW(Troupe__Commit, expert, EXPERTS_MAX),
 };
@@ -195,6 +196,11 @@ static const struct check TOKENS[] = {
     BELOW(Troupe__Tokens, prompt_first, CONTEXT_MAX + 1),
     COUNT(Troupe__Tokens, prompt, CONTEXT_MAX),
 };
+static const struct check TRACE[] = {
+    COUNT(Troupe__Trace, layer_ns, 4 * LAYERS_MAX),
+    SAME(Troupe__Trace, rows, actor),
+    COUNT(Troupe__Trace, actor, ACTORS_MAX),
+};
 static const struct check TOKENS_BATCH[] = {
     COUNT(Troupe__TokensBatch, tokens, SEQUENCES_PER_BATCH_MAX),
 };
@@ -206,6 +212,7 @@ static const struct check STATS[] = {
     COUNT(Troupe__Stats, load_layer, LAYERS_MAX *EXPERTS_MAX),
     EACH_BELOW(Troupe__Stats, load_layer, LAYERS_MAX),
     EACH_BELOW(Troupe__Stats, load_expert, EXPERTS_MAX),
+    COUNT(Troupe__Stats, operation, OPERATIONS_MAX),
 };
 static const struct check STATUS[] = {
     PRESENT(Troupe__Status, commit),
@@ -223,6 +230,7 @@ static const struct message_checks {
     CHECKS(token, TOKEN),
     CHECKS(top_logprob, TOP_LOGPROB),
     CHECKS(tokens, TOKENS),
+    CHECKS(trace, TRACE),
     CHECKS(member, MEMBER),
     CHECKS(actor_stats, ACTOR_STATS),
     CHECKS(heartbeat, HEARTBEAT),

@@ -92,6 +92,7 @@ void choice_free(struct gateway *self, struct choice **choice) {
     reasoning_free(&gone->reasoning);
     text_free(&gone->thought);
     text_free(&gone->answer);
+    server_list_free(&gone->served);
     free(gone);
     *choice = NULL;
 }

@@ -106,6 +106,9 @@ void events_commit(struct event_feed *self, const struct cluster_view *cluster,
 void events_stats(struct event_feed *self, uint64_t now_ns);
 void events_latency(struct event_feed *self, struct event_samples *samples, double ms);
 
+/* Of a member of the adopted epoch, or of one lost lately; NULL: not known. */
+const char *events_name_of(const struct event_feed *self, actor_id id);
+
 /* Writes and sends what is due. */
 void events_timer(struct event_feed *self, const struct event_source *source, uint64_t now_ns,
                   struct effects *out);

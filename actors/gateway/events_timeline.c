@@ -49,6 +49,19 @@ static struct event_member *find(struct event_member *list, uint32_t count, acto
     return count == 0 ? NULL : bsearch(&key, list, count, sizeof *list, by_id);
 }
 
+const char *events_name_of(const struct event_feed *self, actor_id id) {
+    const struct event_member *member = find(self->member, self->members, id);
+    if (member != NULL)
+        return member->name;
+    uint64_t oldest = self->moments >= EVENTS_MOMENTS ? self->moments - EVENTS_MOMENTS + 1 : 1;
+    for (uint64_t n = self->moments; n >= oldest && n > 0; n--) {
+        const struct moment *moment = &self->moment[n % EVENTS_MOMENTS];
+        if (moment->kind != MOMENT_EPOCH && moment->actor == id)
+            return moment->name;
+    }
+    return NULL;
+}
+
 /* The commit's members without those that only look on. */
 static struct event_member *take_members(const Troupe__Commit *commit, uint32_t *ret_count) {
     struct event_member *list = calloc(commit->n_member + 1, sizeof *list);

@@ -7,7 +7,8 @@
  *   openai_*.c         bodies in and out      choice.c           tokens -> text of one choice
  *   affinity.c         who has seen a prompt before
  *   upstream.c         who runs a choice      tokens.c           what comes back
- *   metrics*.c         /metrics               events*.c          the live view's feed */
+ *   metrics*.c         /metrics               events*.c          the live view's feed
+ *   request_trace.c    a request's way */
 #include "actors/gateway/gateway.h"
 
 #include <stdio.h>
@@ -152,6 +153,7 @@ static void destroy(struct actor *actor) {
     member_free(&self->member);
     cluster_view_free(&self->cluster);
     events_free(&self->feed);
+    request_traces_free(&self->traces);
     text_free(&self->line);
     free(self->request);
     free(self->slot);

@@ -17,6 +17,7 @@
 #include "actors/gateway/metrics.h"
 #include "actors/gateway/openai_request.h"
 #include "actors/gateway/reasoning.h"
+#include "actors/gateway/request_trace.h"
 #include "actors/gateway/stop.h"
 #include "actors/member.h"
 
@@ -96,6 +97,9 @@ struct choice {
     bool told_end;        /* it has also been told how the choice ended */
     bool sent;            /* a chunk has been sent over this connection */
     uint64_t first_token_ns, last_token_ns;
+    uint64_t placed_ns;          /* first, at anybody; 0: not yet */
+    uint64_t queue_ns;           /* from the request's arrival to the first step */
+    struct server_list served;   /* traced: who computed what is not yet sent */
 };
 
 struct request {
@@ -118,6 +122,7 @@ struct request {
     bool named;     /* by the client, in X-Request-Id */
     bool pinned; /* bias_version is fixed */
     uint64_t bias_version;
+    struct request_trace *trace; /* NULL: its entry has been given to a newer one */
 };
 
 /* An attention actor as this gateway uses it. */
@@ -171,6 +176,7 @@ struct gateway {
     uint64_t wake_ns; /* no deadline of a sequence or closing is earlier */
 
     struct metrics metrics;
+    struct request_traces traces;
     struct cluster_view cluster;
     bool view; /* the live view may be looked at */
     struct event_feed feed;
@@ -263,10 +269,9 @@ void gateway_count(const struct gateway *self, uint32_t *ret_running, uint32_t *
 /* openai_completion.c, openai_chat.c: the bodies. A chunk shows what the choice has not yet sent.
  */
 void completion_write(struct text *out, const struct gateway *self, const struct request *request);
-void completion_write_chunk(struct text *out, const struct gateway *self,
-                            const struct choice *choice);
+void completion_write_chunk(struct text *out, const struct gateway *self, struct choice *choice);
 void chat_write(struct text *out, const struct gateway *self, const struct request *request);
-void chat_write_chunk(struct text *out, const struct gateway *self, const struct choice *choice);
+void chat_write_chunk(struct text *out, const struct gateway *self, struct choice *choice);
 
 /* resume.c: streams that go on over another connection. */
 void resume_write_id(struct text *out, const struct request *request);

@@ -289,6 +289,24 @@ static void events(struct gateway *self, const struct http_request *http, uint64
     gateway_answer_error(self, http->client, &error, out);
 }
 
+static void requests(struct gateway *self, const struct http_request *http, uint64_t now_ns,
+                     struct effects *out) {
+    trace_write_list(&self->line, self);
+    gateway_answer(self, http->client, 200, JSON, NULL, &self->line, out);
+}
+
+static void request_way(struct gateway *self, const struct http_request *http, uint64_t now_ns,
+                        struct effects *out) {
+    const char *id = http->path + strlen("/troupe/requests/");
+    if (trace_write(&self->line, self, id)) {
+        gateway_answer(self, http->client, 200, JSON, NULL, &self->line, out);
+        return;
+    }
+    struct http_error error;
+    http_fail(&error, 404, NULL, "no request %.100s is known: the last %u are", id, REQUEST_TRACES);
+    gateway_answer_error(self, http->client, &error, out);
+}
+
 /* ---- the table ---- */
 
 static const struct route {
@@ -314,6 +332,8 @@ static const struct route {
     {"/metrics", false, false, true, false, metrics},
     {"/", false, false, true, true, page},
     {"/troupe/events", false, false, false, true, events},
+    {"/troupe/requests", false, false, false, true, requests},
+    {"/troupe/requests/", true, false, false, true, request_way},
 };
 
 static const struct route *find_route(const char *path, bool view) {

@@ -12,8 +12,13 @@ enum metric_histogram {
     METRIC_TIME_PER_TOKEN,         /* the same under the name of older dashboards */
     METRIC_REQUEST_TIME_PER_TOKEN, /* mean of a sequence, first token excluded */
     METRIC_E2E_LATENCY,
+    METRIC_QUEUE_TIME,     /* seconds from a request's arrival until a step takes its rows */
+    METRIC_PREFILL_TIME,   /* from then to its first token */
+    METRIC_DECODE_TIME,    /* from its first token to its last */
+    METRIC_INFERENCE_TIME, /* both together */
     METRIC_PROMPT_TOKENS,
     METRIC_GENERATION_TOKENS,
+    METRIC_MAX_GENERATION_TOKENS,
     METRIC_PARAMS_N,
     METRIC_PARAMS_MAX_TOKENS,
     METRIC_HISTOGRAMS

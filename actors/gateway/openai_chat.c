@@ -120,7 +120,7 @@ static void write_delta(struct text *out, const struct choice *choice) {
     text_puts(out, "}");
 }
 
-void chat_write_chunk(struct text *out, const struct gateway *self, const struct choice *choice) {
+void chat_write_chunk(struct text *out, const struct gateway *self, struct choice *choice) {
     const struct request *request = choice->request;
     answer_write_head(out, self, request, answer_object(request, true));
     if (request->input.return_token_ids && !choice->begun)
@@ -131,5 +131,7 @@ void chat_write_chunk(struct text *out, const struct gateway *self, const struct
     text_puts(out, "]");
     if (request->input.continuous_usage_stats)
         answer_write_usage(out, request);
+    if (request->trace != NULL && request->trace->show)
+        trace_write_served(out, self, choice);
     text_puts(out, "}");
 }

@@ -148,13 +148,14 @@ void completion_write(struct text *out, const struct gateway *self, const struct
     text_puts(out, "}");
 }
 
-void completion_write_chunk(struct text *out, const struct gateway *self,
-                            const struct choice *choice) {
+void completion_write_chunk(struct text *out, const struct gateway *self, struct choice *choice) {
     answer_write_head(out, self, choice->request, answer_object(choice->request, true));
     text_puts(out, ",\"choices\":[");
     write_choice(out, self, choice, !choice->begun);
     text_puts(out, "]");
     if (choice->request->input.continuous_usage_stats)
         answer_write_usage(out, choice->request);
+    if (choice->request->trace != NULL && choice->request->trace->show)
+        trace_write_served(out, self, choice);
     text_puts(out, "}");
 }

@@ -21,6 +21,7 @@ static void stream(struct gateway *self, struct request *request, const struct t
         effect->stream.status = 200;
         effect->stream.content_type =
             request->input.stream ? "text/event-stream" : "application/json";
+        effect->stream.extra_header = trace_header(request, out);
         metrics_answered(&self->metrics, 200);
         request->begun = true;
     }
@@ -58,6 +59,7 @@ static void end(struct gateway *self, struct request *request, enum metric_finis
             upstream_leave(self, choice, true, now_ns, out);
         choice->state = CHOICE_FINISHED;
     }
+    trace_ended(request, unfinished, now_ns);
     self->prompt_tokens -= request->tokens;
     struct request *moved = self->request[--self->requests];
     self->request[request->place] = moved;
@@ -157,6 +159,7 @@ void request_begin(struct gateway *self, enum endpoint endpoint, const struct ht
     self->request[self->requests++] = request;
     self->prompt_tokens += request->tokens;
     create_choices(self, request);
+    trace_request(self, request, http, now_ns);
     if (request->resumable && resume_take_id(request, http->last_event_id, &error) < 0) {
         request_fail(self, request, &error, now_ns, out);
         return;
@@ -199,6 +202,21 @@ static void send_chunk(struct gateway *self, struct choice *choice, struct effec
     text_clear(&choice->answer);
 }
 
+/* vLLM's phases: until it is scheduled, until its first token, until its last one. */
+static void count_phases(struct metrics *metrics, const struct choice *choice) {
+    if (choice->first_token_ns == 0)
+        return;
+    uint64_t begun_ns = choice->request->arrived_ns + choice->queue_ns;
+    double prefill = begun_ns < choice->first_token_ns
+                         ? (double)(choice->first_token_ns - begun_ns) * 1e-9
+                         : 0;
+    double decode = (double)(choice->last_token_ns - choice->first_token_ns) * 1e-9;
+    metrics_observe(metrics, METRIC_QUEUE_TIME, (double)choice->queue_ns * 1e-9);
+    metrics_observe(metrics, METRIC_PREFILL_TIME, prefill);
+    metrics_observe(metrics, METRIC_DECODE_TIME, decode);
+    metrics_observe(metrics, METRIC_INFERENCE_TIME, prefill + decode);
+}
+
 static void count_choice(struct gateway *self, const struct choice *choice, uint64_t now_ns) {
     struct metrics *metrics = &self->metrics;
     metrics->finished[choice->finish == FINISH_AT_STOP ? METRIC_STOP : METRIC_LENGTH]++;
@@ -206,6 +224,7 @@ static void count_choice(struct gateway *self, const struct choice *choice, uint
                     (double)(now_ns - choice->request->arrived_ns) * 1e-9);
     metrics_observe(metrics, METRIC_PROMPT_TOKENS, choice->prompt->tokens);
     metrics_observe(metrics, METRIC_GENERATION_TOKENS, choice->tokens);
+    count_phases(metrics, choice);
     if (choice->tokens > 1)
         metrics_observe(metrics, METRIC_REQUEST_TIME_PER_TOKEN,
                         (double)(choice->last_token_ns - choice->first_token_ns) * 1e-9 /
@@ -229,6 +248,15 @@ static void complete(struct gateway *self, struct request *request, uint64_t now
         completion_write(line, self, request);
     }
     stream(self, request, line, true, out);
+    uint32_t longest = 0;
+    bool stopped = true;
+    for (uint32_t i = 0; i < request->choices; i++) {
+        const struct choice *choice = request->choice[i];
+        longest = choice->tokens > longest ? choice->tokens : longest;
+        stopped = stopped && choice->finish == FINISH_AT_STOP;
+    }
+    metrics_observe(&self->metrics, METRIC_MAX_GENERATION_TOKENS, longest);
+    trace_ended(request, stopped ? METRIC_STOP : METRIC_LENGTH, now_ns);
     end(self, request, METRIC_ABORT, now_ns, out);
 }
 

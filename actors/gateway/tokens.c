@@ -127,6 +127,7 @@ static void take_one(struct gateway *self, const message *envelope, const Troupe
     uint32_t scored = take_prompt(choice, tokens, &gap);
     uint32_t taken = take_tokens(self, choice, tokens, &gap);
     count_tokens(self, choice, taken, now_ns);
+    trace_tokens(self, choice, tokens, taken, now_ns);
     if (tokens->finish == TROUPE__FINISH_REASON__FINISH_CANCELLED && choice->finish == FINISH_NOT) {
         upstream_leave(self, choice, true, now_ns,
                        out); /* not by us: its actor gives up, somebody else goes on */

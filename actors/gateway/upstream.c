@@ -129,6 +129,7 @@ static void send_submit(struct gateway *self, const struct choice *choice, struc
     submit.prompt_logprobs = choice->scorer && !prompt_complete(prompt);
     submit.bias_version = choice->request->bias_version;
     submit.priority = (int32_t)input->priority;
+    submit.trace = choice->request->trace != NULL && choice->request->trace->detailed;
     message envelope = member_envelope(&self->member);
     envelope.body_case = TROUPE__ENVELOPE__BODY_SUBMIT;
     envelope.submit = &submit;
@@ -195,6 +196,7 @@ bool upstream_place(struct gateway *self, struct choice *choice, uint64_t now_ns
     upstream->outstanding += choice->load;
     affinity_note(self, upstream);
     upstream_closed(self, choice->id, choice->actor); /* it is wanted there again */
+    trace_placed(choice, now_ns);
     send_submit(self, choice, out);
     set_deadline(self, choice, now_ns + self->poll_ns);
     return true;

@@ -156,12 +156,16 @@ static void post_request(struct request *request, const char *method) {
         MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "X-Request-Id");
     const char *resume =
         MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "X-Stream-Resume");
+    const char *traceparent =
+        MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "traceparent");
+    const char *trace =
+        MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "X-Troupe-Trace");
     const char *last =
         MHD_lookup_connection_value(request->connection, MHD_HEADER_KIND, "Last-Event-ID");
     struct http_event *event = calloc(1, sizeof *event);
     char *at = malloc(text_bytes(method) + text_bytes(request->uri) + 1 +
                       text_bytes(authorization) + text_bytes(id) + text_bytes(resume) +
-                      text_bytes(last));
+                      text_bytes(last) + text_bytes(traceparent) + text_bytes(trace));
     ASSERT(event != NULL && at != NULL);
     event->memory = at;
     event->request.client = request->client;
@@ -175,6 +179,8 @@ static void post_request(struct request *request, const char *method) {
     event->request.request_id = copy_text(&at, id);
     event->request.stream_resume = copy_text(&at, resume);
     event->request.last_event_id = copy_text(&at, last);
+    event->request.traceparent = copy_text(&at, traceparent);
+    event->request.trace = copy_text(&at, trace);
     event->body = request->body;
     event->request.body = request->body != NULL ? request->body : "";
     event->request.body_bytes = request->body_bytes;

@@ -172,7 +172,10 @@ static void carry_compute(struct process *self, const struct effect *effect) {
     if (self->inject != NULL)
         inject_compute(self->inject, &effect->compute);
     uint32_t at = (self->computed_first + self->computed_count++) % COMPUTED_MAX;
+    uint64_t began_ns = clock_now_ns();
     engine_run(self->engine, &effect->compute, &self->computed[at]);
+    self->computed[at].began_ns = began_ns;
+    self->computed[at].ended_ns = clock_now_ns();
 }
 
 /* Copies the part "kind=..." of a data address. */
