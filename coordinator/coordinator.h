@@ -155,6 +155,13 @@ struct recording {
     uint32_t windows, capacity;
 };
 
+/* A member removed lately, for the timelines of gateways. */
+struct loss {
+    uint64_t incarnation, at_ns, silent_ns;
+    char reason[64];
+};
+#define LOSSES_MAX 32u
+
 struct coordinator {
     struct actor actor;
     struct actor_identity identity;
@@ -170,6 +177,8 @@ struct coordinator {
     actor_id last_id;
     struct ghost *ghost; /* [GHOSTS_MAX] */
     uint32_t next_ghost;
+    struct loss loss[LOSSES_MAX]; /* a ring; incarnation 0: never used */
+    uint32_t losses;
 
     uint64_t epoch, last_operation;
     bool learnt;             /* it has heard of an earlier coordinator's members */

@@ -22,6 +22,8 @@
 
 #include "proto/wire.h"
 
+#define LOSS_TOLD_NS 10000000000u
+
 /* ---- seats ---- */
 
 struct seat *seat_find(const struct coordinator *self, actor_id id) {
@@ -369,6 +371,11 @@ void membership_remove(struct coordinator *self, struct seat *seat, const char *
     ghost->id = seat->id;
     ghost->incarnation = seat->incarnation;
     snprintf(ghost->control_address, sizeof ghost->control_address, "%s", seat->control_address);
+    struct loss *loss = &self->loss[self->losses++ % LOSSES_MAX];
+    loss->incarnation = seat->incarnation;
+    loss->at_ns = now_ns;
+    loss->silent_ns = now_ns > seat->heard_ns ? now_ns - seat->heard_ns : 0;
+    snprintf(loss->reason, sizeof loss->reason, "%s", why);
     disconnect_from(seat->id, seat->role, seat->incarnation, out);
     statistics_forget(self, seat);
     enum role role = seat->role;
@@ -400,6 +407,24 @@ uint64_t membership_deadline(const struct coordinator *self) {
 }
 
 /* ---- epochs ---- */
+
+/* Those of the last while: a gateway that missed the epoch learns of them from the next one. */
+static void list_losses(const struct coordinator *self, Troupe__Commit *commit,
+                        struct effects *out) {
+    commit->lost = effects_alloc(out, LOSSES_MAX * sizeof *commit->lost);
+    for (uint32_t i = 0; i < LOSSES_MAX; i++) {
+        const struct loss *loss = &self->loss[i];
+        if (loss->incarnation == 0 || self->last_step_ns > loss->at_ns + LOSS_TOLD_NS)
+            continue;
+        Troupe__Loss *told = effects_alloc(out, sizeof *told);
+        troupe__loss__init(told);
+        told->incarnation = loss->incarnation;
+        told->reason = (char *)loss->reason;
+        told->silent_ns = loss->silent_ns;
+        told->fenced_ns = self->last_step_ns - loss->at_ns;
+        commit->lost[commit->n_lost++] = told;
+    }
+}
 
 Troupe__Member *membership_member(const struct seat *seat, struct effects *out) {
     Troupe__Member *member = effects_alloc(out, sizeof *member);
@@ -451,6 +476,7 @@ Troupe__Commit *membership_commit(const struct coordinator *self, struct effects
     }
     ASSERT(count <= copies);
     commit->n_layer = commit->n_expert = commit->n_holder = count;
+    list_losses(self, commit, out);
     return commit;
 }
 

@@ -8,6 +8,8 @@
 
 #define WINDOWS_BYTES_MAX (256u << 20) /* of one recording */
 #define LOADS_MAX 32768u /* entries of one STATS */
+#define ENDED_TOLD_NS 10000000000u /* operations that ended so long ago are still told of */
+_Static_assert(OPERATIONS_MAX <= OPERATIONS_TOLD_MAX, "a STATS holds them all");
 
 void statistics_take_loads(struct coordinator *self, struct seat *seat,
                            const Troupe__Heartbeat *heartbeat) {
@@ -155,6 +157,68 @@ static Troupe__ActorStats **actor_stats(const struct coordinator *self, uint64_t
     return list;
 }
 
+static const char *const SCALED_ROLE[] = {[ROLE_ATTENTION] = "attention",
+                                          [ROLE_EXPERT] = "experts",
+                                          [ROLE_SAMPLER] = "samplers"};
+
+static void describe_operation(const struct coordinator *self, const struct operation *operation,
+                               char *ret, size_t room) {
+    const struct change *change = operation->change;
+    if (operation->kind == OPERATION_SCALE)
+        snprintf(ret, room, "%s to %u", SCALED_ROLE[operation->role], operation->count);
+    else if (operation->kind == OPERATION_DRAIN)
+        snprintf(ret, room, "%.48s", operation->parties > 0 ? operation->party[0].name : "");
+    else if (operation->changes == 1)
+        snprintf(ret, room, "expert %u of layer %u", change->pair % self->config.experts,
+                 change->pair / self->config.experts);
+    else
+        snprintf(ret, room, "%u copies", operation->changes);
+}
+
+/* Copies that have come (or, where none comes, left) and processes that are where they should be. */
+static uint32_t count_done(const struct coordinator *self, const struct operation *operation) {
+    uint32_t done = 0;
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        const struct change *change = &operation->change[i];
+        const struct seat *seat = seat_find(self, change->to != 0 ? change->to : change->from);
+        bool active = seat != NULL && seat->copy != NULL &&
+                      (seat->copy[change->pair] & COPY_ACTIVE) != 0;
+        bool held = seat != NULL && seat->assigned != NULL &&
+                    seat->assigned[change->pair] == ASSIGNED_HELD;
+        done += change->to != 0 ? active || held : !active;
+    }
+    for (uint32_t i = 0; i < operation->parties; i++) {
+        const struct party *party = &operation->party[i];
+        const struct seat *seat = party->id != 0 ? seat_find(self, party->id) : NULL;
+        done += operation->starting ? seat != NULL && seat->ready : party->gone;
+    }
+    return done;
+}
+
+static void fill_operations(const struct coordinator *self, Troupe__Stats *stats, uint64_t now_ns,
+                            struct effects *out) {
+    stats->operation = effects_alloc(out, OPERATIONS_MAX * sizeof *stats->operation);
+    for (uint32_t i = 0; i < OPERATIONS_MAX; i++) {
+        const struct operation *operation = &self->operation[i];
+        bool ended = operation_ended(operation);
+        if (operation->id == 0 || (ended && now_ns > operation->ended_ns + ENDED_TOLD_NS))
+            continue;
+        char about[64];
+        describe_operation(self, operation, about, sizeof about);
+        Troupe__OperationStats *told = effects_alloc(out, sizeof *told);
+        troupe__operation_stats__init(told);
+        told->id = operation->id;
+        told->kind = (char *)operation_kind_name(operation->kind);
+        told->phase = (char *)operation_phase_name(operation->phase);
+        told->total = operation->changes + operation->parties;
+        told->done = operation->phase == PHASE_DONE ? told->total : count_done(self, operation);
+        told->age_ns = (ended ? operation->ended_ns : now_ns) - operation->began_ns;
+        told->about = effects_copy(out, about, strlen(about) + 1);
+        told->reason = (char *)operation->reason;
+        stats->operation[stats->n_operation++] = told;
+    }
+}
+
 static bool watches(const struct seat *seat) {
     return seat->role == ROLE_GATEWAY || seat->role == ROLE_CONTROL;
 }
@@ -172,6 +236,7 @@ void statistics_send(struct coordinator *self, uint64_t now_ns, struct effects *
             stats.actor = actor_stats(self, now_ns, out);
             fill_loads(self, &stats, out);
             quarantine_fill(self, &stats, out);
+            fill_operations(self, &stats, now_ns, out);
         }
         message envelope = coordinator_envelope(self);
         envelope.body_case = TROUPE__ENVELOPE__BODY_STATS;

@@ -86,10 +86,6 @@ void events_end(struct event_feed *self, struct effects *out) {
     }
 }
 
-void events_stats(struct event_feed *self, uint64_t now_ns) {
-    self->stats_ns = now_ns;
-}
-
 void events_latency(struct event_feed *self, struct event_samples *samples, double ms) {
     if (self->listeners == 0)
         return;

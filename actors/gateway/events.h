@@ -20,7 +20,14 @@
 #define EVENTS_NAME_BYTES    64
 
 /* Something on the timeline. A LOST one changes as the troupe repairs itself. */
-enum moment_kind { MOMENT_EPOCH, MOMENT_JOINED, MOMENT_LEFT, MOMENT_LOST };
+enum moment_kind {
+    MOMENT_EPOCH,
+    MOMENT_JOINED,
+    MOMENT_LEFT,
+    MOMENT_LOST,
+    MOMENT_OPERATION,
+    MOMENT_BIAS,
+};
 struct moment {
     enum moment_kind kind;
     uint64_t number; /* counts all moments, from 1 */
@@ -35,7 +42,14 @@ struct moment {
     char name[EVENTS_NAME_BYTES];
     uint32_t copies;    /* LOST: copies of experts that it held */
     uint64_t silent_ns; /* LOST: time since its last heartbeat; NEVER: unknown */
+    uint64_t fenced_ns; /* LOST: from being given up to the epoch without it; NEVER: unknown */
     uint64_t replaced_ns, serving_ns, back_ns; /* LOST: when; NEVER: not yet */
+    uint64_t resumed_ns; /* LOST: when the first token after it came */
+    char why[EVENTS_NAME_BYTES]; /* LOST: as the coordinator says it; OPERATION: reason of its end */
+    uint64_t operation, age_ns;  /* OPERATION; name: what it is about */
+    uint32_t done, total;
+    char what[24], phase[24];
+    uint64_t bias_version, bias_before; /* BIAS */
 };
 
 struct event_samples {
@@ -60,6 +74,7 @@ struct event_feed {
     uint64_t next_ns; /* NEVER: nobody listens */
     uint64_t last_ns; /* of the set before */
     bool epoch_changed, even;
+    uint64_t unresumed; /* moments LOST that no token has followed yet */
 
     uint64_t *sent;      /* [layers, experts] rows that listeners know of; NULL: never needed */
     double *holder_rows; /* scratch [members] */
@@ -103,7 +118,8 @@ void events_end(struct event_feed *self, struct effects *out);
 /* After the cluster view has taken the commit. */
 void events_commit(struct event_feed *self, const struct cluster_view *cluster,
                    const Troupe__Commit *commit, uint64_t now_ns);
-void events_stats(struct event_feed *self, uint64_t now_ns);
+void events_stats(struct event_feed *self, const Troupe__Stats *stats, uint64_t now_ns);
+void events_token(struct event_feed *self, uint64_t now_ns); /* a token has come */
 void events_latency(struct event_feed *self, struct event_samples *samples, double ms);
 
 /* Of a member of the adopted epoch, or of one lost lately; NULL: not known. */

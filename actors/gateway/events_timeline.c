@@ -3,7 +3,10 @@
  *   LOST     an actor of the epoch before is missing and had not been draining
  *   replaced every pair that ever had a holder has one again
  *   serving  the epoch says so
+ *   resumed  the first token of anybody after it has come
  *   back     an actor of the same name and role is READY
+ *   OPERATION  of the admin interface: what STATS last said of it
+ *   BIAS     requests are admitted with another version of the routing bias
  *
  * Times are this gateway's: when the COMMIT arrived. */
 #include "actors/gateway/events.h"
@@ -22,6 +25,8 @@ static struct moment *add_moment(struct event_feed *self, enum moment_kind kind,
                               .epoch = self->epoch,
                               .changed = true,
                               .silent_ns = NEVER,
+                              .fenced_ns = NEVER,
+                              .resumed_ns = NEVER,
                               .replaced_ns = NEVER,
                               .serving_ns = NEVER,
                               .back_ns = NEVER};
@@ -113,8 +118,21 @@ static uint64_t silence(const struct event_feed *self, const struct cluster_view
     return NEVER;
 }
 
+/* The coordinator knows better than the last STATS. */
+static void take_loss(struct moment *moment, const Troupe__Commit *commit) {
+    for (size_t i = 0; i < commit->n_lost; i++) {
+        const Troupe__Loss *loss = commit->lost[i];
+        if (loss->incarnation != moment->incarnation)
+            continue;
+        moment->silent_ns = loss->silent_ns;
+        moment->fenced_ns = loss->fenced_ns;
+        snprintf(moment->why, sizeof moment->why, "%s", loss->reason);
+    }
+}
+
 static void note_departures(struct event_feed *self, const struct cluster_view *cluster,
-                            struct event_member *before, uint32_t count, uint64_t now_ns) {
+                            const Troupe__Commit *commit, struct event_member *before,
+                            uint32_t count, uint64_t now_ns) {
     for (uint32_t i = 0; i < count; i++) {
         const struct event_member *now = find(self->member, self->members, before[i].id);
         if (now != NULL && now->incarnation == before[i].incarnation)
@@ -123,6 +141,8 @@ static void note_departures(struct event_feed *self, const struct cluster_view *
         struct moment *moment =
             add_actor(self, left ? MOMENT_LEFT : MOMENT_LOST, &before[i], now_ns);
         moment->silent_ns = silence(self, cluster, &before[i], now_ns);
+        take_loss(moment, commit);
+        self->unresumed += !left;
     }
 }
 
@@ -167,6 +187,71 @@ static void note_repairs(struct event_feed *self, bool whole, uint64_t now_ns) {
     }
 }
 
+void events_token(struct event_feed *self, uint64_t now_ns) {
+    if (self->unresumed == 0)
+        return;
+    self->unresumed = 0;
+    uint64_t oldest = self->moments >= EVENTS_MOMENTS ? self->moments - EVENTS_MOMENTS + 1 : 1;
+    for (uint64_t n = oldest; n <= self->moments; n++)
+        if (self->moment[n % EVENTS_MOMENTS].kind == MOMENT_LOST)
+            reach(&self->moment[n % EVENTS_MOMENTS], &self->moment[n % EVENTS_MOMENTS].resumed_ns,
+                  now_ns);
+}
+
+/* ---- operations ---- */
+
+static bool has_ended(const struct moment *moment) {
+    return strcmp(moment->phase, "done") == 0 || strcmp(moment->phase, "aborted") == 0 ||
+           strcmp(moment->phase, "unknown") == 0;
+}
+
+static void take_operation(struct event_feed *self, const Troupe__OperationStats *told,
+                           uint64_t now_ns) {
+    struct moment *moment = NULL;
+    uint64_t oldest = self->moments >= EVENTS_MOMENTS ? self->moments - EVENTS_MOMENTS + 1 : 1;
+    for (uint64_t n = oldest; n <= self->moments && moment == NULL; n++) {
+        struct moment *at = &self->moment[n % EVENTS_MOMENTS];
+        /* a coordinator that was started again counts from 1 again */
+        if (at->kind == MOMENT_OPERATION && at->operation == told->id &&
+            strcmp(at->what, told->kind) == 0 && strcmp(at->name, told->about) == 0 &&
+            (!has_ended(at) || strcmp(at->phase, told->phase) == 0))
+            moment = at;
+    }
+    if (moment == NULL) {
+        moment = add_moment(self, MOMENT_OPERATION, now_ns - told->age_ns);
+        moment->operation = told->id;
+        snprintf(moment->what, sizeof moment->what, "%s", told->kind);
+        snprintf(moment->name, sizeof moment->name, "%s", told->about);
+    }
+    bool same = moment->done == told->done && moment->total == told->total &&
+                strcmp(moment->phase, told->phase) == 0;
+    moment->changed = moment->changed || !same;
+    moment->done = told->done;
+    moment->total = told->total;
+    moment->age_ns = told->age_ns;
+    snprintf(moment->phase, sizeof moment->phase, "%s", told->phase);
+    snprintf(moment->why, sizeof moment->why, "%s", told->reason);
+}
+
+void events_stats(struct event_feed *self, const Troupe__Stats *stats, uint64_t now_ns) {
+    self->stats_ns = now_ns;
+    uint64_t oldest = self->moments >= EVENTS_MOMENTS ? self->moments - EVENTS_MOMENTS + 1 : 1;
+    for (uint64_t n = oldest; n <= self->moments; n++) {
+        struct moment *moment = &self->moment[n % EVENTS_MOMENTS];
+        bool told = moment->kind != MOMENT_OPERATION || has_ended(moment);
+        for (size_t i = 0; i < stats->n_operation && !told; i++)
+            told = stats->operation[i]->id == moment->operation;
+        if (told)
+            continue;
+        moment->changed = true; /* its coordinator is gone, and it with it */
+        snprintf(moment->phase, sizeof moment->phase, "unknown");
+    }
+    for (size_t i = 0; i < stats->n_operation; i++)
+        take_operation(self, stats->operation[i], now_ns);
+}
+
+/* ---- epochs ---- */
+
 void events_commit(struct event_feed *self, const struct cluster_view *cluster,
                    const Troupe__Commit *commit, uint64_t now_ns) {
     struct event_member *before = self->member;
@@ -174,6 +259,7 @@ void events_commit(struct event_feed *self, const struct cluster_view *cluster,
     self->member = take_members(commit, &self->members);
     self->epoch = commit->epoch;
     self->serving = commit->serving;
+    uint64_t bias_before = self->bias_version;
     self->bias_version = commit->bias_version;
     self->epoch_changed = true;
     uint32_t covered = take_placement(self, cluster);
@@ -182,7 +268,12 @@ void events_commit(struct event_feed *self, const struct cluster_view *cluster,
     struct moment *epoch = add_moment(self, MOMENT_EPOCH, now_ns);
     epoch->members = self->members;
     epoch->serving = self->serving;
-    note_departures(self, cluster, before, count, now_ns);
+    if (self->bias_version != bias_before && before != NULL) {
+        struct moment *bias = add_moment(self, MOMENT_BIAS, now_ns);
+        bias->bias_before = bias_before;
+        bias->bias_version = self->bias_version;
+    }
+    note_departures(self, cluster, commit, before, count, now_ns);
     note_arrivals(self, before, count, now_ns);
     note_repairs(self, covered >= self->covered, now_ns);
     free(before);

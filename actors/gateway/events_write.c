@@ -300,7 +300,7 @@ static void write_after(struct text *line, const char *name, const struct moment
 
 static void write_moment(struct event_feed *self, const struct event_source *source,
                          const struct moment *moment) {
-    static const char *const KINDS[] = {"epoch", "joined", "left", "lost"};
+    static const char *const KINDS[] = {"epoch", "joined", "left", "lost", "operation", "bias"};
     struct text *line = begin(self, "moment");
     text_format(line, ",\"number\":%" PRIu64 ",\"kind\":\"%s\",\"t\":%" PRIu64
                       ",\"epoch\":%" PRIu64,
@@ -309,6 +309,16 @@ static void write_moment(struct event_feed *self, const struct event_source *sou
     if (moment->kind == MOMENT_EPOCH) {
         text_format(line, ",\"members\":%u,\"serving\":%s", moment->members,
                     moment->serving ? "true" : "false");
+    } else if (moment->kind == MOMENT_OPERATION) {
+        text_format(line, ",\"operation\":%" PRIu64 ",\"what\":\"%s\",\"about\":",
+                    moment->operation, moment->what);
+        text_json_string(line, moment->name);
+        text_format(line, ",\"phase\":\"%s\",\"done\":%u,\"total\":%u,\"ms\":%.3f,\"reason\":",
+                    moment->phase, moment->done, moment->total, (double)moment->age_ns * 1e-6);
+        text_json_string(line, moment->why);
+    } else if (moment->kind == MOMENT_BIAS) {
+        text_format(line, ",\"before\":%" PRIu64 ",\"bias_version\":%" PRIu64,
+                    moment->bias_before, moment->bias_version);
     } else {
         text_format(line, ",\"actor\":%u,\"role\":\"%s\",\"incarnation\":\"%016" PRIx64
                           "\",\"name\":",
@@ -319,8 +329,13 @@ static void write_moment(struct event_feed *self, const struct event_source *sou
         text_format(line, ",\"copies\":%u", moment->copies);
         if (moment->silent_ns != NEVER)
             text_format(line, ",\"silent_ms\":%.3f", (double)moment->silent_ns * 1e-6);
+        if (moment->fenced_ns != NEVER)
+            text_format(line, ",\"fenced_ms\":%.3f", (double)moment->fenced_ns * 1e-6);
+        text_puts(line, ",\"why\":");
+        text_json_string(line, moment->why);
         write_after(line, "replaced_ms", moment, moment->replaced_ns);
         write_after(line, "serving_ms", moment, moment->serving_ns);
+        write_after(line, "resumed_ms", moment, moment->resumed_ns);
         write_after(line, "back_ms", moment, moment->back_ns);
     }
     end(self);

@@ -68,7 +68,7 @@ static void on_message(struct gateway *self, const message *envelope, uint64_t n
     case TROUPE__ENVELOPE__BODY_STATS:
         if (envelope->from == ACTOR_COORDINATOR) {
             cluster_view_stats(&self->cluster, envelope->stats);
-            events_stats(&self->feed, now_ns);
+            events_stats(&self->feed, envelope->stats, now_ns);
         }
         break;
     default:

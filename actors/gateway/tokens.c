@@ -66,6 +66,7 @@ static void count_tokens(struct gateway *self, struct choice *choice, uint32_t t
     struct metrics *metrics = &self->metrics;
     if (taken == 0)
         return;
+    events_token(&self->feed, now_ns);
     metrics->counter[METRIC_TOKENS_GENERATED] += taken;
     if (choice->tokens == taken) {
         metrics->counter[METRIC_TOKENS_PROMPT] += choice->prompt->tokens;
