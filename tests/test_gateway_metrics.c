@@ -301,11 +301,134 @@ static void balancedness_is_mean_over_max_of_the_holders(void **state) {
     rig_close(rig);
 }
 
+/* ---- what reads it ---- */
+
+static char *read_text(const char *path) {
+    FILE *file = fopen(path, "r");
+    assert_non_null(file);
+    char *text = calloc(1, 1 << 20);
+    size_t size = fread(text, 1, (1 << 20) - 1, file);
+    assert_true(size > 0 && size < (1 << 20) - 1);
+    fclose(file);
+    return text;
+}
+
+/* Every name that the dashboard and the alerts use is that of a family, or of a part of a histogram. */
+static void check_names(const char *path, const char *metrics) {
+    static const char *const SUFFIXES[] = {"", "_bucket", "_sum", "_count"};
+    char *text = read_text(path);
+    uint32_t names = 0;
+    for (const char *at = text; *at != '\0';) {
+        bool starts = (strncmp(at, "vllm:", 5) == 0 || strncmp(at, "troupe_", 7) == 0) &&
+                      (at == text || strchr("( \"", at[-1]) != NULL);
+        size_t length = starts ? name_length(at) : 0;
+        if (length == 0) {
+            at++;
+            continue;
+        }
+        bool known = false;
+        for (size_t i = 0; i < 4 && !known; i++) {
+            char type[160];
+            size_t suffix = strlen(SUFFIXES[i]);
+            if (length <= suffix || strncmp(at + length - suffix, SUFFIXES[i], suffix) != 0)
+                continue;
+            snprintf(type, sizeof type, "# TYPE %.*s %s", (int)(length - suffix), at,
+                     suffix > 0 ? "histogram\n" : "");
+            known = strstr(metrics, type) != NULL;
+        }
+        if (!known)
+            fail_msg("%s uses %.*s, which /metrics does not have", path, (int)length, at);
+        names++;
+        at += length;
+    }
+    assert_true(names > 5);
+    free(text);
+}
+
+/* Statistics of one actor of each role, so that every family is there. */
+static void fill_cluster(struct rig *rig) {
+    Troupe__ActorStats actor[3], *list[3] = {&actor[0], &actor[1], &actor[2]};
+    Troupe__Member member[3];
+    Troupe__Heartbeat heartbeat[3];
+    fill_actor(&actor[0], &member[0], &heartbeat[0], 20, ROLE_ATTENTION, "attention-0");
+    fill_actor(&actor[1], &member[1], &heartbeat[1], 50, ROLE_EXPERT, "expert-0");
+    fill_actor(&actor[2], &member[2], &heartbeat[2], 60, ROLE_SAMPLER, "sampler-0");
+    Troupe__Stats body = TROUPE__STATS__INIT;
+    body.n_actor = 3;
+    body.actor = list;
+    message envelope = TROUPE__ENVELOPE__INIT;
+    envelope.body_case = TROUPE__ENVELOPE__BODY_STATS;
+    envelope.stats = &body;
+    rig_message(rig, ACTOR_COORDINATOR, 77, &envelope);
+    json_decref(rig_post(rig, "/v1/completions", "{\"prompt\":[5,6],\"max_tokens\":3}", 200));
+}
+
+static void dashboard_and_alerts_name_what_there_is(void **state) {
+    (void)state;
+    struct rig *rig = rig_open(&(struct rig_options){.chat = CHAT_DEMO}, NULL);
+    fill_cluster(rig);
+    const char *text = scrape(rig);
+    check_names("config/grafana/troupe.json", text);
+    check_names("config/grafana/alerts.yaml", text);
+    json_t *dashboard = json_load_file("config/grafana/troupe.json", 0, NULL);
+    assert_true(json_array_size(json_object_get(dashboard, "panels")) > 10);
+    json_decref(dashboard);
+    rig_close(rig);
+}
+
+static bool runs(const char *command) {
+    return system(command) == 0;
+}
+
+/* Prometheus' own opinion, where it is installed. */
+static void promtool_finds_nothing_to_complain_of(void **state) {
+    (void)state;
+    if (!runs("command -v promtool >/dev/null"))
+        skip();
+    struct rig *rig = rig_open(&(struct rig_options){.chat = CHAT_DEMO}, NULL);
+    fill_cluster(rig);
+    const char *text = scrape(rig);
+    /* vLLM's names have colons in them, which promtool does not like; there must be nothing else */
+    FILE *promtool = popen("! promtool check metrics 2>&1 | grep -v \"should not contain ':'\"", "w");
+    assert_non_null(promtool);
+    assert_true(fwrite(text, 1, strlen(text), promtool) == strlen(text));
+    assert_int_equal(pclose(promtool), 0);
+    assert_true(runs("promtool check rules config/grafana/alerts.yaml >/dev/null"));
+    rig_close(rig);
+}
+
+static void phases_add_up(void **state) {
+    (void)state;
+    struct rig *rig = rig_open(&(struct rig_options){.chat = CHAT_DEMO}, NULL);
+    json_decref(rig_post(rig, "/v1/completions",
+                         "{\"prompt\":[5,6,7],\"n\":2,\"max_tokens\":5}", 200));
+    const char *text = scrape(rig);
+    static const char *const PHASES[] = {"queue", "prefill", "decode", "inference"};
+    double sum[4];
+    for (int i = 0; i < 4; i++) {
+        char sample[96];
+        snprintf(sample, sizeof sample,
+                 "vllm:request_%s_time_seconds_count{model_name=\"demo\"} ", PHASES[i]);
+        assert_true(value_of(text, sample) == 2);
+        snprintf(sample, sizeof sample, "vllm:request_%s_time_seconds_sum{model_name=\"demo\"} ",
+                 PHASES[i]);
+        sum[i] = value_of(text, sample);
+    }
+    assert_true(sum[2] > 0.0079 && sum[2] < 0.0081); /* four more tokens each, a millisecond apart */
+    assert_true(sum[3] > sum[1] + sum[2] - 1e-9 && sum[3] < sum[1] + sum[2] + 1e-9);
+    assert_true(
+        value_of(text, "vllm:request_max_num_generation_tokens_sum{model_name=\"demo\"} ") == 5);
+    rig_close(rig);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(requests_are_counted_under_vllms_names),
         cmocka_unit_test(the_cluster_is_shown),
         cmocka_unit_test(balancedness_is_mean_over_max_of_the_holders),
+        cmocka_unit_test(dashboard_and_alerts_name_what_there_is),
+        cmocka_unit_test(promtool_finds_nothing_to_complain_of),
+        cmocka_unit_test(phases_add_up),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -10,6 +10,7 @@
 void events_init(struct event_feed *self) {
     memset(self, 0, sizeof *self);
     self->next_ns = NEVER;
+    self->unrepaired_ns = NEVER;
 }
 
 void events_free(struct event_feed *self) {

@@ -69,11 +69,13 @@ struct event_member {
 };
 
 struct event_feed {
+    struct metrics *metrics; /* counts losses and recoveries; NULL: nobody does */
     uint64_t listener[EVENTS_LISTENERS_MAX]; /* HTTP clients */
     uint32_t listeners;
     uint64_t next_ns; /* NEVER: nobody listens */
     uint64_t last_ns; /* of the set before */
     bool epoch_changed, even;
+    uint64_t unrepaired_ns; /* when the oldest loss that is not made good came; NEVER: none */
     uint64_t unresumed; /* moments LOST that no token has followed yet */
 
     uint64_t *sent;      /* [layers, experts] rows that listeners know of; NULL: never needed */

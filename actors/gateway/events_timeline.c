@@ -143,6 +143,8 @@ static void note_departures(struct event_feed *self, const struct cluster_view *
         moment->silent_ns = silence(self, cluster, &before[i], now_ns);
         take_loss(moment, commit);
         self->unresumed += !left;
+        if (!left && self->metrics != NULL)
+            self->metrics->counter[METRIC_LOST]++;
     }
 }
 
@@ -174,14 +176,22 @@ static void reach(struct moment *moment, uint64_t *when_ns, uint64_t now_ns) {
 
 static void note_repairs(struct event_feed *self, bool whole, uint64_t now_ns) {
     uint64_t oldest = self->moments >= EVENTS_MOMENTS ? self->moments - EVENTS_MOMENTS + 1 : 1;
+    self->unrepaired_ns = NEVER;
     for (uint64_t n = oldest; n <= self->moments; n++) {
         struct moment *moment = &self->moment[n % EVENTS_MOMENTS];
         if (moment->kind != MOMENT_LOST)
             continue;
+        bool good = moment->replaced_ns != NEVER && moment->serving_ns != NEVER;
         if (whole)
             reach(moment, &moment->replaced_ns, now_ns);
         if (self->serving)
             reach(moment, &moment->serving_ns, now_ns);
+        if (moment->replaced_ns == NEVER || moment->serving_ns == NEVER)
+            self->unrepaired_ns =
+                moment->at_ns < self->unrepaired_ns ? moment->at_ns : self->unrepaired_ns;
+        else if (!good && self->metrics != NULL)
+            metrics_observe(self->metrics, METRIC_RECOVERY,
+                            (double)(now_ns - moment->at_ns) * 1e-9);
         if (has_returned(self, moment))
             reach(moment, &moment->back_ns, now_ns);
     }

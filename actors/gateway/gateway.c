@@ -11,6 +11,7 @@
  *   request_trace.c    a request's way */
 #include "actors/gateway/gateway.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -255,7 +256,11 @@ struct actor *gateway_create(const struct actor_identity *identity, const struct
     set_limits(self);
     metrics_init(&self->metrics, self->context);
     cluster_view_init(&self->cluster, config->layers, config->experts);
+    self->cluster.fade = exp2(-(double)settings->heartbeat_ms / (1000.0 * BALANCE_HALF_LIFE_S));
+    for (uint32_t l = 0; l < config->layers; l++)
+        self->cluster.routed[l] = model_layer_is_moe(config, l);
     self->view = options->view;
     events_init(&self->feed);
+    self->feed.metrics = &self->metrics;
     return &self->actor;
 }

@@ -100,6 +100,9 @@ static void metrics(struct gateway *self, const struct http_request *http, uint6
         .epoch = self->member.epoch,
         .bias_version = self->member.bias_version,
         .serving = self->member.serving,
+        .replicas = self->settings.replicas,
+        .unrepaired_ns =
+            self->feed.unrepaired_ns == NEVER ? 0 : now_ns - self->feed.unrepaired_ns,
     };
     gateway_count(self, &now.running, &now.waiting);
     metrics_write(&self->line, &self->metrics, &now, &self->cluster);

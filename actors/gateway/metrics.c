@@ -13,6 +13,8 @@ static const double TOKEN_BUCKETS[] = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,
                                        0.75, 1,     2.5,  5,     7.5, 10,   20,  40,  80};
 static const double LATENCY_BUCKETS[] = {0.3, 0.5, 0.8, 1,  1.5, 2,   2.5, 5,   10,   15,  20,
                                          30,  40,  50,  60, 120, 240, 480, 960, 1920, 7680};
+static const double RECOVERY_BUCKETS[] = {0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1,  2,
+                                          5,    10,    20,   30,  60,   120, 300};
 static const double CHOICE_BUCKETS[] = {1, 2, 5, 10, 20};
 
 #define SECONDS(list) list, sizeof(list) / sizeof((list)[0])
@@ -59,6 +61,10 @@ static const struct {
                          SECONDS(CHOICE_BUCKETS)},
     [METRIC_PARAMS_MAX_TOKENS] = {"vllm:request_params_max_tokens",
                                   "Histogram of the max_tokens request parameter.", NULL, 0},
+    [METRIC_RECOVERY] = {"troupe_recovery_seconds",
+                         "Histogram of seconds from the epoch without a lost actor until every "
+                         "expert has a holder and requests are served.",
+                         SECONDS(RECOVERY_BUCKETS)},
 };
 
 static const struct {
@@ -76,6 +82,8 @@ static const struct {
                        "Times an attention actor was asked for tokens that did not come."},
     [METRIC_DUPLICATES] = {"troupe_duplicate_tokens_total",
                            "Tokens that came more than once and were dropped."},
+    [METRIC_LOST] = {"troupe_actors_lost_total",
+                     "Actors that left the epoch without having been drained."},
 };
 
 static const char *const FINISHES[METRIC_FINISHES] = {[METRIC_STOP] = "stop",
@@ -217,5 +225,10 @@ void metrics_write(struct text *out, const struct metrics *self, const struct me
     write_gauge(out, "troupe_bias_version", "Routing bias version of the epoch.",
                 (double)now->bias_version);
     write_gauge(out, "troupe_serving", "1 if a request would be served.", now->serving);
+    write_gauge(out, "troupe_unrepaired_seconds",
+                "Time since the oldest loss that has not been made good; 0: there is none.",
+                (double)now->unrepaired_ns * 1e-9);
+    write_gauge(out, "troupe_replicas_wanted", "Copies of each expert that the troupe aims at.",
+                now->replicas);
     cluster_view_write(out, cluster);
 }

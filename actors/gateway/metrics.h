@@ -21,6 +21,7 @@ enum metric_histogram {
     METRIC_MAX_GENERATION_TOKENS,
     METRIC_PARAMS_N,
     METRIC_PARAMS_MAX_TOKENS,
+    METRIC_RECOVERY, /* seconds until what a lost actor held has a holder and requests are served */
     METRIC_HISTOGRAMS
 };
 enum metric_finish { METRIC_STOP, METRIC_LENGTH, METRIC_ABORT, METRIC_ERROR, METRIC_FINISHES };
@@ -31,6 +32,7 @@ enum metric_counter {
     METRIC_RESUBMITTED, /* of these, with a history from an earlier one */
     METRIC_POLLED,
     METRIC_DUPLICATES, /* tokens that were here already */
+    METRIC_LOST,       /* actors that left the epoch without having been drained */
     METRIC_COUNTERS
 };
 
@@ -65,7 +67,10 @@ struct cluster_view {
     } * placement;        /* by layer */
     uint32_t *first;      /* [layers + 1] in `placement` */
     uint16_t *replicas;   /* [layers, experts] */
+    bool routed[LAYERS_MAX]; /* layers that have routed experts */
     Troupe__Stats *stats; /* own copy of the newest, NULL before */
+    double *recent;       /* [layers, experts] rows, each STATS fading those before by `fade` */
+    double fade;
 };
 void cluster_view_init(struct cluster_view *self, uint32_t layers, uint32_t experts);
 void cluster_view_free(struct cluster_view *self);
@@ -76,11 +81,15 @@ double cluster_view_cache_usage(const struct cluster_view *self);
 /* Mean over max of the rows per holder of a layer: 1 is perfect. Negative if nothing has been
  * routed there. */
 double cluster_view_balancedness(const struct cluster_view *self, uint32_t layer);
+/* The same of the last while: half of it is younger than BALANCE_HALF_LIFE_S. */
+#define BALANCE_HALF_LIFE_S 30
+double cluster_view_recent_balancedness(const struct cluster_view *self, uint32_t layer);
 
 struct metrics_now {
     const char *model;
     uint32_t running, waiting, requests;
-    uint64_t epoch, bias_version;
+    uint64_t epoch, bias_version, unrepaired_ns;
+    uint32_t replicas; /* wanted */
     bool serving;
 };
 void metrics_write(struct text *out, const struct metrics *self, const struct metrics_now *now,

@@ -16,12 +16,14 @@ void cluster_view_init(struct cluster_view *self, uint32_t layers, uint32_t expe
     self->rows = calloc(cells, sizeof *self->rows);
     self->replicas = calloc(cells, sizeof *self->replicas);
     self->first = calloc((size_t)layers + 2, sizeof *self->first);
-    ASSERT(self->rows != NULL && self->replicas != NULL && self->first != NULL &&
+    self->recent = calloc(cells, sizeof *self->recent);
+    ASSERT(self->recent != NULL && self->rows != NULL && self->replicas != NULL && self->first != NULL &&
            "memory for metrics");
 }
 
 void cluster_view_free(struct cluster_view *self) {
     free(self->rows);
+    free(self->recent);
     free(self->replicas);
     free(self->first);
     free(self->placement);
@@ -55,11 +57,17 @@ void cluster_view_commit(struct cluster_view *self, const Troupe__Commit *commit
 }
 
 void cluster_view_stats(struct cluster_view *self, const Troupe__Stats *stats) {
+    for (size_t cell = 0; cell < (size_t)self->layers * self->experts; cell++)
+        self->recent[cell] *= self->fade;
     for (size_t i = 0;
-         i < stats->n_load_layer && i < stats->n_load_expert && i < stats->n_load_rows; i++)
-        if (stats->load_layer[i] < self->layers && stats->load_expert[i] < self->experts)
-            self->rows[(size_t)stats->load_layer[i] * self->experts + stats->load_expert[i]] =
-                stats->load_rows[i];
+         i < stats->n_load_layer && i < stats->n_load_expert && i < stats->n_load_rows; i++) {
+        if (stats->load_layer[i] >= self->layers || stats->load_expert[i] >= self->experts)
+            continue;
+        size_t cell = (size_t)stats->load_layer[i] * self->experts + stats->load_expert[i];
+        if (stats->load_rows[i] > self->rows[cell])
+            self->recent[cell] += (double)(stats->load_rows[i] - self->rows[cell]);
+        self->rows[cell] = stats->load_rows[i];
+    }
     /* A copy by way of its bytes: the message is only lent. */
     size_t size = troupe__stats__get_packed_size(stats);
     uint8_t *bytes = malloc(size + 1);
@@ -85,7 +93,7 @@ double cluster_view_cache_usage(const struct cluster_view *self) {
     return total == 0 ? 0 : (double)used / (double)total;
 }
 
-double cluster_view_balancedness(const struct cluster_view *self, uint32_t layer) {
+static double balancedness(const struct cluster_view *self, uint32_t layer, bool recent) {
     static const double NOTHING_ROUTED = -1;
     struct {
         uint32_t holder;
@@ -104,7 +112,8 @@ double cluster_view_balancedness(const struct cluster_view *self, uint32_t layer
             load[holders].holder = entry->holder;
             load[holders++].rows = 0;
         }
-        load[h].rows += (double)self->rows[cell] / self->replicas[cell];
+        load[h].rows += (recent ? self->recent[cell] : (double)self->rows[cell]) /
+                        self->replicas[cell];
     }
     double sum = 0, most = 0;
     for (uint32_t h = 0; h < holders; h++) {
@@ -112,6 +121,14 @@ double cluster_view_balancedness(const struct cluster_view *self, uint32_t layer
         most = load[h].rows > most ? load[h].rows : most;
     }
     return most == 0 ? NOTHING_ROUTED : sum / holders / most;
+}
+
+double cluster_view_balancedness(const struct cluster_view *self, uint32_t layer) {
+    return balancedness(self, layer, false);
+}
+
+double cluster_view_recent_balancedness(const struct cluster_view *self, uint32_t layer) {
+    return balancedness(self, layer, true);
 }
 
 static const char *state_name(Troupe__ActorState state) {
@@ -231,7 +248,28 @@ static void write_quarantines(struct text *out, const Troupe__Stats *stats) {
     }
 }
 
+/* Layers without routed experts have copies of nothing and are left out. */
+static void write_copies(struct text *out, const struct cluster_view *self) {
+    uint32_t with[3] = {0}; /* none, one, more */
+    uint64_t copies = 0;
+    for (uint32_t l = 0; l < self->layers; l++)
+        for (uint32_t e = 0; self->routed[l] && e < self->experts; e++) {
+            uint32_t replicas = self->replicas[(size_t)l * self->experts + e];
+            with[replicas < 2 ? replicas : 2]++;
+            copies += replicas;
+        }
+    metric_head(out, "troupe_expert_copies", "gauge", "Copies of experts in the adopted epoch.");
+    text_format(out, "troupe_expert_copies %" PRIu64 "\n", copies);
+    metric_head(out, "troupe_experts_without_holder", "gauge",
+                "Experts (of all layers) that nobody holds in the adopted epoch.");
+    text_format(out, "troupe_experts_without_holder %u\n", with[0]);
+    metric_head(out, "troupe_experts_without_replica", "gauge",
+                "Experts (of all layers) that one process alone holds.");
+    text_format(out, "troupe_experts_without_replica %u\n", with[1]);
+}
+
 void cluster_view_write(struct text *out, const struct cluster_view *self) {
+    write_copies(out, self);
     if (self->stats != NULL) {
         write_actors(out, self->stats);
         write_quarantines(out, self->stats);
@@ -246,8 +284,15 @@ void cluster_view_write(struct text *out, const struct cluster_view *self) {
     metric_head(out, "troupe_layer_balancedness", "gauge",
                 "Mean over max of the rows of a layer per holder, since start; 1 is perfect.");
     for (uint32_t l = 0; l < self->layers; l++) {
-        double balancedness = cluster_view_balancedness(self, l);
-        if (balancedness >= 0)
-            text_format(out, "troupe_layer_balancedness{layer=\"%u\"} %.9g\n", l, balancedness);
+        double value = cluster_view_balancedness(self, l);
+        if (value >= 0)
+            text_format(out, "troupe_layer_balancedness{layer=\"%u\"} %.9g\n", l, value);
+    }
+    metric_head(out, "troupe_layer_balancedness_recent", "gauge",
+                "The same of the last while (half-life 30 s).");
+    for (uint32_t l = 0; l < self->layers; l++) {
+        double value = cluster_view_recent_balancedness(self, l);
+        if (value >= 0)
+            text_format(out, "troupe_layer_balancedness_recent{layer=\"%u\"} %.9g\n", l, value);
     }
 }
