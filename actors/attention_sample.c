@@ -364,7 +364,7 @@ void sample_on_sampled(struct attention *self, const struct frame *frame, uint64
         return;
     }
     for (uint32_t i = 0; i < part->count; i++) {
-        const struct question *question = &batch->question[batch->order[part->first + i]];
+        struct question *question = &batch->question[batch->order[part->first + i]];
         take_answer(self, question, &result[i], words);
         step_trace_sampled(self, header->from, question->sequence);
     }

@@ -9,7 +9,6 @@
 #define WINDOWS_BYTES_MAX (256u << 20) /* of one recording */
 #define LOADS_MAX 32768u /* entries of one STATS */
 #define ENDED_TOLD_NS 10000000000u /* operations that ended so long ago are still told of */
-_Static_assert(OPERATIONS_MAX <= OPERATIONS_TOLD_MAX, "a STATS holds them all");
 
 void statistics_take_loads(struct coordinator *self, struct seat *seat,
                            const Troupe__Heartbeat *heartbeat) {
