@@ -81,6 +81,12 @@ test: deps ## build and run every test
 	@$(MAKE) --no-print-directory $(BUILD)/troupe tests-built $(if $(NVCC),cuda)
 	@sh tests/run.sh $(BUILD)
 
+.PHONY: test-web
+test-web: deps ## the live view in headless Chromium (installs it; PICTURES=DIR keeps screenshots)
+	@sh config/install-packages.sh nodejs chromium
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	TROUPE=$(BUILD)/troupe node tests/web/check.mjs $(PICTURES)
+
 .PHONY: bench
 bench: deps ## measure decode, prefill and mixed load on the demo model (MODEL=DIR for another, ARGS=... for options)
 	@$(MAKE) --no-print-directory $(BUILD)/troupe

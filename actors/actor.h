@@ -47,6 +47,7 @@ enum event_kind {
 
 struct http_request {
     uint64_t client; /* names the connection + request; never used again */
+    bool admin;                /* it came over a socket that only the operator reaches */
     const char *method, *path; /* path without query */
     const char *query;         /* after '?', "" if none */
     const char *authorization; /* header values, NULL if absent */
@@ -92,6 +93,9 @@ enum effect_kind {
     EFFECT_CONNECT,    /* learn where an actor lives; a new incarnation or address replaces the old connection */
     EFFECT_DISCONNECT, /* forget an actor */
     EFFECT_TRACE,      /* a line for the log; also hashed by the simulator */
+    EFFECT_RELAY,      /* pass the HTTP request being handled on to a gateway of this host, and its answer back */
+    EFFECT_FAULT,      /* inflict a fault on a process of this host; the host answers the HTTP client */
+    EFFECT_JOURNAL,    /* record the live view's feed in a file, or stop; the host answers the HTTP client */
     EFFECT_EXIT,       /* the process may end (drained, or refused: code != 0) */
 };
 
@@ -142,6 +146,10 @@ struct effect {
             enum trace_level level;
             const char *text;
         } trace;
+        struct {
+            uint64_t client;
+            const char *text; /* FAULT: which; JOURNAL: the file, NULL: stop */
+        } admin;
         struct {
             int code;
             const char *reason;

@@ -20,6 +20,9 @@ struct actor *coordinator_create(const struct actor_identity *identity,
 /* Admin requests (EVENT_HTTP_REQUEST) must then carry it as a bearer token. Copied; NULL: none asked for. */
 void coordinator_set_admin_token(struct actor *coordinator, const char *token);
 
+/* POST /fault is then taken. */
+void coordinator_allow_faults(struct actor *coordinator);
+
 struct gateway_options {
     const char *served_model; /* name in /v1/models */
     const char *api_key;      /* NULL: none asked for */
@@ -29,6 +32,7 @@ struct gateway_options {
     char chat_error[FAILURE_TEXT_BYTES]; /* why chat is CHAT_NONE */
     int64_t unix_offset_ns; /* unix time in ns = now_ns + this */
     bool view;              /* serve the live view: / and /troupe/events */
+    bool allow_faults;      /* the live view says that the admin address takes them */
 };
 struct actor *gateway_create(const struct actor_identity *identity, const struct settings *settings,
                              const struct model_config *config, const struct gateway_options *options);

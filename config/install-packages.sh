@@ -2,7 +2,7 @@
 # Installs the Debian packages that troupe needs and that are missing. The table of reasons is in README.md.
 set -eu
 packages="gcc g++ make pkg-config libc6-dev libzmq3-dev libprotobuf-c-dev protobuf-c-compiler libmicrohttpd-dev libjansson-dev
-libyaml-dev libpcre2-dev libhwloc-dev libncurses-dev libsqlite3-dev libcmocka-dev curl"
+libyaml-dev libpcre2-dev libhwloc-dev libncurses-dev libsqlite3-dev libcmocka-dev curl $*" # and what is asked for: make test-web
 missing=""
 for package in $packages; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $package"

@@ -4,6 +4,7 @@
  *   GET  /status /actors /placement[?layer=L] /operations
  *   POST /scale /drain /move /replicate /rebalance /cancel        answer: the operation, 202
  *   POST /scale_elastic_ep, GET or POST /is_scaling_elastic_ep
+ *   POST /fault, GET / and what a gateway shows: admin_view.c
  *   GET or POST /start_expert_distribution_record /stop_... /dump_... */
 #include "coordinator/coordinator.h"
 
@@ -511,6 +512,8 @@ void admin_on_request(struct coordinator *self, const struct http_request *reque
     bool get = strcmp(request->method, "GET") == 0, post = strcmp(request->method, "POST") == 0;
     uint16_t status = 0;
     json_error_t where;
+    if (admin_view(self, request, allowed(&admin), out))
+        return;
     if (!allowed(&admin))
         status = (uint16_t)(fail(&failure, ERR_INVALID, "the admin token is missing or wrong"), 401);
     else if (route == NULL)

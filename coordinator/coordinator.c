@@ -228,6 +228,10 @@ void coordinator_set_admin_token(struct actor *actor, const char *token) {
     ASSERT(token == NULL || self->admin_token != NULL);
 }
 
+void coordinator_allow_faults(struct actor *actor) {
+    ((struct coordinator *)actor)->allow_faults = true;
+}
+
 static const struct actor_class COORDINATOR_CLASS = {
     .role = ROLE_COORDINATOR,
     .step = coordinator_step,

@@ -207,6 +207,7 @@ struct coordinator {
     struct lie lie[LIES_MAX]; /* the oldest name makes room */
     uint32_t lies;
     char *admin_token; /* NULL: none asked for */
+    bool allow_faults;
     uint32_t *current, *wanted; /* planning: [pairs] */
     uint32_t *scratch;          /* planning: [6 * ACTORS_MAX] */
     uint64_t *load_of_gone;     /* [pairs] totals of attention actors that left */
@@ -340,6 +341,9 @@ int policy_check_leaving(const struct coordinator *self, enum role role, uint32_
 void policy_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
 uint64_t policy_deadline(const struct coordinator *self);
 
+/* admin_view.c: true if the request was one of its own. */
+bool admin_view(const struct coordinator *self, const struct http_request *request, bool allowed,
+                struct effects *out);
 /* admin.c */
 void admin_on_request(struct coordinator *self, const struct http_request *request,
                       uint64_t now_ns, struct effects *out);

@@ -174,6 +174,10 @@ bool world_carry_out(struct world *self, struct node *node, const struct effect 
     case EFFECT_TRACE:
         world_trace(self, node, effect->trace.text);
         break;
+    case EFFECT_RELAY: /* nobody asks for them here */
+    case EFFECT_FAULT:
+    case EFFECT_JOURNAL:
+        break;
     case EFFECT_EXIT:
         world_trace(self, node, "exits");
         return false;

@@ -29,6 +29,9 @@ struct cluster {
     uint32_t members;
     uint32_t layer[16], expert[16], holder[16], copies;
     bool serving;
+    uint64_t bias_version;
+    Troupe__Loss *loss;                 /* NULL: none is told of */
+    Troupe__OperationStats *operation; /* likewise */
 };
 
 static void add(struct cluster *self, actor_id id, uint64_t incarnation, enum role role,
@@ -72,6 +75,9 @@ static void commit(struct cluster *self) {
     body.expert = self->expert;
     body.holder = self->holder;
     body.serving = self->serving;
+    body.bias_version = self->bias_version;
+    body.n_lost = self->loss != NULL;
+    body.lost = &self->loss;
     message envelope = TROUPE__ENVELOPE__INIT;
     envelope.body_case = TROUPE__ENVELOPE__BODY_COMMIT;
     envelope.commit = &body;
@@ -108,6 +114,8 @@ static void stats(struct cluster *self, const uint64_t *rows, uint64_t age_ms) {
     body.load_layer = layer;
     body.load_expert = expert;
     body.load_rows = load;
+    body.n_operation = self->operation != NULL;
+    body.operation = &self->operation;
     message envelope = TROUPE__ENVELOPE__INIT;
     envelope.body_case = TROUPE__ENVELOPE__BODY_STATS;
     envelope.stats = &body;
@@ -448,6 +456,142 @@ static void rates_and_latencies_are_of_the_interval(void **state) {
     rig_close(rig);
 }
 
+static double number_of(const json_t *event, const char *key) {
+    if (!json_is_number(json_object_get(event, key)))
+        fail_msg("%s is no number", key);
+    return json_number_value(json_object_get(event, key));
+}
+
+static void a_loss_says_why_and_when_tokens_came_again(void **state) {
+    (void)state;
+    struct cluster cluster;
+    open_cluster(&cluster);
+    uint64_t client = rig_http(cluster.rig, "GET", "/troupe/events", NULL, NULL);
+    uint64_t asked = rig_http(cluster.rig, "POST", "/v1/completions", NULL,
+                              "{\"prompt\":[5,6],\"max_tokens\":40,\"ignore_eos\":true}");
+    Troupe__Loss loss = TROUPE__LOSS__INIT;
+    loss.incarnation = 510; /* expert "1" */
+    loss.reason = "its process has ended";
+    loss.silent_ns = 42000000;
+    loss.fenced_ns = 3000000;
+    cluster.loss = &loss;
+    cluster.members--;
+    cluster.copies = 1;
+    ticks(&cluster, 5); /* tokens come */
+    commit(&cluster);
+    ticks(&cluster, 300);
+    assert_true(rig_answer(cluster.rig, asked)->last);
+    json_t *lost = find_moment(cluster.rig, client, "lost", "expert \"1\"");
+    assert_string_equal(json_string_value(json_object_get(lost, "why")), "its process has ended");
+    assert_true(number_of(lost, "silent_ms") == 42);
+    assert_true(number_of(lost, "fenced_ms") == 3);
+    assert_true(number_of(lost, "resumed_ms") == 1); /* the next tick's token */
+    json_decref(lost);
+    /* Nothing runs: there is nothing that could come again. */
+    cluster.loss = NULL;
+    cluster.members--;
+    cluster.copies = 0;
+    commit(&cluster);
+    ticks(&cluster, 300);
+    lost = find_moment(cluster.rig, client, "lost", "expert-0");
+    assert_null(json_object_get(lost, "resumed_ms"));
+    json_decref(lost);
+    rig_close(cluster.rig);
+}
+
+static void operations_are_followed_to_their_end(void **state) {
+    (void)state;
+    struct cluster cluster;
+    open_cluster(&cluster);
+    uint64_t client = rig_http(cluster.rig, "GET", "/troupe/events", NULL, NULL);
+    uint64_t rows[CELLS_MAX] = {0};
+    Troupe__OperationStats operation = TROUPE__OPERATION_STATS__INIT;
+    operation.id = 4;
+    operation.kind = "scale";
+    operation.phase = "prepare";
+    operation.about = "experts to 8";
+    operation.total = 3;
+    cluster.operation = &operation;
+    stats(&cluster, rows, 0);
+    operation.done = 2;
+    stats(&cluster, rows, 0);
+    ticks(&cluster, 300);
+    json_t *told = find_moment(cluster.rig, client, "operation", NULL);
+    json_int_t place = number(told, "number");
+    assert_string_equal(json_string_value(json_object_get(told, "about")), "experts to 8");
+    assert_true(number(told, "done") == 2 && number(told, "total") == 3);
+    json_decref(told);
+    operation.phase = "done";
+    operation.done = 3;
+    operation.age_ns = 1500000000;
+    stats(&cluster, rows, 0);
+    ticks(&cluster, 300);
+    told = find_moment(cluster.rig, client, "operation", NULL);
+    assert_int_equal(number(told, "number"), place); /* replaces what was said */
+    assert_string_equal(json_string_value(json_object_get(told, "phase")), "done");
+    assert_true(number_of(told, "ms") == 1500);
+    json_decref(told);
+    cluster.operation = NULL; /* told long enough */
+    stats(&cluster, rows, 0);
+    ticks(&cluster, 300);
+    told = find_moment(cluster.rig, client, "operation", NULL);
+    assert_string_equal(json_string_value(json_object_get(told, "phase")), "done");
+    json_decref(told);
+    operation.id = 5;
+    operation.phase = "prepare";
+    cluster.operation = &operation;
+    stats(&cluster, rows, 0);
+    cluster.operation = NULL; /* its coordinator is another one now */
+    stats(&cluster, rows, 0);
+    ticks(&cluster, 300);
+    told = find_moment(cluster.rig, client, "operation", NULL);
+    assert_true(number(told, "number") > place);
+    assert_string_equal(json_string_value(json_object_get(told, "phase")), "unknown");
+    json_decref(told);
+    rig_close(cluster.rig);
+}
+
+static void a_new_bias_version_is_on_the_timeline(void **state) {
+    (void)state;
+    struct cluster cluster;
+    open_cluster(&cluster);
+    uint64_t client = rig_http(cluster.rig, "GET", "/troupe/events", NULL, NULL);
+    ticks(&cluster, 300);
+    assert_null(find_moment(cluster.rig, client, "bias", NULL));
+    cluster.bias_version = 3;
+    commit(&cluster);
+    ticks(&cluster, 300);
+    json_t *bias = find_moment(cluster.rig, client, "bias", NULL);
+    assert_true(number(bias, "before") == 0 && number(bias, "bias_version") == 3);
+    json_decref(bias);
+    rig_close(cluster.rig);
+}
+
+static void recoveries_are_counted(void **state) {
+    (void)state;
+    struct cluster cluster;
+    open_cluster(&cluster);
+    cluster.members--; /* expert "1" is gone, and with it the only copy of (1, 1) */
+    cluster.copies = 1;
+    cluster.serving = false;
+    commit(&cluster);
+    ticks(&cluster, 40);
+    uint64_t client = rig_http(cluster.rig, "GET", "/metrics", NULL, NULL);
+    const char *text = rig_answer(cluster.rig, client)->text;
+    assert_non_null(strstr(text, "troupe_actors_lost_total{model_name=\"demo\"} 1\n"));
+    assert_non_null(strstr(text, "\ntroupe_unrepaired_seconds 0.04\n"));
+    assert_non_null(strstr(text, "troupe_recovery_seconds_count{model_name=\"demo\"} 0\n"));
+    hold(&cluster, 1, 1, 50);
+    cluster.serving = true;
+    commit(&cluster);
+    client = rig_http(cluster.rig, "GET", "/metrics", NULL, NULL);
+    text = rig_answer(cluster.rig, client)->text;
+    assert_non_null(strstr(text, "\ntroupe_unrepaired_seconds 0\n"));
+    assert_non_null(strstr(text, "troupe_recovery_seconds_sum{model_name=\"demo\"} 0.04\n"));
+    assert_non_null(strstr(text, "troupe_recovery_seconds_count{model_name=\"demo\"} 1\n"));
+    rig_close(cluster.rig);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(without_the_option_there_is_no_view),
@@ -458,6 +602,10 @@ int main(void) {
         cmocka_unit_test(a_fault_is_followed_until_all_is_well),
         cmocka_unit_test(nothing_is_done_for_nobody_and_little_for_somebody),
         cmocka_unit_test(rates_and_latencies_are_of_the_interval),
+        cmocka_unit_test(a_loss_says_why_and_when_tokens_came_again),
+        cmocka_unit_test(operations_are_followed_to_their_end),
+        cmocka_unit_test(a_new_bias_version_is_on_the_timeline),
+        cmocka_unit_test(recoveries_are_counted),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

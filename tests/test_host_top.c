@@ -53,6 +53,12 @@ static void test_lines(void **state) {
     assert_true(first != NULL && second != NULL && first < second); /* by rows */
     assert_non_null(strstr(screen.bytes, "01:01:01 UTC  expert-9 lost with 6 copies, re-placed after 1.5 ms, serving "
                                          "after 2.0 ms, not yet back\n"));
+    take("moment", "{\"v\":1,\"number\":2,\"kind\":\"operation\",\"t\":3662000,\"what\":\"scale\",\"about\":\"experts to 8\","
+                   "\"phase\":\"prepare\",\"done\":1,\"total\":4}");
+    take("moment", "{\"v\":1,\"number\":3,\"kind\":\"bias\",\"t\":3663000,\"before\":1,\"bias_version\":2}");
+    draw(140, 0);
+    assert_non_null(strstr(screen.bytes, "01:01:02 UTC  scale experts to 8: prepare, 1 of 4\n"));
+    assert_non_null(strstr(screen.bytes, "01:01:03 UTC  routing bias: version 2\n"));
     assert_null(strstr(screen.bytes, "coordinator is away"));
     take("actors", "{\"v\":1,\"stats_age_ms\":5000,\"actors\":[]}");
     draw(200, 0);

@@ -45,6 +45,7 @@ struct moment {
     uint64_t fenced_ns; /* LOST: from being given up to the epoch without it; NEVER: unknown */
     uint64_t replaced_ns, serving_ns, back_ns; /* LOST: when; NEVER: not yet */
     uint64_t resumed_ns; /* LOST: when the first token after it came */
+    bool busy;           /* LOST: sequences were running, so that there was something to resume */
     char why[EVENTS_NAME_BYTES]; /* LOST: as the coordinator says it; OPERATION: reason of its end */
     uint64_t operation, age_ns;  /* OPERATION; name: what it is about */
     uint32_t done, total;
@@ -76,6 +77,7 @@ struct event_feed {
     uint64_t last_ns; /* of the set before */
     bool epoch_changed, even;
     uint64_t unrepaired_ns; /* when the oldest loss that is not made good came; NEVER: none */
+    bool busy;          /* sequences are running: told by the gateway before a commit */
     uint64_t unresumed; /* moments LOST that no token has followed yet */
 
     uint64_t *sent;      /* [layers, experts] rows that listeners know of; NULL: never needed */
@@ -105,6 +107,7 @@ struct event_source {
     uint64_t incarnation; /* of the gateway */
     int64_t unix_offset_ns;
     uint32_t heartbeat_ms, running, waiting;
+    bool admin, faults; /* a new listener: it came over the admin address; may ask for faults */
 };
 
 void events_init(struct event_feed *self);

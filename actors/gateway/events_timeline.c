@@ -142,7 +142,8 @@ static void note_departures(struct event_feed *self, const struct cluster_view *
             add_actor(self, left ? MOMENT_LEFT : MOMENT_LOST, &before[i], now_ns);
         moment->silent_ns = silence(self, cluster, &before[i], now_ns);
         take_loss(moment, commit);
-        self->unresumed += !left;
+        moment->busy = self->busy;
+        self->unresumed += !left && self->busy;
         if (!left && self->metrics != NULL)
             self->metrics->counter[METRIC_LOST]++;
     }
@@ -203,7 +204,8 @@ void events_token(struct event_feed *self, uint64_t now_ns) {
     self->unresumed = 0;
     uint64_t oldest = self->moments >= EVENTS_MOMENTS ? self->moments - EVENTS_MOMENTS + 1 : 1;
     for (uint64_t n = oldest; n <= self->moments; n++)
-        if (self->moment[n % EVENTS_MOMENTS].kind == MOMENT_LOST)
+        if (self->moment[n % EVENTS_MOMENTS].kind == MOMENT_LOST &&
+            self->moment[n % EVENTS_MOMENTS].busy)
             reach(&self->moment[n % EVENTS_MOMENTS], &self->moment[n % EVENTS_MOMENTS].resumed_ns,
                   now_ns);
 }

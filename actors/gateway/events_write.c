@@ -53,10 +53,11 @@ void events_write_hello(struct event_feed *self, const struct event_source *sour
     text_format(line,
                 ",\"gateway\":\"%016" PRIx64 "\",\"t\":%" PRIu64
                 ",\"interval_ms\":%d,\"heartbeat_ms\":%u,\"layers\":%u,\"experts\":%u,"
-                "\"experts_per_token\":%u,\"faults\":false,\"routed\":[",
+                "\"experts_per_token\":%u,\"admin\":%s,\"faults\":%s,\"routed\":[",
                 source->incarnation, unix_ms(source, now_ns), EVENTS_INTERVAL_MS,
                 source->heartbeat_ms, source->cluster->layers, source->cluster->experts,
-                source->config->gate.k);
+                source->config->gate.k, source->admin ? "true" : "false",
+                source->faults ? "true" : "false");
     for (uint32_t l = 0; l < source->cluster->layers; l++)
         if (model_layer_is_moe(source->config, l)) {
             put_comma(line);
@@ -335,7 +336,8 @@ static void write_moment(struct event_feed *self, const struct event_source *sou
         text_json_string(line, moment->why);
         write_after(line, "replaced_ms", moment, moment->replaced_ns);
         write_after(line, "serving_ms", moment, moment->serving_ns);
-        write_after(line, "resumed_ms", moment, moment->resumed_ns);
+        if (moment->busy)
+            write_after(line, "resumed_ms", moment, moment->resumed_ns);
         write_after(line, "back_ms", moment, moment->back_ns);
     }
     end(self);

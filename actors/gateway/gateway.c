@@ -113,6 +113,9 @@ static void step(struct actor *actor, const struct event *event, uint64_t now_ns
         return;
     if ((news & MEMBER_COMMITTED) != 0) {
         cluster_view_commit(&self->cluster, event->message->commit);
+        uint32_t running, waiting;
+        gateway_count(self, &running, &waiting);
+        self->feed.busy = running > 0;
         events_commit(&self->feed, &self->cluster, event->message->commit, now_ns);
         upstream_review(self, now_ns, out);
     }
@@ -260,6 +263,7 @@ struct actor *gateway_create(const struct actor_identity *identity, const struct
     for (uint32_t l = 0; l < config->layers; l++)
         self->cluster.routed[l] = model_layer_is_moe(config, l);
     self->view = options->view;
+    self->allow_faults = options->allow_faults;
     events_init(&self->feed);
     self->feed.metrics = &self->metrics;
     return &self->actor;

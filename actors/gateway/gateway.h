@@ -178,7 +178,8 @@ struct gateway {
     struct metrics metrics;
     struct request_traces traces;
     struct cluster_view cluster;
-    bool view; /* the live view may be looked at */
+    bool view;         /* the live view may be looked at */
+    bool allow_faults; /* the admin address takes them */
     struct event_feed feed;
     struct text line; /* scratch for what is being sent */
     char description[160];

@@ -264,14 +264,11 @@ struct event_source gateway_event_source(const struct gateway *self) {
     return source;
 }
 
-/* It loads nothing from anywhere, and a browser holds it to that. */
 static void page(struct gateway *self, const struct http_request *http, uint64_t now_ns,
                  struct effects *out) {
     text_append(&self->line, page_html, page_html_bytes);
     gateway_answer(self, http->client, 200, "text/html; charset=utf-8",
-                   "Content-Security-Policy: default-src 'none'; script-src 'unsafe-inline'; "
-                   "style-src 'unsafe-inline'; img-src data:; connect-src 'self'; frame-ancestors 'none'",
-                   &self->line, out);
+                   PAGE_SECURITY, &self->line, out);
 }
 
 static void events(struct gateway *self, const struct http_request *http, uint64_t now_ns,
@@ -281,6 +278,8 @@ static void events(struct gateway *self, const struct http_request *http, uint64
         return;
     }
     struct event_source source = gateway_event_source(self);
+    source.admin = http->admin;
+    source.faults = http->admin && self->allow_faults;
     if (events_join(&self->feed, &source, http->client, now_ns, out)) {
         metrics_answered(&self->metrics, 200);
         return;
@@ -310,6 +309,26 @@ static void request_way(struct gateway *self, const struct http_request *http, u
     gateway_answer_error(self, http->client, &error, out);
 }
 
+/* {"file": PATH} begins a recording of the feed, {"stop": true} ends it. The host answers. */
+static void journal(struct gateway *self, const struct http_request *http, uint64_t now_ns,
+                    struct effects *out) {
+    struct http_error error;
+    json_t *body = NULL;
+    int code = request_parse_json(&body, http->body, http->body_bytes, &error);
+    const char *file = json_string_value(json_object_get(body, "file"));
+    bool stop = json_is_true(json_object_get(body, "stop"));
+    if (code == 0 && (file == NULL) != stop)
+        code = http_fail(&error, 400, "file", "expected {\"file\": PATH} or {\"stop\": true}");
+    if (code < 0) {
+        gateway_answer_error(self, http->client, &error, out);
+    } else {
+        struct effect *effect = effects_add(out, EFFECT_JOURNAL);
+        effect->admin.client = http->client;
+        effect->admin.text = file == NULL ? NULL : effects_copy(out, file, strlen(file) + 1);
+    }
+    json_decref(body);
+}
+
 /* ---- the table ---- */
 
 static const struct route {
@@ -320,29 +339,31 @@ static const struct route {
     bool view;   /* there only with the live view */
     void (*handle)(struct gateway *self, const struct http_request *http, uint64_t now_ns,
                    struct effects *out);
+    bool admin; /* at the admin socket only */
 } ROUTES[] = {
-    {"/v1/completions", false, true, false, false, completions},
-    {"/v1/chat/completions", false, true, false, false, chat_completions},
-    {"/v1/models", false, false, false, false, models},
-    {"/v1/models/", true, false, false, false, model},
-    {"/tokenize", false, true, false, false, tokenize},
-    {"/detokenize", false, true, false, false, detokenize},
-    {"/tokenizer_info", false, false, false, false, tokenizer_info},
-    {"/live", false, false, true, false, live},
-    {"/ready", false, false, true, false, ready},
-    {"/health", false, false, true, false, ready},
-    {"/version", false, false, true, false, version},
-    {"/metrics", false, false, true, false, metrics},
-    {"/", false, false, true, true, page},
-    {"/troupe/events", false, false, false, true, events},
-    {"/troupe/requests", false, false, false, true, requests},
-    {"/troupe/requests/", true, false, false, true, request_way},
+    {"/v1/completions", false, true, false, false, completions, false},
+    {"/v1/chat/completions", false, true, false, false, chat_completions, false},
+    {"/v1/models", false, false, false, false, models, false},
+    {"/v1/models/", true, false, false, false, model, false},
+    {"/tokenize", false, true, false, false, tokenize, false},
+    {"/detokenize", false, true, false, false, detokenize, false},
+    {"/tokenizer_info", false, false, false, false, tokenizer_info, false},
+    {"/live", false, false, true, false, live, false},
+    {"/ready", false, false, true, false, ready, false},
+    {"/health", false, false, true, false, ready, false},
+    {"/version", false, false, true, false, version, false},
+    {"/metrics", false, false, true, false, metrics, false},
+    {"/", false, false, true, true, page, false},
+    {"/troupe/events", false, false, false, true, events, false},
+    {"/troupe/requests", false, false, false, true, requests, false},
+    {"/troupe/requests/", true, false, false, true, request_way, false},
+    {"/troupe/journal", false, true, false, true, journal, true},
 };
 
-static const struct route *find_route(const char *path, bool view) {
+static const struct route *find_route(const char *path, bool view, bool admin) {
     for (size_t i = 0; i < sizeof ROUTES / sizeof ROUTES[0]; i++) {
         size_t length = strlen(ROUTES[i].path);
-        if (ROUTES[i].view && !view)
+        if ((ROUTES[i].view && !view && !admin) || (ROUTES[i].admin && !admin))
             continue;
         if (ROUTES[i].prefix ? strncmp(path, ROUTES[i].path, length) == 0 && path[length] != '\0'
                              : strcmp(path, ROUTES[i].path) == 0)
@@ -375,7 +396,7 @@ static bool method_fits(const struct route *route, const char *method) {
 
 void gateway_route(struct gateway *self, const struct http_request *http, uint64_t now_ns,
                    struct effects *out) {
-    const struct route *route = find_route(http->path, self->view);
+    const struct route *route = find_route(http->path, self->view, http->admin);
     struct http_error error;
     text_clear(&self->line);
     if (route == NULL) {
@@ -384,7 +405,7 @@ void gateway_route(struct gateway *self, const struct http_request *http, uint64
         http_fail(&error, 405, NULL, "%.100s takes %s, found %.32s", route->path,
                   route->post ? "POST" : "GET", http->method);
         error.allow = route->post ? "Allow: POST" : "Allow: GET, HEAD";
-    } else if (!route->open && !has_key(self, http)) {
+    } else if (!route->open && !http->admin && !has_key(self, http)) {
         http_fail(&error, 401, NULL,
                   "a valid API key was expected in \"Authorization: Bearer KEY\", found %s",
                   http->authorization == NULL ? "none" : "another one");

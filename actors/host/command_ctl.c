@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
+#include <limits.h>
 #include <netdb.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -284,6 +285,20 @@ static json_t *make_cancel(const struct ctl *self) {
     return json_pack("{s:o}", "operation", number_or_text(self->word[0]));
 }
 
+/* The gateway must find the file from where it stands. */
+static json_t *make_journal(const struct ctl *self) {
+    char here[PATH_MAX], path[PATH_MAX + 256];
+    bool start = strcmp(self->word[0], "start") == 0 && self->words == 2;
+    if (!start)
+        return strcmp(self->word[0], "stop") == 0 && self->words == 1 ? json_pack("{s:b}", "stop", 1) : json_object();
+    bool whole = self->word[1][0] == '/' || getcwd(here, sizeof here) == NULL;
+    snprintf(path, sizeof path, "%s%s%.255s", whole ? "" : here, whole ? "" : "/", self->word[1]);
+    return json_pack("{s:s}", "file", path);
+}
+static void print_message(const json_t *answer) {
+    printf("%s\n", text_of(answer, "message"));
+}
+
 static const struct subcommand {
     const char *name, *arguments;
     int least, most; /* words after the name */
@@ -301,6 +316,7 @@ static const struct subcommand {
     {"replicate", "LAYER EXPERT [TO]", 2, 3, "/replicate", make_replicate, print_begun},
     {"rebalance", "[--dry-run]", 0, 0, "/rebalance", make_rebalance, print_plan},
     {"cancel", "OPERATION", 1, 1, "/cancel", make_cancel, print_begun},
+    {"journal", "start FILE | stop", 1, 2, "/troupe/journal", make_journal, print_message},
     {"record", "start|stop|dump --output FILE", 1, 1, NULL, NULL, NULL},
 };
 #define SUBCOMMANDS_COUNT (sizeof SUBCOMMANDS / sizeof SUBCOMMANDS[0])
@@ -392,7 +408,8 @@ int command_ctl(const struct options *options) {
     if (options->address != NULL)
         snprintf(self.address, sizeof self.address, "%s", options->address);
     else if (options->run_dir != NULL)
-        snprintf(self.address, sizeof self.address, "%s/admin.sock", options->run_dir);
+        snprintf(self.address, sizeof self.address, "%s/%s", options->run_dir,
+                 found->make == make_journal ? "gateway.sock" : "admin.sock"); /* whose journal it is */
     else {
         fprintf(stderr, "troupe ctl: expected --run-dir DIR or --address ADMIN\n");
         return 2;

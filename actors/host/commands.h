@@ -17,6 +17,7 @@ int command_fault(const struct options *options); /* ctl fault */
 int command_ctl(const struct options *options);
 int command_sim(const struct options *options);
 int command_cluster(const struct options *options); /* sim --cluster */
+int command_replay(const struct options *options);
 int command_top(const struct options *options);
 
 #endif

@@ -647,10 +647,16 @@ static void http_free(struct http *self) {
 }
 
 int http_open(struct http **ret, int socket, struct bell *bell, struct failure *failure) {
+    return http_open_from(ret, socket, 0, bell, failure);
+}
+
+int http_open_from(struct http **ret, int socket, uint64_t first_client, struct bell *bell,
+                   struct failure *failure) {
     struct http *self = calloc(1, sizeof *self);
     if (self == NULL)
         return fail(failure, ERR_NO_MEMORY, "no memory for HTTP");
     self->bell = bell;
+    self->next_client = first_client;
     self->last_event = &self->first_event;
     self->last_piece = &self->first_piece;
     self->wake_file = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

@@ -22,6 +22,9 @@ uint16_t http_socket_port(int socket);
 int http_listen_unix(int *ret_socket, const char *path, struct failure *failure);
 
 struct http;
+/* Takes the socket. Clients are numbered from `first_client` on, so that several of these can have different ones. */
+int http_open_from(struct http **ret, int socket, uint64_t first_client, struct bell *bell,
+                   struct failure *failure);
 /* Takes the socket. */
 int http_open(struct http **ret, int socket, struct bell *bell, struct failure *failure);
 /* Sends what is complete (for at most `drain_ms`) and closes all connections. */

@@ -63,10 +63,12 @@ static const struct command {
      "place experts on processes from recorded loads, and what that would give and cost"},
     {"ctl", FOR_CONTROL, command_ctl,
      "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
-     "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump | fault \"KIND ROLE N ...\" [OPTIONS]",
+     "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump | journal start FILE|stop | fault \"KIND ROLE N ...\" [OPTIONS]",
      "ask a running troupe how it is, and change it while it serves"},
     {"top", FOR_TOP, command_top, "[--url URL] [--once]",
      "the live view in a terminal: load of each expert, processes, faults"},
+    {"replay", FOR_REPLAY, command_replay, "FILE [--host ADDRESS] [--port N]",
+     "show a recorded feed (serve --journal) in the live view's page, with a scrubber"},
     {"version", FOR_VERSION, show_version, "", "print the version"},
 };
 #define COMMANDS (sizeof commands / sizeof commands[0])

@@ -38,9 +38,9 @@ static const struct option_row table[] = {
            "attention processes (default 1)"),
     NUMBER("samplers", samplers, 1, 64, FOR_SERVE | FOR_GENERATE | FOR_CHECK | FOR_BENCH,
            "sampler processes (default 1)"),
-    TEXT("host", host, "ADDRESS", FOR_SERVE | FOR_GATEWAY | FOR_CHECK,
+    TEXT("host", host, "ADDRESS", FOR_SERVE | FOR_GATEWAY | FOR_CHECK | FOR_REPLAY,
          "address to listen on for HTTP (default 127.0.0.1)"),
-    NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK,
+    NUMBER("port", port, 0, 65535, FOR_SERVE | FOR_GATEWAY | FOR_CHECK | FOR_REPLAY,
            "port to listen on for HTTP, 0 for any free one (default 8000)"),
     TEXT("view", view, "on|off", FOR_SERVE | FOR_GATEWAY,
          "live view at /, read-only (default: on where only this machine can reach it)"),
@@ -128,6 +128,8 @@ static const struct option_row table[] = {
      "load: requests a second, 0: half of what 8 streams sustain (default 0)"},
     TEXT("plan", plan, "FILE", FOR_CHAOS, "what to do to it when, see docs/faults.md"),
     TEXT("journal", journal, "FILE", FOR_CHAOS, "SQLite file that the run is added to"),
+    TEXT("journal", journal, "FILE", FOR_SERVE | FOR_GATEWAY,
+         "record the live view's feed in this SQLite file, for troupe replay"),
     TEXT("html", html, "FILE", FOR_CHAOS, "write the report there as one page"),
     FLAG("allow-faults", allow_faults, FOR_SERVE | FOR_ACTORS,
          "take faults from the run directory: for tests only"),
@@ -363,7 +365,7 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         if (strncmp(argv[i], "--", 2) == 0)
             error = parse_one(&self, argc, argv, &i, command, failure);
         else if (self.positionals == POSITIONAL_MAX ||
-                 (command & (FOR_INSPECT | FOR_SYNTH | FOR_CONTROL)) == 0)
+                 (command & (FOR_INSPECT | FOR_SYNTH | FOR_CONTROL | FOR_REPLAY)) == 0)
             error = fail(failure, ERR_INVALID, "unexpected argument '%s'; see troupe %s --help",
                          argv[i], argv[0]);
         else

@@ -263,8 +263,17 @@ static void carry_out(struct process *self, const struct effect *effect) {
         carry_compute(self, effect);
         break;
     case EFFECT_STREAM:
-        if (self->http != NULL)
+        if (effect->stream.client >= JOURNAL_CLIENTS)
+            process_journal_take(self, effect);
+        else if (effect->stream.client >= ADMIN_CLIENTS)
+            http_stream(self->admin_http, effect);
+        else if (self->http != NULL)
             http_stream(self->http, effect);
+        break;
+    case EFFECT_RELAY:
+    case EFFECT_FAULT:
+    case EFFECT_JOURNAL:
+        process_carry_admin(self, effect);
         break;
     case EFFECT_LOAD:
         loader_add(self->loader, effect->load.layer, effect->load.expert, effect->load.operation,
@@ -364,13 +373,17 @@ static bool drain_messages(struct process *self) {
     return any;
 }
 
-static bool drain_http(struct process *self) {
+static bool drain_http(struct process *self, struct http *http) {
     bool any = false;
-    for (int i = 0; i < EVENTS_PER_TURN && self->http != NULL && !self->exiting; i++) {
-        struct http_event *arrived = http_receive(self->http);
+    for (int i = 0; i < EVENTS_PER_TURN && http != NULL && !self->exiting; i++) {
+        struct http_event *arrived = http_receive(http);
         if (arrived == NULL)
             break;
         struct event event = {.kind = EVENT_HTTP_REQUEST, .http = &arrived->request};
+        arrived->request.admin = http == self->admin_http;
+        self->request = &arrived->request;
+        if (arrived->gone && self->relays != NULL)
+            relays_gone(self->relays, arrived->request.client);
         if (arrived->gone)
             event = (struct event){.kind = EVENT_CLIENT_GONE, .client = arrived->request.client};
         process_step(self, &event);
@@ -431,7 +444,11 @@ bool process_turn(struct process *self, uint64_t *ret_until_ns) {
     any |= drain_frames(self, self->nccl);
     any |= drain_lost(self);
     any |= drain_messages(self);
-    any |= drain_http(self);
+    any |= drain_http(self, self->http);
+    any |= drain_http(self, self->admin_http);
+    for (const struct event *event;
+         (event = process_journal_event(self, clock_now_ns())) != NULL;)
+        process_step(self, event);
     any |= drain_loaded(self);
     uint64_t held_ns = post_held(self);
     if (held_ns != NEVER)

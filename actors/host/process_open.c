@@ -358,6 +358,15 @@ static void name_served_model(const struct options *options, char *ret, size_t r
     free(real);
 }
 
+/* What only the operator may see or ask: whoever may connect to the socket. */
+static int open_gateway_admin(struct process *self, struct failure *failure) {
+    char path[ADDRESS_BYTES_MAX + 80];
+    int socket = -1;
+    snprintf(path, sizeof path, "%s/%s.sock", self->options->run_dir, self->name);
+    int error = http_listen_unix(&socket, path, failure);
+    return error < 0 ? error : http_open_from(&self->admin_http, socket, ADMIN_CLIENTS, &self->bell, failure);
+}
+
 static int open_gateway(struct process *self, struct failure *failure) {
     const struct options *options = self->options;
     int error = tokenizer_directory_open(&self->tokenizer, options->model, failure);
@@ -374,6 +383,7 @@ static int open_gateway(struct process *self, struct failure *failure) {
         .chat = chat_recognise(self->tokenizer, &chat),
         .unix_offset_ns = clock_unix_offset_ns(),
         .view = strcmp(options->view, "on") == 0,
+        .allow_faults = options->allow_faults,
     };
     snprintf(gateway.chat_error, sizeof gateway.chat_error, "%s", chat.text);
     if (gateway.chat == CHAT_NONE)
@@ -387,6 +397,10 @@ static int open_gateway(struct process *self, struct failure *failure) {
         error = http_open(&self->http, socket, &self->bell, failure);
     if (error == 0)
         log_line(TRACE_INFO, "HTTP on port %u", http_socket_port(socket));
+    if (error == 0 && options->run_dir != NULL)
+        error = open_gateway_admin(self, failure);
+    if (error == 0 && options->journal != NULL)
+        error = process_journal_open(self, options->journal, failure);
     return error;
 }
 
@@ -413,6 +427,8 @@ static int open_coordinator(struct process *self, struct failure *failure) {
                                      model_config(self->directory.model));
     if (self->actor == NULL)
         return fail(failure, ERR_NO_MEMORY, "no memory for the actor");
+    if (options->allow_faults)
+        coordinator_allow_faults(self->actor);
     if (options->admin_token[0] != 0)
         coordinator_set_admin_token(self->actor, options->admin_token);
     if (address == NULL && options->run_dir == NULL)
@@ -425,7 +441,13 @@ static int open_coordinator(struct process *self, struct failure *failure) {
         return fail(failure, ERR_INVALID, "--admin %s: an address that others can reach needs a token: "
                     "give --admin-token-file", address);
     int socket = -1, error = listen_at(address, &socket, failure);
-    return error < 0 ? error : http_open(&self->http, socket, &self->bell, failure);
+    if (error == 0)
+        error = http_open(&self->http, socket, &self->bell, failure);
+    if (error == 0 && options->run_dir != NULL) {
+        snprintf(path, sizeof path, "%s/gateway.sock", options->run_dir);
+        relays_open(&self->relays, self->http, path);
+    }
+    return error;
 }
 
 static int open_model(void *argument, struct failure *failure) {
@@ -524,7 +546,10 @@ void process_close(struct process *self) {
     log_counters(self->shm);
     log_counters(self->data_zmq);
     log_counters(self->nccl);
+    relays_close(&self->relays);
     http_close(&self->http, self->exit_code == 0 ? DRAIN_MS : 0);
+    http_close(&self->admin_http, 0);
+    feed_journal_close(&self->journal);
     loader_close(&self->loader);
     mailbox_close(&self->control, self->exit_code == 0 ? DRAIN_MS : 0);
     if (self->nccl != NULL)

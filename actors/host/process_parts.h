@@ -5,6 +5,7 @@
 
 #include "actors/actors.h"
 #include "actors/host/bell.h"
+#include "actors/host/feed_journal.h"
 #include "actors/host/files.h"
 #include "actors/host/http.h"
 #include "actors/host/inject.h"
@@ -14,11 +15,17 @@
 #include "actors/host/neighbours.h"
 #include "actors/host/pool.h"
 #include "actors/host/process.h"
+#include "actors/host/relay.h"
 #include "actors/host/gpu_device.h"
 #include "actors/host/transport.h"
 
 #define COMPUTED_MAX 256 /* programs of one step that have not been delivered */
 #define STEM_BYTES   100
+
+/* HTTP clients have numbers: of the public address from 1 on, of the admin socket, and of the journal,
+ * which listens to the feed like a client. */
+#define ADMIN_CLIENTS   (UINT64_C(1) << 61)
+#define JOURNAL_CLIENTS (UINT64_C(1) << 62)
 
 struct process {
     enum role role;
@@ -41,7 +48,13 @@ struct process {
     struct inject *inject; /* NULL: no faults on purpose */
     struct transport *shm, *data_zmq, *nccl; /* NULL: not used */
     struct gpu_device gpu;                  /* where there is one */
-    struct http *http;
+    struct http *http, *admin_http; /* admin: of a gateway, beside the public one */
+    struct relays *relays;          /* coordinator: to the gateway of its run directory */
+    const struct http_request *request; /* being handled */
+    struct feed_journal *journal;
+    uint64_t journal_client, journal_due_ns; /* 0: not listening yet; when the next keyframe is */
+    struct http_request journal_join;
+    struct event journal_event;
     struct actor *actor;
     struct effects effects;
     actor_id id; /* from WELCOME */
@@ -74,6 +87,13 @@ int process_stop_signals(void);
  * closes it. */
 int process_open(struct process *self, struct failure *failure);
 void process_close(struct process *self);
+
+/* process_admin.c: what admin requests ask of the host. */
+void process_carry_admin(struct process *self, const struct effect *effect);
+/* The next event that the journal needs, NULL: none. */
+const struct event *process_journal_event(struct process *self, uint64_t now_ns);
+void process_journal_take(struct process *self, const struct effect *effect);
+int process_journal_open(struct process *self, const char *path, struct failure *failure);
 
 /* SIGTERM and SIGINT are counted and ring the bell from now on. NULL: no more rings. */
 void process_catch_signals(struct bell *bell);

@@ -117,6 +117,8 @@ static void child_arguments(const struct serve *self, const struct child *child,
         snprintf(text, sizeof text, "%d", self->listening);
         add_argument(list, &count, "--listen-fd", text);
         add_argument(list, &count, "--view", options->view);
+        if (options->journal != NULL)
+            add_argument(list, &count, "--journal", options->journal);
         if (options->served_model != NULL)
             add_argument(list, &count, "--served-model-name", options->served_model);
         snprintf(text, sizeof text, "%s/api-key", self->run_dir.path);
@@ -369,6 +371,9 @@ static void announce(const struct serve *self) {
            url, options->numerics, (unsigned long long)options->attention,
            (unsigned long long)options->experts, (unsigned long long)options->samplers,
            options->in_process ? "actors in one process" : "processes");
+    if (options->admin != NULL && strchr(options->admin, '/') == NULL)
+        printf("admin at http://%s/#token=%s%s\n", options->admin, options->admin_token,
+               options->allow_faults ? " (faults are allowed)" : "");
     printf("run directory %s\ntry:\n", self->run_dir.path);
     if (self->chat)
         printf("  curl -s %s/v1/chat/completions -H 'Content-Type: application/json'%s -d "
@@ -694,6 +699,10 @@ int command_serve(const struct options *given) {
         options.api_key = options.api_key_read;
     if (options.settings.expected_experts == 0)
         options.settings.expected_experts = (uint32_t)options.experts;
+    /* An address that others can reach needs a token: one is made up and shown. */
+    if (options.admin != NULL && strchr(options.admin, '/') == NULL && options.admin_token[0] == 0)
+        snprintf(options.admin_token, sizeof options.admin_token, "%016llx%016llx",
+                 (unsigned long long)clock_random(), (unsigned long long)clock_random());
     struct serve self = {.options = &options,
                          .listening = -1,
                          .signals = -1,

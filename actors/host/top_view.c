@@ -174,6 +174,16 @@ static void write_after(struct text *out, const char *what, const json_t *event,
 }
 
 /* Epochs are left out: the first line tells the newest. */
+/* Scaling, draining, moving: what, how far, and how it ended. */
+static void write_operation(struct text *text, const json_t *event) {
+    char what[24], about[TOP_NAME_BYTES], phase[24];
+    copy(what, sizeof what, json_object_get(event, "what"));
+    copy(about, sizeof about, json_object_get(event, "about"));
+    copy(phase, sizeof phase, json_object_get(event, "phase"));
+    text_format(text, "%s %s: %s, %llu of %llu", what, about, phase,
+                (unsigned long long)member(event, "done"), (unsigned long long)member(event, "total"));
+}
+
 static void take_moment(struct top_view *self, const json_t *event) {
     char kind[16], name[TOP_NAME_BYTES];
     uint64_t number = member(event, "number"), t = member(event, "t") / 1000;
@@ -191,8 +201,13 @@ static void take_moment(struct top_view *self, const json_t *event) {
     if (at >= self->moments)
         self->moments = at + 1;
     struct text text = {0};
-    text_format(&text, "%02u:%02u:%02u UTC  %s %s", (unsigned)(t / 3600 % 24), (unsigned)(t / 60 % 60), (unsigned)(t % 60),
-                name, kind);
+    text_format(&text, "%02u:%02u:%02u UTC  ", (unsigned)(t / 3600 % 24), (unsigned)(t / 60 % 60), (unsigned)(t % 60));
+    if (strcmp(kind, "operation") == 0)
+        write_operation(&text, event);
+    else if (strcmp(kind, "bias") == 0)
+        text_format(&text, "routing bias: version %llu", (unsigned long long)member(event, "bias_version"));
+    else
+        text_format(&text, "%s %s", name, kind);
     if (strcmp(kind, "lost") == 0) {
         text_format(&text, " with %llu copies", (unsigned long long)member(event, "copies"));
         write_after(&text, "re-placed", event, "replaced_ms");

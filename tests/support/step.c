@@ -91,6 +91,10 @@ static void log_effect(struct stage *self, const struct effect *effect) {
     case EFFECT_TRACE:
         copy->trace.text = keep(self, effect->trace.text);
         break;
+    case EFFECT_FAULT:
+    case EFFECT_JOURNAL:
+        copy->admin.text = keep(self, effect->admin.text);
+        break;
     case EFFECT_EXIT:
         copy->exit.reason = keep(self, effect->exit.reason);
         break;

@@ -1,6 +1,7 @@
 // The live view in headless Chromium, with a real troupe and with a made-up feed of the largest size. Needs nodejs and chromium
 // (Debian packages); not part of `make test`. Usage: node tests/web/check.mjs [DIRECTORY FOR PICTURES]
 import { spawn } from "node:child_process";
+import { createServer } from "node:net";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -12,16 +13,19 @@ const sleep = ms => new Promise(done => setTimeout(done, ms));
 const fail = text => { throw new Error(text); };
 const expect = (what, truth) => { if (!truth) fail(what); console.log(`  ${what}`); };
 
+const freePort = () => new Promise(done => { const s = createServer().listen(0, "127.0.0.1", () => { const { port } = s.address(); s.close(() => done(port)); }); });
+
 async function startTroupe(directory) {
-  const run = join(directory, "run");
-  const child = spawn(process.env.TROUPE || "build/troupe", ["serve", "--model", "models/demo", "--port", "0", "--experts", "4", "--run-dir", run, "--threads", "1"], { stdio: ["ignore", "pipe", "inherit"] });
+  const run = join(directory, "run"), journal = join(directory, "run.journal"), admin = "127.0.0.1:" + await freePort();
+  const child = spawn(process.env.TROUPE || "build/troupe", ["serve", "--model", "models/demo", "--port", "0", "--experts", "4", "--run-dir", run, "--threads", "1",
+    "--allow-faults", "--admin", admin, "--journal", journal], { stdio: ["ignore", "pipe", "inherit"] });
   let text = "";
   child.stdout.on("data", data => text += data);
   for (let i = 0; i < 200 && !/^serving/m.test(text); i++) await sleep(100);
   const url = /^serving .* at (http\S+)/m.exec(text);
   if (!url) fail("the troupe did not start");
   const stop = () => new Promise(done => { child.once("exit", done); child.kill("SIGTERM"); });
-  return { url: url[1], pid: name => +readFileSync(join(run, name + ".pid"), "utf8"), stop };
+  return { url: url[1], console: /^admin at (http\S+)/m.exec(text)[1], journal, pid: name => +readFileSync(join(run, name + ".pid"), "utf8"), stop };
 }
 
 const complete = (url, prompt, tokens) => fetch(url + "/v1/completions", { method: "POST", body: JSON.stringify({ prompt, max_tokens: tokens, ignore_eos: true, temperature: 0 }) }).then(r => r.json());
@@ -47,6 +51,7 @@ async function checkReal(browser, directory) {
     expect("and when the load shifts", await heatPixels(page) !== prose);
     expect("balancedness has been drawn", await page.run(`balance.length > 0 && balance.every(b => b.mean > 0 && b.mean <= 1)`));
 
+    expect("no buttons on the public address", await page.run(`$("controls").hidden && !hello.faults`));
     await page.run(CHAT);
     await page.until(`$("answer").textContent.length > 20`, "the chat streams");
     const before = await page.run(`$("answer").textContent.length`), killed = troupe.pid("expert-1");
@@ -60,6 +65,14 @@ async function checkReal(browser, directory) {
     await page.until(`!chatting`, "the answer ends", 60000);
     expect("the answer has not failed: " + await page.run(`$("chat-says").textContent`), await page.run(`!$("chat-says").textContent.includes("failed")`));
     expect("a mark stands in the answer where the process died", await page.run(`document.querySelectorAll("#answer mark").length > 0`));
+
+    expect("each piece says who computed it", await page.run(`served.length > 20 && served.every(s => s.by.has("attention-0") && s.by.has("sampler-0") && [...s.by.keys()].some(n => n.startsWith("expert")))`));
+    await page.run(`$("served").focus()`);
+    await page.key("End");
+    expect("arrow keys tell who: " + await page.run(`$("served-says").value`), await page.run(`/rows|attention/.test($("served-says").value) && document.querySelectorAll("#answer .at").length === 1`));
+    await page.run(`$("ask-way").click()`);
+    await page.until(`document.querySelectorAll("#way .bar").length === 1 + hello.layers`, "the way of the request is shown, layer by layer");
+    expect("its way: " + await page.run(`$("way-body").querySelectorAll("p")[1].textContent`), await page.run(`/steps of/.test($("way-body").textContent)`));
 
     // A process that cannot come back at once is shown as gone: stop its successor's supervisor-side restart by killing it repeatedly.
     await page.run(`window.sawGone = false; new MutationObserver(() => { sawGone = sawGone || [...$("actors").rows].some(r => r.dataset.name === "expert-2" && r.dataset.state === "gone") }).observe($("actors"), { subtree: true, attributes: true })`);
@@ -87,7 +100,59 @@ async function checkReal(browser, directory) {
       expect(`${name}: no complaint in the console: ` + other.complaints.join("; "), other.complaints.length === 0);
       await other.close();
     }
+    await checkConsole(browser, troupe);
   } finally { await troupe.stop(); }
+  await checkReplay(browser, troupe.journal);
+}
+
+/* The admin address: buttons for all that, and the recording of it afterwards. */
+async function checkConsole(browser, troupe) {
+  console.log("the admin address:");
+  const page = await browser.openPage(troupe.console, { height: 1000 });
+  await page.until(`$("status").textContent === "serving" && !$("controls").hidden && !$("faults").hidden`, "the buttons are there");
+  expect("the token has left the address bar", await page.run(`!location.href.includes("token")`));
+  await page.run(CHAT);
+  await page.until(`$("answer").textContent.length > 20`, "the chat streams here too");
+  await page.run(`$("victim").value = "expert-3"; document.querySelector("[data-fault=kill]").click()`);
+  await page.until(`[...document.querySelectorAll("#timeline .lost")].some(i => i.textContent.includes("expert-3 lost") && /back \\+\\d/.test(i.textContent))`, "the button kills, and the troupe repairs itself");
+  console.log("  " + await page.run(`[...document.querySelectorAll("#timeline .lost span")].find(i => i.textContent.includes("expert-3 lost")).textContent`));
+  await page.run(`$("scale-count").value = 5; $("scale-form").requestSubmit()`);
+  await page.until(`[...epoch.member.values()].some(m => m.name === "expert-4" && m.state === "ready")`, "the scale button starts expert-4", 30000);
+  await page.until(`[...document.querySelectorAll("#timeline .operation")].some(i => /scale experts to 5 — done/.test(i.textContent))`, "the operation is on the timeline", 30000);
+  await page.run(`$("victim").value = "attention-0"; document.querySelector("[data-fault=stop]").click()`);
+  await page.until(`$("controls-say").textContent.includes("inflicted")`, "a process is stopped for a while");
+  await page.until(`!chatting`, "the answer ends", 90000);
+  expect("the answer has not failed: " + await page.run(`$("chat-says").textContent`), await page.run(`!$("chat-says").textContent.includes("failed")`));
+  if (pictures) { await page.run(`showWay()`); await sleep(300); await page.picture(join(pictures, "console.png")); }
+  const wrong = await fetch(new URL("/fault", troupe.console), { method: "POST", body: JSON.stringify({ fault: "kill expert 0" }) });
+  expect("without the token a fault is refused", wrong.status === 401);
+  expect("no complaint in the console: " + page.complaints.join("; "), page.complaints.length === 0);
+  await page.close();
+}
+
+async function checkReplay(browser, journal) {
+  console.log("the recording:");
+  const child = spawn(process.env.TROUPE || "build/troupe", ["replay", journal, "--port", "0"], { stdio: ["ignore", "pipe", "inherit"] });
+  let text = "";
+  child.stdout.on("data", data => text += data);
+  for (let i = 0; i < 100 && !/http\S+/.test(text); i++) await sleep(50);
+  const page = await browser.openPage(/http\S+/.exec(text)[0], { height: 1000 });
+  await page.until(`!$("replay").hidden && epoch && $("actors").rows.length > 5`, "the page shows the beginning");
+  expect("the chat is not there", await page.run(`$("chat").hidden`));
+  await page.run(`$("play").click()`);
+  await page.until(`want && want.speed === 0`, "it can be stopped");
+  await page.run(`$("scrub").value = replaying.to; $("scrub").dispatchEvent(new Event("input")); $("scrub").dispatchEvent(new Event("change"))`);
+  await page.until(`feedTime >= replaying.to - 2000 && [...document.querySelectorAll("#timeline .lost")].some(i => i.textContent.includes("expert-3 lost"))`, "at its end all faults are on the timeline");
+  expect("and a history of balancedness", await page.run(`balance.length > 2 && history.length > 10`));
+  await page.run(`$("scrub").focus()`);
+  await page.key("Home");
+  await page.until(`feedTime < replaying.from + 5000 && ![...document.querySelectorAll("#timeline .lost")].length`, "the Home key goes back to before them");
+  await page.run(`$("speed").value = "16"; $("play").click()`);
+  await page.until(`feedTime > replaying.from + 8000`, "it plays, sixteen times as fast");
+  if (pictures) await page.picture(join(pictures, "replay.png"));
+  expect("no complaint in the console: " + page.complaints.join("; "), page.complaints.length === 0);
+  await page.close();
+  await new Promise(done => { child.once("exit", done); child.kill("SIGTERM"); });
 }
 
 async function checkLarge(browser) {
