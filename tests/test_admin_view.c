@@ -37,6 +37,7 @@ static void assert_status(struct stage *stage, unsigned status) {
 
 static void open_with_token(struct stage *stage) {
     open_stage(stage);
+    create(stage);
     coordinator_set_admin_token(stage->actor, TOKEN);
 }
 
