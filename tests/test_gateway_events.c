@@ -485,7 +485,7 @@ static void a_loss_says_why_and_when_tokens_came_again(void **state) {
     assert_string_equal(json_string_value(json_object_get(lost, "why")), "its process has ended");
     assert_true(number_of(lost, "silent_ms") == 42);
     assert_true(number_of(lost, "fenced_ms") == 3);
-    assert_in_range(number_of(lost, "resumed_ms"), 1, 3); /* one of the next ticks' tokens */
+    assert_true(number_of(lost, "resumed_ms") <= 3); /* one of the next ticks' tokens */
     json_decref(lost);
     /* Nothing runs: there is nothing that could come again. */
     cluster.loss = NULL;
