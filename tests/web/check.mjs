@@ -76,7 +76,7 @@ async function checkReal(browser, directory) {
 
     // A process that cannot come back at once is shown as gone: stop its successor's supervisor-side restart by killing it repeatedly.
     await page.run(`window.sawGone = false; new MutationObserver(() => { sawGone = sawGone || [...$("actors").rows].some(r => r.dataset.name === "expert-2" && r.dataset.state === "gone") }).observe($("actors"), { subtree: true, attributes: true })`);
-    for (let i = 0; i < 3; i++) { process.kill(troupe.pid("expert-2"), "SIGKILL"); await sleep(120 + 200 * i); }
+    for (let i = 0; i < 3; i++) { try { process.kill(troupe.pid("expert-2"), "SIGKILL"); } catch { /* it has not been started again yet */ } await sleep(120 + 200 * i); }
     await page.until(`sawGone`, "a killed process is shown as gone");
     await page.until(`[...$("actors").rows].some(r => r.dataset.name === "expert-2" && r.dataset.state === "ready")`, "and as ready again");
     console.log("  a killed process is shown as gone, then ready");
