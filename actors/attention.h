@@ -110,7 +110,7 @@ struct sequence {
     bool in_batch;  /* has rows in the batch in flight: neither pages nor memory may go */
     bool cancelled; /* dropped when the batch in flight has ended */
     bool reported;  /* scratch of attention_report.c */
-    bool begun;     /* it has been part of a step */
+    bool stepped;   /* it has been part of a step */
     uint64_t submitted_ns, begun_ns;
     struct sequence_trace *trace; /* NULL: not traced */
 

@@ -52,8 +52,8 @@ void step_trace_begin(struct attention *self) {
     trace->sequences = 0;
     for (uint32_t i = 0; i < batch->sequences; i++) {
         struct sequence *sequence = batch->sequence[i];
-        if (!sequence->begun) {
-            sequence->begun = true;
+        if (!sequence->stepped) {
+            sequence->stepped = true;
             sequence->begun_ns = self->now_ns;
         }
         trace->sequences += sequence->trace != NULL;
