@@ -19,6 +19,8 @@ struct actor *coordinator_create(const struct actor_identity *identity,
                                  const struct settings *settings, const struct model_config *config);
 /* Admin requests (EVENT_HTTP_REQUEST) must then carry it as a bearer token. Copied; NULL: none asked for. */
 void coordinator_set_admin_token(struct actor *coordinator, const char *token);
+/* Before anybody joins: the version of the routing bias that it begins with, deltas [layers, experts]. Copied. */
+void coordinator_set_bias(struct actor *coordinator, const float *delta);
 
 /* POST /fault is then taken. */
 void coordinator_allow_faults(struct actor *coordinator);

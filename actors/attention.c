@@ -67,6 +67,7 @@ static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effec
     heartbeat.rows = self->rows;
     heartbeat.frames_resent = self->frames_resent;
     heartbeat.frames_stale = self->frames_stale;
+    bias_table_beat(&self->bias, &heartbeat, out);
     fill_loads(self, &heartbeat, out);
     audit_fill_heartbeat(self, &heartbeat, out);
     member_heartbeat(&self->member, &heartbeat, now_ns, out);
@@ -108,7 +109,26 @@ static void drop_orphans(struct attention *self) {
             drop_orphans_of(self, self->running[i]);
 }
 
-static void on_message(struct attention *self, const message *envelope, struct effects *out) {
+/* Versions of the routing bias; what is held is told at once, as others wait for it. */
+static void on_bias(struct attention *self, const message *envelope, uint64_t now_ns,
+                    struct effects *out) {
+    if (bias_table_on_message(&self->bias, envelope, out) && envelope->from == ACTOR_COORDINATOR)
+        send_heartbeat(self, now_ns, out);
+}
+
+static bool is_bias(const struct attention *self, const message *envelope) {
+    bool coordinator = envelope->from == ACTOR_COORDINATOR;
+    return (envelope->body_case == TROUPE__ENVELOPE__BODY_BIAS &&
+            (coordinator || is_gateway(self, envelope->from))) ||
+           (envelope->body_case == TROUPE__ENVELOPE__BODY_BIAS_RELEASE && coordinator);
+}
+
+static void on_message(struct attention *self, const message *envelope, uint64_t now_ns,
+                       struct effects *out) {
+    if (is_bias(self, envelope)) {
+        on_bias(self, envelope, now_ns, out);
+        return;
+    }
     if (!is_gateway(self, envelope->from)) {
         effects_trace(out, TRACE_WARNING, "ignored a request of actor %u, which is no gateway",
                       envelope->from);
@@ -205,7 +225,7 @@ static void attention_step(struct actor *actor, const struct event *event, uint6
     on_news(self, news, event, now_ns, out);
     if ((news & (MEMBER_DONE | MEMBER_COMMITTED)) == 0) {
         if (event->kind == EVENT_MESSAGE)
-            on_message(self, event->message, out);
+            on_message(self, event->message, now_ns, out);
         else if (event->kind == EVENT_FRAME)
             on_frame(self, event->frame, now_ns, out);
         else if (event->kind == EVENT_COMPUTED)
@@ -245,7 +265,7 @@ static const char *describe_most(struct actor *actor) {
         self->description, sizeof self->description,
         "sequences=%u waiting=%u running=%u done=%u pages=%u/%u batch=%llu phase=%d resent=%llu "
         "stale=%llu hedged=%llu cached=%u hits=%llu drafted=%llu accepted=%llu audited=%llu "
-        "differed=%llu alone=%llu%s%s",
+        "differed=%llu alone=%llu bias=%u bias_users=%u%s%s",
         self->waiting.count + self->runnings + self->done.count, self->waiting.count,
         self->runnings, self->done.count, self->pages.total - pages_available(&self->pages),
         self->pages.total,
@@ -255,6 +275,7 @@ static const char *describe_most(struct actor *actor) {
         (unsigned long long)self->prefix_hits, (unsigned long long)self->draft_tokens_total,
         (unsigned long long)self->accepted_total, (unsigned long long)self->audit.rows,
         (unsigned long long)self->audit.differed, (unsigned long long)self->audit.alone,
+        self->bias.count, bias_table_users(&self->bias),
         broken != NULL ? " broken: " : "", broken != NULL ? broken : "");
     return self->description;
 }
@@ -273,6 +294,7 @@ static void attention_destroy(struct actor *actor) {
     struct attention *self = (struct attention *)actor;
     if (self->hash != NULL)
         attention_drop_all(self);
+    bias_table_free(&self->bias);
     batch_free(self);
     pages_free(self);
     audit_free(self);
@@ -301,6 +323,13 @@ static const struct actor_class ATTENTION_CLASS = {
 
 static uint32_t smaller(uint64_t a, uint64_t b) {
     return (uint32_t)(a < b ? a : b);
+}
+
+static void describe_holdings(const struct member *member, Troupe__Hello *hello,
+                              struct effects *out) {
+    const struct attention *self =
+        (const struct attention *)((const char *)member - offsetof(struct attention, member));
+    bias_table_hello(&self->bias, hello, out);
 }
 
 /* A frame must fit into half a ring and into its own limit, in both directions. */
@@ -355,6 +384,8 @@ struct actor *attention_create(const struct actor_identity *identity,
         attention_destroy(&self->actor);
         return NULL;
     }
+    self->member.describe_holdings = describe_holdings;
+    bias_table_init(&self->bias, config->layers * config->experts);
     self->activation_bytes = identity_activation_bytes(&self->member.identity);
     self->part_items_max = rows_per_frame(self, config->hidden * (uint32_t)sizeof(float));
     self->sample_rows_max = rows_per_frame(self, config->hidden * self->activation_bytes);

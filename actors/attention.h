@@ -14,6 +14,7 @@
 #define TROUPE_ATTENTION_H
 
 #include "actors/actors.h"
+#include "actors/bias_table.h"
 #include "actors/latency.h"
 #include "actors/member.h"
 #include "router/dispatch.h"
@@ -128,6 +129,7 @@ struct sequence {
     uint64_t chain;       /* serial of the last known page */
     uint32_t cached_tokens; /* not computed when it was first admitted, because pages were known */
     uint32_t number; /* while RUNNING: its place in attention.running */
+    struct bias_version *routing; /* it is pinned to; NULL: version 0, or DONE */
 
     struct sample_spec sampling; /* everything of it that does not change from token to token */
     bool logprobs;
@@ -284,6 +286,7 @@ struct attention {
     uint64_t now_ns; /* of the event being handled */
     struct step_trace trace;
 
+    struct bias_table bias; /* versions of the routing bias */
     struct pages pages;
     struct sequence **hash; /* [hash_size] */
     uint32_t hash_size;
@@ -461,6 +464,9 @@ void report_sequence(struct attention *self, struct sequence *sequence, uint32_t
                      uint32_t first_prompt, struct effects *out);
 void report_rejected(struct attention *self, actor_id gateway, uint64_t sequence, int code,
                      bool unknown, const char *reason, struct effects *out);
+/* It would be run if this version of the routing bias were here. */
+void report_bias_wanted(struct attention *self, actor_id gateway, const Troupe__Submit *submit,
+                        struct effects *out);
 
 /* attention_trace.c */
 bool step_trace_init(struct attention *self);

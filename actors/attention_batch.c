@@ -97,6 +97,7 @@ static void add_rows(struct batch *batch, struct sequence *sequence, uint32_t co
             .sequence = sequence->number,
             .form = position < sequence->prompt_tokens ? MLA_EXPANDED : MLA_ABSORBED,
             .pages = sequence->page,
+            .bias = sequence->routing != NULL ? sequence->routing->delta : NULL,
         };
         add_question(batch, sequence, row, position);
     }

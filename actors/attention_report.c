@@ -184,6 +184,14 @@ void report_batch(struct attention *self, struct effects *out) {
     }
 }
 
+static void send_rejected(struct attention *self, actor_id gateway, Troupe__Rejected *rejected,
+                          struct effects *out) {
+    message envelope = member_envelope(&self->member);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_REJECTED;
+    envelope.rejected = rejected;
+    effects_send(out, gateway, &envelope);
+}
+
 void report_rejected(struct attention *self, actor_id gateway, uint64_t sequence, int code,
                      bool unknown, const char *reason, struct effects *out) {
     Troupe__Rejected rejected = TROUPE__REJECTED__INIT;
@@ -191,8 +199,15 @@ void report_rejected(struct attention *self, actor_id gateway, uint64_t sequence
     rejected.code = code;
     rejected.unknown = unknown;
     rejected.reason = (char *)reason;
-    message envelope = member_envelope(&self->member);
-    envelope.body_case = TROUPE__ENVELOPE__BODY_REJECTED;
-    envelope.rejected = &rejected;
-    effects_send(out, gateway, &envelope);
+    send_rejected(self, gateway, &rejected, out);
+}
+
+void report_bias_wanted(struct attention *self, actor_id gateway, const Troupe__Submit *submit,
+                        struct effects *out) {
+    Troupe__Rejected rejected = TROUPE__REJECTED__INIT;
+    rejected.sequence = submit->sequence;
+    rejected.code = ERR_NOT_FOUND;
+    rejected.bias_wanted = submit->bias_version;
+    rejected.reason = "the bias version that the request is pinned to is not here";
+    send_rejected(self, gateway, &rejected, out);
 }

@@ -133,7 +133,15 @@ static void token_counts_free(struct token_counts *self) {
 
 /* ---- memory ---- */
 
+/* Nothing of it will be computed any more. */
+static void release_routing(struct sequence *sequence) {
+    if (sequence->routing != NULL)
+        sequence->routing->users--;
+    sequence->routing = NULL;
+}
+
 static void sequence_free(struct sequence *sequence) {
+    release_routing(sequence);
     free(sequence->token);
     free(sequence->page);
     free(sequence->bias);
@@ -330,7 +338,7 @@ static bool take_lists(struct sequence *sequence, const Troupe__Submit *submit) 
     return true;
 }
 
-static struct sequence *sequence_create(const struct attention *self, actor_id gateway,
+static struct sequence *sequence_create(struct attention *self, actor_id gateway,
                                         const Troupe__Submit *submit) {
     struct sequence *sequence = calloc(1, sizeof *sequence);
     if (sequence == NULL)
@@ -359,11 +367,15 @@ static struct sequence *sequence_create(const struct attention *self, actor_id g
         sequence_free(sequence);
         return NULL;
     }
+    sequence->routing = bias_table_find(&self->bias, submit->bias_version);
+    if (sequence->routing != NULL)
+        sequence->routing->users++;
     return sequence;
 }
 
 static void keep_done(struct attention *self, struct sequence *sequence) {
     sequence->state = SEQUENCE_DONE;
+    release_routing(sequence);
     list_append(&self->done, sequence);
     if (self->done.count >
         self->done_max) { /* a gateway that never cancels must not fill the memory */
@@ -387,6 +399,12 @@ void attention_on_submit(struct attention *self, const message *envelope, struct
     struct sequence *sequence = NULL;
     if (self->member.draining)
         fail(&failure, ERR_STATE, "this attention actor is being drained");
+    else if (!bias_table_holds(&self->bias, submit->bias_version) && bias_table_has_room(&self->bias)) {
+        report_bias_wanted(self, envelope->from, submit, out); /* never run with another one */
+        return;
+    } else if (!bias_table_holds(&self->bias, submit->bias_version))
+        fail(&failure, ERR_BUSY, "%d versions of the routing bias are in use here already",
+             BIAS_VERSIONS_HELD_MAX);
     else if (check_tokens(self, submit, &failure) == 0 &&
         check_sampling(submit->sampling, self->config.vocabulary, &failure) == 0 &&
         check_room(self, submit, &failure) == 0) {

@@ -34,6 +34,11 @@
 #define DRAFT_ROWS_MAX         64   /* sequences that guess in one step */
 #define SEQUENCES_MAX          4096 /* running in one attention actor */
 
+/* Routing bias. */
+#define BIAS_VERSIONS_MAX      16   /* that a coordinator keeps alive */
+#define BIAS_VERSIONS_HELD_MAX 32   /* in one actor; more than that, so that what an earlier coordinator left has room too */
+#define BIAS_DELTA_MAX         1    /* scores are below 1: more could not change any choice */
+
 /* HTTP and requests. */
 #define HTTP_BODY_MAX          (8u << 20)
 #define HTTP_CONNECTIONS_MAX   4096

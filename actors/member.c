@@ -140,6 +140,8 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
         hello.ready = self->ready;
         hello.draining = self->draining;
         hello.quarantined = self->quarantined;
+        hello.bias_version = self->bias_version;
+        hello.bias_on = self->bias_on;
         if (self->describe_holdings != NULL)
             self->describe_holdings(self, &hello, out);
     }
@@ -328,6 +330,7 @@ static uint32_t on_commit(struct member *self, const Troupe__Commit *commit, uin
     self->epoch = commit->epoch;
     self->bias_version = commit->bias_version;
     keep_operations(self, commit->operations);
+    self->bias_on = commit->bias_on;
     self->draining = own->state == TROUPE__ACTOR_STATE__STATE_DRAINING;
     self->quarantined = own->state == TROUPE__ACTOR_STATE__STATE_QUARANTINED;
     self->ready = self->draining || self->quarantined || own->state == TROUPE__ACTOR_STATE__STATE_READY;

@@ -37,9 +37,10 @@ struct member {
     void (*describe_holdings)(const struct member *self, Troupe__Hello *hello, struct effects *out);
     uint64_t hello_at_ns, heartbeat_at_ns; /* NEVER: not now */
     uint64_t epoch;                        /* adopted */
-    uint64_t bias_version;
     uint8_t *operations; /* packed, of the adopted epoch: only a coordinator can read them; NULL: none */
     size_t operations_bytes;
+    uint64_t bias_version; /* current in the adopted epoch, see actors/bias_table.h */
+    bool bias_on;
     bool ready;   /* as the adopted epoch lists it */
     bool quarantined; /* likewise: it gave wrong rows and serves nothing */
     bool draining; /* likewise: give away what there is; the coordinator says when to end */

@@ -2,6 +2,7 @@
  * through here; some paths are those of vLLM and SGLang, so that their tools work too.
  *
  *   GET  /status /actors /placement[?layer=L] /operations
+ *   GET or POST /bias     POST: {"action": "on" | "off" | "reset", "gamma", "clamp", "interval_ms"}
  *   POST /scale /drain /move /replicate /rebalance /cancel        answer: the operation, 202
  *   POST /scale_elastic_ep, GET or POST /is_scaling_elastic_ep
  *   POST /fault, GET / and what a gateway shows: admin_view.c
@@ -10,6 +11,7 @@
 
 #include <inttypes.h>
 #include <jansson.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -457,6 +459,102 @@ static void on_dump_record(const struct admin *admin) {
     answer_bytes(admin, 200, "application/octet-stream", file, size);
 }
 
+/* ---- the routing bias ---- */
+
+static const char *bias_state(const struct bias_versions *bias, const struct bias_live *version,
+                              uint32_t users) {
+    if (version->id == bias->current)
+        return "current";
+    if (version->id == bias->coming)
+        return "coming";
+    return users > 0 ? "in use" : "idle";
+}
+
+static json_t *describe_bias(const struct coordinator *self, const struct bias_live *version) {
+    uint32_t requests = 0, sequences = 0, holders = 0;
+    double largest = 0;
+    char name[BIAS_NAME_BYTES];
+    bias_name(name, version->id);
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        largest = fmax(largest, fabs((double)version->delta[pair]));
+    for (uint32_t i = 0; i < self->seats; i++) {
+        const struct seat *seat = &self->seat[i];
+        for (uint32_t held = 0; held < seat->bias.count; held++) {
+            if (seat->bias.id[held] != version->id)
+                continue;
+            holders++;
+            *(seat->role == ROLE_GATEWAY ? &requests : &sequences) += seat->bias.users[held];
+        }
+    }
+    return json_pack("{s:I, s:s, s:s, s:i, s:i, s:i, s:f}", "version",
+                     (json_int_t)bias_number(version->id), "name", name, "state",
+                     bias_state(&self->bias, version, requests + sequences), "holders", (int)holders,
+                     "requests", (int)requests, "sequences", (int)sequences, "largest", largest);
+}
+
+static void answer_bias(const struct admin *admin) {
+    const struct coordinator *self = admin->self;
+    const struct bias_versions *bias = &self->bias;
+    char name[BIAS_NAME_BYTES];
+    bias_name(name, bias->current);
+    json_t *versions = json_array();
+    for (uint32_t i = 0; i < BIAS_VERSIONS_MAX; i++)
+        if (bias->version[i].id != 0)
+            json_array_append_new(versions, describe_bias(self, &bias->version[i]));
+    json_t *json = json_pack(
+        "{s:b, s:I, s:s, s:f, s:f, s:I, s:o}", "on", bias->on, "version",
+        (json_int_t)bias_number(bias->current), "name", name, "gamma", bias->rule.gamma, "clamp",
+        bias->rule.clamp, "interval_ms", (json_int_t)(bias->interval_ns / 1000000u), "versions", versions);
+    if (bias->mean >= 0) /* of the last interval that moved them */
+        json_object_set_new(json, "imbalance",
+                            json_pack("{s:f, s:f}", "mean", bias->mean, "worst", bias->worst));
+    answer(admin, 200, json);
+}
+
+static int take_real(const struct admin *admin, const char *name, double *ret,
+                     struct failure *failure) {
+    const json_t *value = json_object_get(admin->body, name);
+    if (value == NULL)
+        return 0;
+    if (!json_is_number(value))
+        return fail(failure, ERR_INVALID, "%s: a number expected", name);
+    *ret = json_number_value(value);
+    return 0;
+}
+
+static void on_bias(const struct admin *admin) {
+    struct coordinator *self = admin->self;
+    struct failure failure = {0};
+    const char *action = json_string_value(json_object_get(admin->body, "action"));
+    struct bias_rule rule = self->bias.rule;
+    uint32_t interval_ms = (uint32_t)(self->bias.interval_ns / 1000000u);
+    int error = 0;
+    if (strcmp(admin->request->method, "GET") == 0) {
+        answer_bias(admin);
+        return;
+    }
+    bool on = action != NULL && strcmp(action, "on") == 0;
+    bool off = action != NULL && strcmp(action, "off") == 0;
+    bool reset = action != NULL && strcmp(action, "reset") == 0;
+    if (!on && !off && !reset)
+        error = fail(&failure, ERR_INVALID, "action: on, off or reset expected, found %.64s",
+                     action != NULL ? action : "nothing");
+    if (error == 0)
+        error = take_real(admin, "gamma", &rule.gamma, &failure);
+    if (error == 0)
+        error = take_real(admin, "clamp", &rule.clamp, &failure);
+    if (error == 0 && json_object_get(admin->body, "interval_ms") != NULL)
+        error = take_number(admin, "interval_ms", &interval_ms, &failure);
+    if (error == 0 && (on || off))
+        error = bias_switch(self, on, &rule, interval_ms, admin->now_ns, &failure);
+    if (error == 0 && reset)
+        bias_reset(self, admin->now_ns, admin->out);
+    if (error < 0)
+        answer_failure(admin, 0, &failure);
+    else
+        answer_bias(admin);
+}
+
 /* ---- ways in ---- */
 
 static const struct route {
@@ -468,6 +566,7 @@ static const struct route {
     {"/actors", true, false, on_actors},
     {"/placement", true, false, on_placement},
     {"/operations", true, false, on_operations},
+    {"/bias", true, true, on_bias},
     {"/scale", false, true, on_scale},
     {"/drain", false, true, on_drain},
     {"/move", false, true, on_move},

@@ -121,6 +121,7 @@ static void on_timer(struct coordinator *self, uint64_t now_ns, struct effects *
     recording_timer(self, now_ns);
     recent_timer(self, now_ns);
     membership_review(self, now_ns, out);
+    bias_review(self, now_ns, out);
     copies_review(self, now_ns, out);
     operations_step(self, now_ns, out);
     policy_timer(self, now_ns, out);
@@ -173,6 +174,7 @@ static uint64_t coordinator_deadline(const struct actor *actor) {
     if (self->exited)
         return NEVER;
     uint64_t own = smaller(self->statistics_at_ns, self->learn_until_ns);
+    own = smaller(own, bias_deadline(self));
     if (self->recording.on)
         own = smaller(own, self->recording.next_ns);
     own = smaller(own, policy_deadline(self));
@@ -188,8 +190,9 @@ static const char *coordinator_describe(struct actor *actor) {
         orders += self->seat[i].order != ORDER_NONE;
     }
     snprintf(self->description, sizeof self->description,
-             "epoch=%llu members=%u ready=%u orders=%u serving=%d", (unsigned long long)self->epoch,
-             self->seats, ready, orders, self->serving);
+             "epoch=%llu members=%u ready=%u orders=%u serving=%d bias=%u bias_left=%u",
+             (unsigned long long)self->epoch, self->seats, ready, orders, self->serving,
+             bias_number(self->bias.current), bias_left(self));
     return self->description;
 }
 
@@ -199,6 +202,7 @@ static void coordinator_destroy(struct actor *actor) {
     struct coordinator *self = (struct coordinator *)actor;
     membership_free(self);
     operations_free(self);
+    bias_close(self);
     free(self->recording.before);
     free(self->recording.rows);
     free(self->admin_token);
@@ -298,5 +302,9 @@ struct actor *coordinator_create(const struct actor_identity *identity,
     for (uint32_t pair = 0; pair < self->pairs; pair++)
         self->moe_pairs += self->is_moe[pair / config->experts];
     self->expert_bytes = estimate_expert_bytes(self);
+    if (!bias_open(self)) {
+        coordinator_destroy(&self->actor);
+        return NULL;
+    }
     return &self->actor;
 }

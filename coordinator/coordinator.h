@@ -9,6 +9,7 @@
  *   rebalance.c    the planner's view of the troupe, and what its plan changes
  *   policy.c       what it does by itself, and limits
  *   quarantine.c   processes that gave wrong rows
+ *   bias_versions.c  versions of the routing bias: made, handed out, freed
  *   admin.c        the same over HTTP
  *   statistics.c   STATS and STATUS
  *   recent.c       loads and speeds of late */
@@ -17,6 +18,7 @@
 
 #include "actors/actors.h"
 #include "actors/member.h"
+#include "coordinator/bias_versions.h"
 #include "coordinator/placement.h"
 
 enum order_kind { ORDER_NONE, ORDER_ASSIGN, ORDER_RELEASE };
@@ -63,6 +65,7 @@ struct seat {
     Troupe__Heartbeat heartbeat; /* the last one, without its lists */
     bool has_heartbeat;
     uint64_t *load; /* [pairs] attention: rows routed, running totals */
+    struct bias_held bias; /* gateway, attention */
 
     /* expert */
     struct rolling rows, busy_ns; /* computed, and how long that took */
@@ -206,6 +209,7 @@ struct coordinator {
     struct recording recording;
     struct lie lie[LIES_MAX]; /* the oldest name makes room */
     uint32_t lies;
+    struct bias_versions bias;
     char *admin_token; /* NULL: none asked for */
     bool allow_faults;
     uint32_t *current, *wanted; /* planning: [pairs] */
@@ -340,6 +344,28 @@ int policy_check_leaving(const struct coordinator *self, enum role role, uint32_
                          uint32_t going, struct failure *failure);
 void policy_timer(struct coordinator *self, uint64_t now_ns, struct effects *out);
 uint64_t policy_deadline(const struct coordinator *self);
+/* bias_versions.c */
+bool bias_open(struct coordinator *self); /* false: no memory */
+void bias_close(struct coordinator *self);
+/* It holds every version that exists, or need not. */
+bool bias_is_held(const struct coordinator *self, const struct seat *seat);
+void bias_joined(struct coordinator *self, struct seat *seat, uint64_t now_ns, struct effects *out);
+void bias_on_heartbeat(struct coordinator *self, struct seat *seat,
+                       const Troupe__Heartbeat *heartbeat, uint64_t now_ns, struct effects *out);
+/* Makes a version when it is time to; makes one current that all hold; frees those that nobody uses. */
+void bias_review(struct coordinator *self, uint64_t now_ns, struct effects *out);
+uint64_t bias_deadline(const struct coordinator *self);
+/* From the HELLO of somebody who knew an earlier coordinator; when all have come. */
+void bias_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
+                struct effects *out);
+void bias_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* The biases follow the load from now on by this rule, or stay as they are. */
+int bias_switch(struct coordinator *self, bool on, const struct bias_rule *rule, uint64_t interval_ms,
+                uint64_t now_ns, struct failure *failure);
+/* Back to the model's own. */
+void bias_reset(struct coordinator *self, uint64_t now_ns, struct effects *out);
+/* Versions that exist and are neither current nor on their way, here and at members. */
+uint32_t bias_left(const struct coordinator *self);
 
 /* admin_view.c: true if the request was one of its own. */
 bool admin_view(const struct coordinator *self, const struct http_request *request, bool allowed,

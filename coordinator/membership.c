@@ -217,6 +217,7 @@ static void take_past(struct coordinator *self, struct seat *seat, const Troupe_
     operations_learn(self, hello);
     if (seat->role == ROLE_EXPERT)
         copies_learn(self, seat, hello);
+    bias_learn(self, seat, hello, out);
 }
 
 /* A member that came as a new process, then took a late WELCOME of the earlier coordinator and
@@ -233,6 +234,7 @@ static void take_more_past(struct coordinator *self, struct seat *seat, const Tr
         self->last_operation = hello->operation;
     if (seat->role == ROLE_EXPERT)
         copies_learn_more(self, seat, hello, now_ns, out);
+    bias_learn(self, seat, hello, out);
 }
 
 /* Everybody has come, or has had time to. */
@@ -244,6 +246,7 @@ static void end_learning(struct coordinator *self, uint64_t now_ns, struct effec
     effects_trace(out, TRACE_INFO, "learnt of %u members, %u were known of", self->returned,
                   self->members_before);
     copies_learnt(self, now_ns, out);
+    bias_learnt(self, now_ns, out);
 }
 
 void membership_on_stranger(struct coordinator *self, const message *envelope, uint64_t now_ns,
@@ -354,6 +357,7 @@ void membership_on_hello(struct coordinator *self, const message *envelope, uint
     connect_to(seat.id, seat.role, seat.incarnation, seat.control_address, seat.data_address,
                seat.host, out);
     send_welcome(self, &seat, out);
+    bias_joined(self, seat_find(self, seat.id), now_ns, out);
     if (seat.role == ROLE_EXPERT && self->place_at_ns == NEVER)
         self->place_at_ns = now_ns + (uint64_t)self->settings.join_wait_ms * 1000000u;
     operations_joined(self, seat_find(self, seat.id), now_ns);
@@ -449,6 +453,8 @@ Troupe__Commit *membership_commit(const struct coordinator *self, struct effects
     commit->epoch = self->epoch;
     commit->serving = self->serving;
     commit->operations = operations_message(self, out);
+    commit->bias_version = self->bias.current;
+    commit->bias_on = self->bias.on;
     commit->n_member = self->seats;
     commit->member = effects_alloc(out, self->seats * sizeof *commit->member);
     for (uint32_t i = 0; i < self->seats; i++)
@@ -499,7 +505,8 @@ static bool known_to(const struct coordinator *self, const struct seat *seat, en
 }
 
 static bool may_be_ready(const struct coordinator *self, const struct seat *seat) {
-    if (seat->introduced_epoch == 0 || seat->acknowledged_epoch < seat->introduced_epoch)
+    if (seat->introduced_epoch == 0 || seat->acknowledged_epoch < seat->introduced_epoch ||
+        !bias_is_held(self, seat))
         return false;
     switch (seat->role) {
     case ROLE_ATTENTION:
@@ -561,6 +568,7 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
         seat->acknowledged_epoch = heartbeat->epoch;
     statistics_take_loads(self, seat, heartbeat);
     recent_take(seat, heartbeat);
+    bias_on_heartbeat(self, seat, heartbeat, now_ns, out);
     seat->has_heartbeat = true;
     seat->heartbeat = *heartbeat;
     seat->heartbeat.n_load_layer = seat->heartbeat.n_load_expert = seat->heartbeat.n_load_rows = 0;
@@ -568,6 +576,9 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
     seat->heartbeat.load_rows = NULL;
     seat->heartbeat.n_accusation = 0;
     seat->heartbeat.accusation = NULL;
+    seat->heartbeat.n_bias_version = seat->heartbeat.n_bias_users = 0;
+    seat->heartbeat.bias_version = NULL;
+    seat->heartbeat.bias_users = NULL;
     seat->heartbeat.control_address = (char *)protobuf_c_empty_string;
     seat->heartbeat.base.n_unknown_fields = 0;
     seat->heartbeat.base.unknown_fields = NULL;

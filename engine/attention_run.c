@@ -39,7 +39,7 @@ static size_t check_rows(struct engine *self, const struct batch_row *row, uint3
         bool last = r + 1 == rows || row[r + 1].sequence != row[r].sequence;
         if (!last) {
             ASSERT(row[r + 1].position > row[r].position);
-            ASSERT(row[r + 1].pages == row[r].pages);
+            ASSERT(row[r + 1].pages == row[r].pages && row[r + 1].bias == row[r].bias);
             ASSERT(row[r].form == MLA_EXPANDED || row[r + 1].form == MLA_ABSORBED);
         } else {
             entries += row[r].position / PAGE_TOKENS + 1;
@@ -109,14 +109,31 @@ struct gate_job {
     const struct attention_layer *weights;
     struct attention_slot *slot;
     const float *logits;
+    uint32_t layer;
 };
+
+/* The biases of a row: the model's own and the deltas of the version that its request is pinned to. Made anew for each row, so
+ * that what a row gets never depends on the versions beside it. */
+static const float *row_bias(const struct gate_job *job, const struct batch_row *row,
+                             float made[EXPERTS_MAX]) {
+    const float *own = job->weights->gate_bias;
+    uint32_t experts = job->engine->attention->gate.experts;
+    if (row->bias == NULL)
+        return own;
+    const float *delta = row->bias + (size_t)job->layer * experts;
+    for (uint32_t e = 0; e < experts; e++)
+        made[e] = (own != NULL ? own[e] : 0.0f) + delta[e];
+    return made;
+}
 
 static void gate_rows(void *argument, uint32_t first, uint32_t end, int part) {
     const struct gate_job *job = argument;
     const struct gate_parameters *gate = &job->engine->attention->gate;
+    float made[EXPERTS_MAX];
     (void)part;
     for (uint32_t r = first; r < end; r++)
-        gate_choose(gate, job->logits + (size_t)r * gate->experts, job->weights->gate_bias,
+        gate_choose(gate, job->logits + (size_t)r * gate->experts,
+                    row_bias(job, &job->slot->row[r], made),
                     job->slot->choice + (size_t)r * gate->k,
                     job->slot->weights + (size_t)r * gate->k);
 }
@@ -143,7 +160,7 @@ static void run_layer(struct engine *self, struct attention_slot *slot,
     }
     kernels->matmul(&weights->gate.matrix, slot->normed, self->hidden_stride, slot->rows,
                     work.logits, self->config->experts, &self->parallel);
-    struct gate_job job = {self, weights, slot, work.logits};
+    struct gate_job job = {self, weights, slot, work.logits, program->layer};
     rows_run(&self->parallel, slot->rows, 4 * (size_t)self->config->experts, gate_rows, &job);
     memset(slot->filled, 0, (size_t)slot->rows * a->gate.k);
     slot->shared_ready = !weights->has_mlp;

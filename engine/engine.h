@@ -30,6 +30,8 @@ struct batch_row {
     uint32_t sequence;    /* small number, equal for rows of one sequence; rows of one sequence are neighbours, ascending position */
     uint8_t form;         /* enum mla_form; within a sequence all EXPANDED rows come before all ABSORBED rows */
     const uint32_t *pages; /* page numbers of the sequence: page of position p is pages[p / PAGE_TOKENS]; owned by the actor */
+    const float *bias;     /* [layers, experts] added to the model's own correction biases, which choose this row's experts (version of
+                              the routing bias that its request is pinned to); NULL: nothing. Owned by the actor until the step ends */
 };
 
 #define BATCH_SLOTS_MAX 2 /* micro-batches in flight */

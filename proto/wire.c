@@ -41,6 +41,8 @@ static const char *const NAMES[] = {
     [TROUPE__ENVELOPE__BODY_PEER_EXITED] = "PEER_EXITED",
     [TROUPE__ENVELOPE__BODY_SCALE] = "SCALE",
     [TROUPE__ENVELOPE__BODY_SCALED] = "SCALED",
+    [TROUPE__ENVELOPE__BODY_BIAS] = "BIAS",
+    [TROUPE__ENVELOPE__BODY_BIAS_RELEASE] = "BIAS_RELEASE",
 };
 
 const char *wire_name(const Troupe__Envelope *envelope) {
@@ -56,6 +58,7 @@ enum check_kind {
     CHECK_COUNT,    /* a list has at most `limit` elements */
     CHECK_NOT_ZERO, /* uint32 or uint64 */
     CHECK_NUMBER,   /* float or list of floats without NaN */
+    CHECK_WITHIN,   /* list of floats from -limit to limit */
     CHECK_SAME,     /* a list is as long as another one */
     CHECK_PRESENT,  /* a message inside a message */
 };
@@ -85,6 +88,8 @@ struct check {
     { CHECK_NUMBER, #f, NULL, offsetof(m, f), 0, 0, SIZE(m, f), 0 }
 #define EACH_NUMBER(m, f)                                                                          \
     { CHECK_NUMBER, #f, NULL, offsetof(m, f), offsetof(m, n_##f), 0, SIZE(m, f[0]), 0 }
+#define EACH_WITHIN(m, f, max)                                                                     \
+    { CHECK_WITHIN, #f, NULL, offsetof(m, f), offsetof(m, n_##f), 0, SIZE(m, f[0]), max }
 #define SAME(m, f, g)                                                                              \
     { CHECK_SAME, #f, #g, offsetof(m, f), offsetof(m, n_##f), offsetof(m, n_##g), 0, 0 }
 #define PRESENT(m, f)                                                                              \
@@ -96,6 +101,7 @@ static const struct check HELLO[] = {
     COUNT(Troupe__Hello, layer, LAYERS_MAX *EXPERTS_MAX),
     EACH_BELOW(Troupe__Hello, layer, LAYERS_MAX),
     EACH_BELOW(Troupe__Hello, expert, EXPERTS_MAX),
+    COUNT(Troupe__Hello, bias, BIAS_VERSIONS_HELD_MAX),
 };
 static const struct check WELCOME[] = {
     NOT_ZERO(Troupe__Welcome, id),
@@ -106,6 +112,16 @@ static const struct check HEARTBEAT[] = {
     COUNT(Troupe__Heartbeat, load_layer, LAYERS_MAX *EXPERTS_MAX),
     EACH_BELOW(Troupe__Heartbeat, load_layer, LAYERS_MAX),
     EACH_BELOW(Troupe__Heartbeat, load_expert, EXPERTS_MAX),
+    SAME(Troupe__Heartbeat, bias_users, bias_version),
+    COUNT(Troupe__Heartbeat, bias_version, BIAS_VERSIONS_HELD_MAX),
+};
+static const struct check BIAS[] = {
+    NOT_ZERO(Troupe__Bias, version),
+    COUNT(Troupe__Bias, delta, LAYERS_MAX *EXPERTS_MAX),
+    EACH_WITHIN(Troupe__Bias, delta, BIAS_DELTA_MAX),
+};
+static const struct check BIAS_RELEASE[] = {
+    NOT_ZERO(Troupe__BiasRelease, version),
 };
 static const struct check ASSIGN[] = {
     SAME(Troupe__Assign, expert, layer),
@@ -249,6 +265,8 @@ static const struct message_checks {
     CHECKS(welcome, WELCOME),
     CHECKS(operation, OPERATION),
     CHECKS(operations, OPERATIONS),
+    CHECKS(bias, BIAS),
+    CHECKS(bias_release, BIAS_RELEASE),
 };
 
 /* ---- running the checks ---- */
@@ -306,6 +324,18 @@ static int check_number(const struct subject *subject, const struct check *check
     return 0;
 }
 
+static int check_within(const struct subject *subject, const struct check *check) {
+    size_t count;
+    const float *value = (const float *)elements(subject, check, &count);
+    for (size_t i = 0; i < count; i++)
+        if (!(fabsf(value[i]) <= (float)check->limit))
+            return fail(subject->failure, ERR_CORRUPT,
+                        "message %s: %s.%s: expected a number from -%u to %u, found %g",
+                        subject->body, subject->descriptor->short_name, check->field, check->limit,
+                        check->limit, (double)value[i]);
+    return 0;
+}
+
 static int run_check(const struct subject *subject, const struct check *check) {
     const char *message = subject->descriptor->short_name;
     switch (check->kind) {
@@ -313,6 +343,8 @@ static int run_check(const struct subject *subject, const struct check *check) {
         return check_below(subject, check);
     case CHECK_NUMBER:
         return check_number(subject, check);
+    case CHECK_WITHIN:
+        return check_within(subject, check);
     case CHECK_COUNT: {
         size_t count = count_at(subject, check->count_offset);
         if (count > check->limit)

@@ -40,6 +40,7 @@ struct checkers {
     uint32_t next_published;
     struct published *newest;
     void (*ended)(void *context, struct place who);
+    void (*bias)(void *context, const Troupe__Bias *bias);
     void *context;
     struct failure violation;
     /* A release that was too early, unless the same step goes on to publish an epoch without the member. */
@@ -177,6 +178,9 @@ static void on_sent(struct checkers *self, struct place who, const struct effect
     }
     if (envelope->body_case == TROUPE__ENVELOPE__BODY_COMMIT)
         take_commit(self, envelope->from_incarnation, envelope->commit);
+    else if (envelope->body_case == TROUPE__ENVELOPE__BODY_BIAS && who.role == ROLE_COORDINATOR &&
+             self->bias != NULL)
+        self->bias(self->context, envelope->bias);
     else if (envelope->body_case == TROUPE__ENVELOPE__BODY_RELEASE)
         check_release(self, envelope->from_incarnation, effect->send.to, envelope->release);
     else if (envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT) {
@@ -313,12 +317,12 @@ static int check_copies(const struct checkers *self, struct failure *failure) {
 }
 
 int checkers_leaks(const struct checkers *self, struct failure *failure) {
-    static const char *const GATEWAY[] = {"requests=0 ", "sequences=0 ", "closing=0 ", "prompt_tokens=0 ",
+    static const char *const GATEWAY[] = {"requests=0 ", "bias_users=0 ", "sequences=0 ", "closing=0 ", "prompt_tokens=0 ",
                                           "outstanding=0", NULL};
-    static const char *const ATTENTION[] = {"sequences=0 ", "pages=0/", "phase=0", NULL};
+    static const char *const ATTENTION[] = {"sequences=0 ", "pages=0/", "phase=0", "bias_users=0", NULL};
     static const char *const EXPERT[] = {"loading=0 ", "wanted=0 ", "running=0 ", NULL};
     static const char *const SAMPLER[] = {"running=0 ", NULL};
-    static const char *const COORDINATOR[] = {"orders=0 ", "serving=1", NULL};
+    static const char *const COORDINATOR[] = {"orders=0 ", "serving=1", "bias_left=0", NULL};
     int result = check_counts(self, ROLE_GATEWAY, GATEWAY, failure);
     if (result == 0)
         result = check_counts(self, ROLE_ATTENTION, ATTENTION, failure);
@@ -374,6 +378,10 @@ void checkers_begin(struct checkers *self, struct world *world, uint64_t unnotic
     self->unnoticed_ns = unnoticed_ns;
     self->ended = ended;
     self->context = context;
+}
+
+void checkers_tell_bias(struct checkers *self, void (*bias)(void *context, const Troupe__Bias *bias)) {
+    self->bias = bias;
 }
 
 const struct failure *checkers_violation(const struct checkers *self) {

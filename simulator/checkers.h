@@ -21,6 +21,8 @@ void checkers_free(struct checkers **self);
 const struct world_watch *checkers_watch(struct checkers *self);
 void checkers_begin(struct checkers *self, struct world *world, uint64_t unnoticed_ns,
                     void (*ended)(void *context, struct place who), void *context);
+/* Told of every version of the routing bias that the coordinator hands out. */
+void checkers_tell_bias(struct checkers *self, void (*bias)(void *context, const Troupe__Bias *bias));
 /* The first invariant that was violated; code 0: none. */
 const struct failure *checkers_violation(const struct checkers *self);
 /* All requests are over and the cluster is calm: is anything left? 0 or ERR_STATE with what is. */

@@ -45,7 +45,7 @@ static void violate(struct clients *self, uint32_t index, const char *what, cons
 static void forget_answer(struct client *client) {
     clear(&client->buffer);
     client->status = 0;
-    client->finished = false;
+    client->finished = client->versioned = false;
     for (uint32_t i = 0; i < CHOICES_DRAWN_MAX; i++) {
         struct answer *answer = &client->answer[i];
         clear(&answer->text);
@@ -61,11 +61,30 @@ static void check_prefix(struct clients *self, uint32_t index, const char *what,
         violate(self, index, what, text_of(expected), text_of(found));
 }
 
-/* Invariants: each token once and in order; the stream is the fault-free one. */
+/* Which version of the routing bias the answer is made with; the same from its first piece to its last. */
+static void take_version(struct clients *self, uint32_t index, const json_t *root) {
+    struct client *client = &self->client[index];
+    const char *fingerprint = json_string_value(json_object_get(root, "system_fingerprint"));
+    const char *name = fingerprint != NULL ? strrchr(fingerprint, '-') : NULL;
+    uint64_t version = 0;
+    if (name == NULL || name[1] != 'b' || bias_name_read(name + 2, 0, &version) == NULL)
+        violate(self, index, "system_fingerprint", "a version of the routing bias", fingerprint != NULL ? fingerprint : "none");
+    else if (client->versioned && client->version != version)
+        violate(self, index, "version of the routing bias", "the one that it was pinned to", fingerprint);
+    client->version = version;
+    client->versioned = true;
+}
+
+/* Invariants: each token once and in order; the stream is the fault-free one of the version that it was pinned to. */
 static void check_answer(struct clients *self, uint32_t index, uint32_t choice) {
     if (self->expected == NULL)
         return;
-    const struct answer *expected = &self->expected->client[index].answer[choice];
+    const struct client *reference = self->expected(self->context, index, self->client[index].version);
+    if (reference == NULL) {
+        violate(self, index, "version of the routing bias", "one that the coordinator has made", "another one");
+        return;
+    }
+    const struct answer *expected = &reference->answer[choice];
     const struct answer *found = &self->client[index].answer[choice];
     check_prefix(self, index, "tokens", &expected->tokens, &found->tokens);
     check_prefix(self, index, "text", &expected->text, &found->text);
@@ -137,6 +156,7 @@ static void take_json(struct clients *self, uint32_t index, char *bytes, size_t 
         snprintf(found, sizeof found, "%.60s near %.*s", error.text, shown, bytes + from);
         violate(self, index, "body of an admitted request", "JSON with choices", found);
     }
+    take_version(self, index, root);
     json_array_foreach(json_object_get(root, "choices"), i, choice) {
         take_choice(self, index, choice);
     }
@@ -278,8 +298,9 @@ void clients_compare_all(struct clients *self) {
     for (uint32_t i = 0; i < self->scenario->requests; i++) {
         if (self->client[i].state != CLIENT_DONE)
             continue;
-        for (uint32_t c = 0; c < self->scenario->request[i].choices; c++) {
-            const struct answer *expected = &self->expected->client[i].answer[c];
+        const struct client *reference = self->expected(self->context, i, self->client[i].version);
+        for (uint32_t c = 0; reference != NULL && c < self->scenario->request[i].choices; c++) {
+            const struct answer *expected = &reference->answer[c];
             const struct answer *found = &self->client[i].answer[c];
             if (!same(&expected->tokens, &found->tokens))
                 violate(self, i, "all tokens", text_of(&expected->tokens), text_of(&found->tokens));
@@ -293,10 +314,9 @@ void clients_compare_all(struct clients *self) {
 
 /* ---- life ---- */
 
-void clients_open(struct clients *self, const struct scenario *scenario, const struct clients *expected) {
+void clients_open(struct clients *self, const struct scenario *scenario) {
     memset(self, 0, sizeof *self);
     self->scenario = scenario;
-    self->expected = expected;
     for (uint32_t i = 0; i < scenario->requests; i++)
         wait_until(&self->client[i], scenario->request[i].arrives_ns);
 }

@@ -4,6 +4,7 @@
 #ifndef TROUPE_SIMULATOR_CLIENTS_H
 #define TROUPE_SIMULATOR_CLIENTS_H
 
+#include "actors/bias_table.h"
 #include "simulator/scenario.h"
 #include "simulator/world.h"
 
@@ -30,19 +31,24 @@ struct client {
     struct grown_text buffer; /* of the body: what has not been looked at yet */
     struct answer answer[CHOICES_DRAWN_MAX];
     bool finished; /* [DONE], or the whole body */
+    bool versioned; /* it has been said which version of the routing bias this answer is made with */
+    uint64_t version;
     uint32_t attempts;
 };
 
 struct clients {
     const struct scenario *scenario;
     struct world *world;
-    const struct clients *expected; /* NULL: nothing to compare with yet */
+    /* What the fault-free run answers to this request, with this version of the routing bias; NULL: there is no such version. No
+     * function: nothing to compare with yet. */
+    const struct client *(*expected)(void *context, uint32_t request, uint64_t version);
+    void *context;
     struct client client[REQUESTS_DRAWN_MAX];
     uint64_t last_id, refused;
     struct failure violation; /* code 0: none */
 };
 
-void clients_open(struct clients *self, const struct scenario *scenario, const struct clients *expected);
+void clients_open(struct clients *self, const struct scenario *scenario);
 void clients_free(struct clients *self);
 uint64_t clients_due_ns(const struct clients *self); /* NEVER: nobody wants to send */
 void clients_act(struct clients *self);              /* those whose time has come send */

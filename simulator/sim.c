@@ -1,5 +1,6 @@
-/* See sim.h. A run has two worlds: the quiet one, whose answers are the expected ones, and the one with the faults. The second has these
- * phases:
+/* See sim.h. A run has two worlds: the quiet one, whose answers are the expected ones, and the one with the faults. A request that is
+ * pinned to a version of the routing bias which the second one has made is expected to be answered as in a quiet world that begins with
+ * that version (references.h). The second has these phases:
  *
  *   FAULTS  until the last fault is over
  *   CALM    the network is quick, nobody falls any more; until all clients have their answers
@@ -12,6 +13,7 @@
 
 #include "simulator/checkers.h"
 #include "simulator/clients.h"
+#include "simulator/references.h"
 
 #define MS UINT64_C(1000000)
 #define ADMIN_CLIENT (UINT64_C(1) << 63) /* from here on, no client of the gateway has such a number */
@@ -53,6 +55,10 @@ struct run {
     struct world *world;
     struct checkers *checkers;
     struct clients clients;
+    const struct scenario *quiet; /* the same requests without faults */
+    const struct clients *plain;  /* answers with the model's own routing bias; NULL: this run is to find them */
+    struct references references; /* and with others */
+    const float *bias;            /* that the world begins with; NULL: the model's own */
     uint32_t next_fault;
     void (*trace)(void *context, const char *line);
     void *context;
@@ -71,6 +77,10 @@ static void on_trace(void *context, const char *line) {
 static void on_end(void *context, struct place who) {
     if (who.role == ROLE_GATEWAY)
         clients_on_gateway_end(&((struct run *)context)->clients);
+}
+
+static void on_bias(void *context, const Troupe__Bias *bias) {
+    references_note(&((struct run *)context)->references, bias);
 }
 
 static uint64_t lost_after_ns(const struct scenario *scenario) {
@@ -122,6 +132,9 @@ static int open_world(struct run *self, struct failure *failure) {
     result = world_open(&self->world, &options, failure);
     if (result < 0)
         return result;
+    if (self->bias != NULL)
+        coordinator_set_bias(world_actor(self->world, ROLE_COORDINATOR, 0), self->bias);
+    checkers_tell_bias(self->checkers, on_bias);
     self->clients.world = self->world;
     checkers_begin(self->checkers, self->world, 2 * lost_after_ns(scenario) + 2000 * MS, on_end, self);
     return 0;
@@ -244,7 +257,7 @@ static void live(struct run *self) {
         }
     }
     report->end_ns = world_now_ns(self->world);
-    if (self->clients.expected != NULL) {
+    if (self->plain != NULL) {
         clients_compare_all(&self->clients);
         if (self->clients.violation.code != 0)
             end(self, OUTCOME_SAFETY, self->clients.violation.text);
@@ -269,11 +282,16 @@ static void count_savings(struct run *self) {
     }
 }
 
-static void run_world(struct run *self, const struct clients *expected) {
+static const struct client *expected_answer(void *context, uint32_t request, uint64_t version);
+
+static void run_world(struct run *self) {
     struct failure failure = {0};
     struct report *report = self->report;
     self->faults = self->scenario->faults;
-    clients_open(&self->clients, self->scenario, expected);
+    clients_open(&self->clients, self->scenario);
+    if (self->plain != NULL)
+        self->clients.expected = expected_answer;
+    self->clients.context = self;
     if (open_world(self, &failure) < 0) {
         report->outcome = OUTCOME_SAFETY;
         snprintf(report->text, sizeof report->text, "the world does not open: %.400s", failure.text);
@@ -298,6 +316,38 @@ static void run_world(struct run *self, const struct clients *expected) {
     }
 }
 
+/* The one request alone, in a quiet world that begins with the version. */
+static const struct client *run_alone(struct run *self, uint32_t request, uint64_t version, const float *bias) {
+    struct scenario *quiet = malloc(sizeof *quiet);
+    struct clients *clients = malloc(sizeof *clients);
+    ASSERT(quiet != NULL && clients != NULL);
+    *quiet = *self->quiet;
+    quiet->request[0] = self->quiet->request[request];
+    quiet->request[0].arrives_ns = 0;
+    quiet->requests = 1;
+    struct report report = {0};
+    struct run run = {.sim = self->sim, .scenario = quiet, .bias = bias, .report = &report};
+    run_world(&run);
+    ASSERT(report.outcome == OUTCOME_GOOD && "a quiet world answers");
+    *clients = run.clients;
+    clients->scenario = NULL; /* only the answer is kept */
+    clients->world = NULL;
+    references_free(&run.references);
+    free(quiet);
+    return references_add(&self->references, request, version, clients);
+}
+
+static const struct client *expected_answer(void *context, uint32_t request, uint64_t version) {
+    struct run *self = context;
+    if (version == 0)
+        return &self->plain->client[request];
+    const struct client *known = references_find(&self->references, request, version);
+    const float *bias = references_delta(&self->references, version);
+    if (known != NULL || bias == NULL)
+        return known;
+    return run_alone(self, request, version, bias);
+}
+
 void sim_run(const struct sim *self, const struct scenario *scenario,
              void (*trace)(void *context, const char *line), void *context, struct report *ret) {
     struct scenario *quiet = malloc(sizeof *quiet); /* large for a stack */
@@ -306,17 +356,25 @@ void sim_run(const struct sim *self, const struct scenario *scenario,
     scenario_make_quiet(quiet);
     struct report first = {0};
     struct run expected = {.sim = self, .scenario = quiet, .report = &first};
-    run_world(&expected, NULL);
+    run_world(&expected);
     memset(ret, 0, sizeof *ret);
     if (first.outcome != OUTCOME_GOOD) {
         *ret = first;
         snprintf(ret->text, sizeof ret->text, "without faults: %.900s", first.text);
     } else {
-        struct run run = {.sim = self, .scenario = scenario, .trace = trace, .context = context, .report = ret};
-        run_world(&run, &expected.clients);
+        struct run run = {.sim = self,
+                          .scenario = scenario,
+                          .quiet = quiet,
+                          .plain = &expected.clients,
+                          .trace = trace,
+                          .context = context,
+                          .report = ret};
+        run_world(&run);
         clients_free(&run.clients);
+        references_free(&run.references);
     }
     clients_free(&expected.clients);
+    references_free(&expected.references);
     free(quiet);
 }
 

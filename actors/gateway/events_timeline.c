@@ -272,7 +272,7 @@ void events_commit(struct event_feed *self, const struct cluster_view *cluster,
     self->epoch = commit->epoch;
     self->serving = commit->serving;
     uint64_t bias_before = self->bias_version;
-    self->bias_version = commit->bias_version;
+    self->bias_version = bias_number(commit->bias_version);
     self->epoch_changed = true;
     uint32_t covered = take_placement(self, cluster);
     if (covered > self->covered)

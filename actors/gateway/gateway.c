@@ -45,6 +45,7 @@ static void heartbeat(struct gateway *self, uint64_t now_ns, struct effects *out
     gateway_count(self, &heartbeat.sequences_running, &heartbeat.sequences_waiting);
     heartbeat.prompt_tokens = self->metrics.counter[METRIC_TOKENS_PROMPT];
     heartbeat.generated_tokens = self->metrics.counter[METRIC_TOKENS_GENERATED];
+    bias_table_beat(&self->bias, &heartbeat, out);
     member_heartbeat(&self->member, &heartbeat, now_ns, out);
 }
 
@@ -57,9 +58,22 @@ static void end_all(struct gateway *self, uint64_t now_ns, struct effects *out) 
     events_end(&self->feed, out);
 }
 
+/* Versions of the routing bias, of the coordinator; what is held is told at once, as others wait for it. */
+static void on_bias(struct gateway *self, const message *envelope, uint64_t now_ns,
+                    struct effects *out) {
+    if (envelope->from != ACTOR_COORDINATOR || !bias_table_on_message(&self->bias, envelope, out))
+        return;
+    heartbeat(self, now_ns, out);
+    upstream_review(self, now_ns, out);
+}
+
 static void on_message(struct gateway *self, const message *envelope, uint64_t now_ns,
                        struct effects *out) {
     switch (envelope->body_case) {
+    case TROUPE__ENVELOPE__BODY_BIAS:
+    case TROUPE__ENVELOPE__BODY_BIAS_RELEASE:
+        on_bias(self, envelope, now_ns, out);
+        break;
     case TROUPE__ENVELOPE__BODY_TOKENS:
         tokens_take(self, envelope, now_ns, out);
         break;
@@ -154,6 +168,7 @@ static void destroy(struct actor *actor) {
     while (self->requests > 0)
         request_abort(self, self->request[0], 0, &nowhere);
     effects_free(&nowhere);
+    bias_table_free(&self->bias);
     member_free(&self->member);
     cluster_view_free(&self->cluster);
     events_free(&self->feed);
@@ -178,9 +193,9 @@ static const char *describe(struct actor *actor) {
     for (uint32_t i = 0; i < self->upstreams; i++)
         outstanding += self->upstream[i].outstanding;
     snprintf(self->description, sizeof self->description,
-             "requests=%u sequences=%u closing=%u prompt_tokens=%llu outstanding=%llu",
+             "requests=%u sequences=%u closing=%u prompt_tokens=%llu bias=%u bias_users=%u outstanding=%llu",
              self->requests, choices, self->closings, (unsigned long long)self->prompt_tokens,
-             (unsigned long long)outstanding);
+             self->bias.count, bias_table_users(&self->bias), (unsigned long long)outstanding);
     return self->description;
 }
 
@@ -236,6 +251,13 @@ static void set_limits(struct gateway *self) {
     self->submit_timeout_ns = self->settings.submit_timeout_ms * NS_PER_MS;
 }
 
+static void describe_holdings(const struct member *member, Troupe__Hello *hello,
+                              struct effects *out) {
+    const struct gateway *self =
+        (const struct gateway *)((const char *)member - offsetof(struct gateway, member));
+    bias_table_hello(&self->bias, hello, out);
+}
+
 struct actor *gateway_create(const struct actor_identity *identity, const struct settings *settings,
                              const struct model_config *config,
                              const struct gateway_options *options) {
@@ -244,6 +266,8 @@ struct actor *gateway_create(const struct actor_identity *identity, const struct
     self->actor.class = &GATEWAY_CLASS;
     bool joined = member_init(&self->member, identity, settings, 0, ROLE_BIT(ROLE_ATTENTION), 0);
     ASSERT(joined && "memory for a gateway");
+    self->member.describe_holdings = describe_holdings;
+    bias_table_init(&self->bias, config->layers * config->experts);
     self->settings = *settings;
     self->config = *config;
     self->tokenizer = options->tokenizer;

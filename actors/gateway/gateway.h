@@ -13,6 +13,7 @@
 #define TROUPE_GATEWAY_H
 
 #include "actors/actors.h"
+#include "actors/bias_table.h"
 #include "actors/gateway/events.h"
 #include "actors/gateway/metrics.h"
 #include "actors/gateway/openai_request.h"
@@ -120,7 +121,8 @@ struct request {
     bool starts_in_reasoning;
     bool resumable; /* events carry ids */
     bool named;     /* by the client, in X-Request-Id */
-    bool pinned; /* bias_version is fixed */
+    bool names_version; /* it goes on with bias_version, that its stream began with */
+    bool pinned;        /* bias_version is fixed, and kept in gateway.bias until the request ends */
     uint64_t bias_version;
     struct request_trace *trace; /* NULL: its entry has been given to a newer one */
 };
@@ -157,6 +159,7 @@ struct gateway {
     struct request_limits limits;
     uint64_t poll_ns, retry_ns, submit_timeout_ns;
 
+    struct bias_table bias; /* versions of the routing bias: the whole of what pinned requests can be run with again */
     struct request **request; /* [requests] */
     uint32_t requests, requests_capacity;
     uint64_t prompt_tokens; /* held by all requests; at most HISTORY_TOKENS_MAX */
@@ -230,6 +233,10 @@ bool upstream_place(struct gateway *self, struct choice *choice, uint64_t now_ns
  * until it has. */
 void upstream_leave(struct gateway *self, struct choice *choice, bool tell, uint64_t now_ns,
                     struct effects *out);
+/* The actor wants the bias version of the request: it is sent, and SUBMIT again. */
+void upstream_send_bias(struct gateway *self, struct choice *choice, uint64_t now_ns,
+                        struct effects *out);
+void upstream_unpin(struct gateway *self, struct request *request);
 void upstream_poll(struct gateway *self, struct choice *choice, uint64_t now_ns,
                    struct effects *out);
 /* The actor is told to forget the sequence, until it has. */

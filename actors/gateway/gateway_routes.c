@@ -98,7 +98,8 @@ static void metrics(struct gateway *self, const struct http_request *http, uint6
         .model = self->served_model,
         .requests = self->requests,
         .epoch = self->member.epoch,
-        .bias_version = self->member.bias_version,
+        .bias_version = bias_number(self->member.bias_version),
+        .bias = &self->bias,
         .serving = self->member.serving,
         .replicas = self->settings.replicas,
         .unrepaired_ns =

@@ -10,7 +10,7 @@ static const struct {
     const char *type;
 } TYPES[] = {
     {400, "BadRequestError"},       {401, "AuthenticationError"},  {404, "NotFoundError"},
-    {405, "MethodNotAllowedError"}, {413, "RequestTooLargeError"}, {429, "RateLimitError"},
+    {405, "MethodNotAllowedError"}, {410, "GoneError"}, {413, "RequestTooLargeError"}, {429, "RateLimitError"},
     {500, "InternalServerError"},   {501, "NotImplementedError"},  {503, "ServiceUnavailableError"},
 };
 

@@ -205,6 +205,20 @@ static void write_counters(struct text *out, const struct metrics *self, const c
                     self->answered[i].status, self->answered[i].count);
 }
 
+/* Requests by the version of the routing bias that they are pinned to. Version 0 is always there and not counted. */
+static void write_bias(struct text *out, const struct bias_table *bias) {
+    write_gauge(out, "troupe_bias_versions", "Routing bias versions held, the model's own not counted.",
+                bias->count);
+    metric_head(out, "troupe_bias_requests", "gauge", "Requests pinned to each routing bias version.");
+    for (uint32_t i = 0; i < BIAS_VERSIONS_HELD_MAX; i++) {
+        char name[BIAS_NAME_BYTES];
+        if (bias->version[i].id == 0)
+            continue;
+        bias_name(name, bias->version[i].id);
+        text_format(out, "troupe_bias_requests{version=\"%s\"} %u\n", name, bias->version[i].users);
+    }
+}
+
 void metrics_write(struct text *out, const struct metrics *self, const struct metrics_now *now,
                    const struct cluster_view *cluster) {
     write_model_gauge(out, "vllm:num_requests_running",
@@ -224,6 +238,7 @@ void metrics_write(struct text *out, const struct metrics *self, const struct me
                 (double)now->epoch);
     write_gauge(out, "troupe_bias_version", "Routing bias version of the epoch.",
                 (double)now->bias_version);
+    write_bias(out, now->bias);
     write_gauge(out, "troupe_serving", "1 if a request would be served.", now->serving);
     write_gauge(out, "troupe_unrepaired_seconds",
                 "Time since the oldest loss that has not been made good; 0: there is none.",

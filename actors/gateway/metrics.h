@@ -4,6 +4,7 @@
 #define TROUPE_METRICS_H
 
 #include "actors/actor.h"
+#include "actors/bias_table.h"
 #include "actors/gateway/json_text.h"
 
 enum metric_histogram {
@@ -91,6 +92,7 @@ struct metrics_now {
     uint64_t epoch, bias_version, unrepaired_ns;
     uint32_t replicas; /* wanted */
     bool serving;
+    const struct bias_table *bias;
 };
 void metrics_write(struct text *out, const struct metrics *self, const struct metrics_now *now,
                    const struct cluster_view *cluster);

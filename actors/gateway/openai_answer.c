@@ -17,9 +17,10 @@ void answer_write_head(struct text *out, const struct gateway *self, const struc
     text_format(out, ",\"object\":\"%s\",\"created\":%" PRId64 ",\"model\":", object,
                 request->created_s);
     text_json_string(out, self->served_model);
-    text_format(out, ",\"system_fingerprint\":\"troupe-%s-%s-b%" PRIu64 "\"",
-                self->member.identity.model_fingerprint, self->member.identity.numerics,
-                request->bias_version);
+    char version[BIAS_NAME_BYTES];
+    bias_name(version, request->bias_version);
+    text_format(out, ",\"system_fingerprint\":\"troupe-%s-%s-b%s\"",
+                self->member.identity.model_fingerprint, self->member.identity.numerics, version);
 }
 
 void answer_write_usage(struct text *out, const struct request *request) {

@@ -38,6 +38,7 @@ static void free_prompt(struct prompt *prompt) {
 }
 
 static void free_request(struct gateway *self, struct request *request) {
+    upstream_unpin(self, request);
     for (uint32_t i = 0; i < request->choices; i++)
         choice_free(self, &request->choice[i]);
     for (uint32_t i = 0; i < request->prompts; i++)

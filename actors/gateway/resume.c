@@ -1,7 +1,8 @@
 /* A client that was cut off goes on where its stream stopped.
  *
  * A client that sends the header X-Stream-Resume gets an `id:` line with each event: how many tokens of each choice it has seen
- * by then, "12,7f" (f: the choice has ended). It comes back, to any gateway, with the same request, the same X-Request-Id and that
+ * by then, "12,7f" (f: the choice has ended), after the version of the routing bias that the request is pinned to, if that is
+ * not the model's own: "7.9f86d081:12,7f". So any gateway goes on with that version, or says that it does not exist any more. It comes back, to any gateway, with the same request, the same X-Request-Id and that
  * id in Last-Event-ID. The request is then computed anew - the same request gives the same tokens - and what the client has
  * is left out. So there is nothing that a gateway must keep, or lose: not even the journal of a gateway that died is needed.
  * A seed that the client has not given follows from its X-Request-Id. */
@@ -11,7 +12,10 @@
 #include <string.h>
 
 void resume_write_id(struct text *out, const struct request *request) {
-    text_puts(out, "id: ");
+    char version[BIAS_NAME_BYTES];
+    bias_name(version, request->bias_version);
+    text_format(out, "id: %s%s", request->bias_version != 0 ? version : "",
+                request->bias_version != 0 ? ":" : "");
     for (uint32_t i = 0; i < request->choices; i++) {
         const struct choice *choice = request->choice[i];
         char number[32];
@@ -35,6 +39,13 @@ int resume_take_id(struct request *request, const char *id, struct http_error *e
     const char *at = id;
     if (id == NULL || *id == 0)
         return 0;
+    request->names_version = true; /* version 0 if none is said */
+    if (strchr(id, ':') != NULL) {
+        at = bias_name_read(id, ':', &request->bias_version);
+        if (at == NULL || *at != ':' || request->bias_version == 0)
+            return bad(error);
+        at++;
+    }
     for (uint32_t i = 0; i < request->choices; i++) {
         struct choice *choice = request->choice[i];
         char *end;

@@ -181,6 +181,10 @@ void tokens_rejected(struct gateway *self, const message *envelope, uint64_t now
         upstream_closed(self, rejected->sequence, envelope->from);
         return;
     }
+    if (rejected->bias_wanted != 0 && rejected->bias_wanted == choice->request->bias_version) {
+        upstream_send_bias(self, choice, now_ns, out);
+        return;
+    }
     bool busy = rejected->code == ERR_BUSY || rejected->code == ERR_STATE;
     if (!rejected->unknown && !busy) {
         struct http_error error;

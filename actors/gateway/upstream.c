@@ -156,6 +156,57 @@ static bool wait_longer(struct gateway *self, struct choice *choice, uint64_t no
     return true;
 }
 
+/* ---- versions of the routing bias ---- */
+
+/* The first time that somebody could run it, a request is pinned to the version of that time, or to the one that it goes on with: its
+ * tokens follow from it, whoever computes them how often. False: this gateway does not hold that version. */
+static bool pin(struct gateway *self, struct request *request) {
+    if (request->pinned)
+        return true;
+    uint64_t id = request->names_version ? request->bias_version : self->member.bias_version;
+    struct bias_version *version = bias_table_find(&self->bias, id);
+    if (version == NULL && id != 0)
+        return false;
+    if (version != NULL)
+        version->users++;
+    request->bias_version = id;
+    request->pinned = true;
+    return true;
+}
+
+void upstream_unpin(struct gateway *self, struct request *request) {
+    struct bias_version *version = bias_table_find(&self->bias, request->bias_version);
+    if (request->pinned && version != NULL)
+        version->users--;
+    request->pinned = false;
+}
+
+/* A gateway that serves holds every version that still exists. */
+static void refuse_to_go_on(struct gateway *self, struct request *request, uint64_t now_ns,
+                            struct effects *out) {
+    struct http_error error;
+    char name[BIAS_NAME_BYTES];
+    bias_name(name, request->bias_version);
+    http_fail(&error, 410, NULL,
+              "the routing bias that this stream began with (version %s) does not exist any more: send the request "
+              "without Last-Event-ID", name);
+    request_fail(self, request, &error, now_ns, out);
+}
+
+void upstream_send_bias(struct gateway *self, struct choice *choice, uint64_t now_ns,
+                        struct effects *out) {
+    const struct bias_version *version = bias_table_find(&self->bias, choice->request->bias_version);
+    ASSERT(choice->state == CHOICE_PLACED && version != NULL);
+    Troupe__Bias bias;
+    bias_fill(&bias, version, self->bias.entries);
+    message envelope = member_envelope(&self->member);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_BIAS;
+    envelope.bias = &bias;
+    effects_send(out, choice->actor, &envelope);
+    send_submit(self, choice, out);
+    set_deadline(self, choice, now_ns + self->poll_ns);
+}
+
 static void forget_closing(struct gateway *self, uint32_t index) {
     self->closing[index] = self->closing[--self->closings];
 }
@@ -184,9 +235,11 @@ bool upstream_place(struct gateway *self, struct choice *choice, uint64_t now_ns
         request_fail(self, request, &error, now_ns, out);
         return false;
     }
-    if (!request->pinned) {
-        request->pinned = true;
-        request->bias_version = self->member.bias_version;
+    if (!pin(self, request)) {
+        if (!request->names_version) /* the coordinator sends it */
+            return wait_longer(self, choice, now_ns, now_ns + self->retry_ns, out);
+        refuse_to_go_on(self, request, now_ns, out);
+        return false;
     }
     choice->state = CHOICE_PLACED;
     choice->actor = upstream->id;

@@ -253,6 +253,26 @@ static void print_plan(const json_t *answer) {
            text_of(answer, "note")[0] != 0 ? ": " : "", text_of(answer, "note"));
 }
 
+static void print_bias(const json_t *answer) {
+    size_t index;
+    json_t *version;
+    const json_t *imbalance = json_object_get(answer, "imbalance");
+    printf("biases %s; version %s is current; gamma %g, clamp %g, at most every %lld ms\n",
+           json_is_true(json_object_get(answer, "on")) ? "follow the load" : "stay as they are", text_of(answer, "name"),
+           json_number_value(json_object_get(answer, "gamma")), json_number_value(json_object_get(answer, "clamp")),
+           number_of(answer, "interval_ms"));
+    if (imbalance != NULL)
+        printf("imbalance (max - mean) / mean of the layers when they last moved: mean %.3f, worst %.3f\n",
+               json_number_value(json_object_get(imbalance, "mean")),
+               json_number_value(json_object_get(imbalance, "worst")));
+    if (json_array_size(json_object_get(answer, "versions")) > 0)
+        printf("%-20s %-8s %10s %9s %10s %8s\n", "version", "state", "largest", "requests", "sequences", "holders");
+    json_array_foreach(json_object_get(answer, "versions"), index, version)
+        printf("%-20s %-8s %10.4f %9lld %10lld %8lld\n", text_of(version, "name"), text_of(version, "state"),
+               json_number_value(json_object_get(version, "largest")), number_of(version, "requests"),
+               number_of(version, "sequences"), number_of(version, "holders"));
+}
+
 /* ---- subcommands ---- */
 
 static json_t *number_or_text(const char *word) {
@@ -299,6 +319,21 @@ static void print_message(const json_t *answer) {
     printf("%s\n", text_of(answer, "message"));
 }
 
+/* NULL: show, which only asks. */
+static json_t *make_bias(const struct ctl *self) {
+    const struct options *options = self->options;
+    if (self->words == 0 || strcmp(self->word[0], "show") == 0)
+        return NULL;
+    json_t *body = json_pack("{s:s}", "action", self->word[0]);
+    if (options->gamma > 0)
+        json_object_set_new(body, "gamma", json_real(options->gamma));
+    if (options->clamp >= 0)
+        json_object_set_new(body, "clamp", json_real(options->clamp));
+    if (options->interval_ms > 0)
+        json_object_set_new(body, "interval_ms", json_integer((json_int_t)options->interval_ms));
+    return body;
+}
+
 static const struct subcommand {
     const char *name, *arguments;
     int least, most; /* words after the name */
@@ -315,6 +350,7 @@ static const struct subcommand {
     {"move", "LAYER EXPERT FROM TO", 4, 4, "/move", make_move, print_begun},
     {"replicate", "LAYER EXPERT [TO]", 2, 3, "/replicate", make_replicate, print_begun},
     {"rebalance", "[--dry-run]", 0, 0, "/rebalance", make_rebalance, print_plan},
+    {"bias", "on|off|show|reset [--gamma G] [--clamp C] [--interval-ms N]", 0, 1, "/bias", make_bias, print_bias},
     {"cancel", "OPERATION", 1, 1, "/cancel", make_cancel, print_begun},
     {"journal", "start FILE | stop", 1, 2, "/troupe/journal", make_journal, print_message},
     {"record", "start|stop|dump --output FILE", 1, 1, NULL, NULL, NULL},

@@ -63,7 +63,7 @@ static const struct command {
      "place experts on processes from recorded loads, and what that would give and cost"},
     {"ctl", FOR_CONTROL, command_ctl,
      "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
-     "replicate L E [TO] | rebalance | cancel ID | record start|stop|dump | journal start FILE|stop | fault \"KIND ROLE N ...\" [OPTIONS]",
+     "replicate L E [TO] | rebalance | bias on|off|show|reset | cancel ID | record start|stop|dump | journal start FILE|stop | fault \"KIND ROLE N ...\" [OPTIONS]",
      "ask a running troupe how it is, and change it while it serves"},
     {"top", FOR_TOP, command_top, "[--url URL] [--once]",
      "the live view in a terminal: load of each expert, processes, faults"},

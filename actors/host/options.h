@@ -42,6 +42,8 @@ struct options {
         jobs, runs, processes, hosts, spare, groups, window, expert_bytes, horizon;
     double temperature, rate;
     bool allow_faults, in_process, verbose, help, once, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
+    uint64_t interval_ms; /* bias on */
+    double gamma, clamp;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
     int positionals;

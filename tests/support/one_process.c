@@ -153,7 +153,8 @@ struct batch_row one_process_row(const struct one_process *self, uint32_t sequen
     ASSERT(sequence < ONE_PROCESS_SEQUENCES);
     ASSERT(position / PAGE_TOKENS < self->pages_per_sequence);
     return (struct batch_row){token, position, sequence, (uint8_t)form,
-                              self->pages + (size_t)sequence * self->pages_per_sequence};
+                              self->pages + (size_t)sequence * self->pages_per_sequence,
+                              self->bias[sequence]};
 }
 
 void one_process_forget(struct one_process *self, uint32_t sequence) {

@@ -19,6 +19,7 @@ struct one_process {
     uint32_t batch_rows;
     uint32_t *pages; /* [ONE_PROCESS_SEQUENCES][pages_per_sequence] */
     uint32_t pages_per_sequence;
+    const float *bias[ONE_PROCESS_SEQUENCES]; /* version of the routing bias of each; NULL: the model's own */
     uint32_t part_items_max; /* largest EXPERT program */
     struct dispatch_plan plan;
     struct placement placement;
