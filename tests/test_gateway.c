@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "actors/bias_table.h"
 #include "tests/support/gateway_rig.h"
 #include "tests/support/random.h"
 
@@ -180,7 +181,11 @@ static void a_completion_is_the_decoded_tokens(void **state) {
     assert_string_equal(string_at(answer, "object"), "text_completion");
     assert_string_equal(string_at(answer, "model"), "demo");
     assert_memory_equal(string_at(answer, "id"), "cmpl-", 5);
-    assert_string_equal(string_at(answer, "system_fingerprint"), "troupe-0123456789abcdef-bf16-b4");
+    char name[BIAS_NAME_BYTES], fingerprint[96];
+    bias_name(name, rig_bias_id(rig, 4));
+    snprintf(fingerprint, sizeof fingerprint, "troupe-0123456789abcdef-bf16-b%s", name);
+    assert_memory_equal(name, "4.", 2);
+    assert_string_equal(string_at(answer, "system_fingerprint"), fingerprint);
     assert_int_equal(integer_at(answer, "created"), 1700000001);
     const json_t *choice = choice_at(answer, 0);
     const json_t *ids = json_object_get(choice, "token_ids");

@@ -23,6 +23,9 @@ struct packed {
 
 static uint32_t LAYERS[] = {0, 1, 255}, EXPERTS[] = {3, 0, 1023}, HOLDERS[] = {4, 4, 5};
 static uint64_t ROWS[] = {10, UINT64_MAX, 0};
+static uint64_t VERSIONS[] = {UINT64_MAX, 7};
+static uint32_t USERS[] = {0, UINT32_MAX};
+static float DELTAS[] = {-BIAS_DELTA_MAX, 0, BIAS_DELTA_MAX};
 static uint32_t TOKENS[] = {0, 5, 4095}, STOPS[] = {1};
 static uint32_t BIAS_TOKENS[] = {9, 8};
 static float BIAS_VALUES[] = {-100, -INFINITY}, LOGITS[] = {1, -2, 3};
@@ -48,6 +51,9 @@ struct sample {
     Troupe__Status status;
     Troupe__Shutdown shutdown;
     Troupe__PeerExited peer_exited;
+    Troupe__Bias bias;
+    Troupe__Bias *bias_list[1];
+    Troupe__BiasRelease bias_release;
     Troupe__Sampling sampling;
     Troupe__Member member[2];
     Troupe__Member *members[2];
@@ -79,6 +85,12 @@ static void fill_sample(struct sample *s) {
     s->hello.model_fingerprint = "0123456789abcdef";
     s->hello.numerics = "bf16";
     s->hello.name = "expert-2";
+    troupe__bias__init(&s->bias);
+    s->bias.version = 7, s->bias.delta = DELTAS, s->bias.n_delta = 3;
+    s->bias_list[0] = &s->bias;
+    s->hello.bias = s->bias_list, s->hello.n_bias = 1;
+    troupe__bias_release__init(&s->bias_release);
+    s->bias_release.version = 7;
     troupe__welcome__init(&s->welcome);
     s->welcome.id = 4;
     troupe__refused__init(&s->refused);
@@ -86,6 +98,8 @@ static void fill_sample(struct sample *s) {
     troupe__heartbeat__init(&s->heartbeat);
     s->heartbeat.state = TROUPE__ACTOR_STATE__STATE_READY;
     LOADS(s->heartbeat);
+    s->heartbeat.bias_version = VERSIONS, s->heartbeat.bias_users = USERS;
+    s->heartbeat.n_bias_version = s->heartbeat.n_bias_users = 2;
     troupe__assign__init(&s->assign);
     s->assign.layer = LAYERS, s->assign.expert = EXPERTS,
     s->assign.n_layer = s->assign.n_expert = 3;
@@ -160,7 +174,7 @@ static void fill_sample(struct sample *s) {
         X(READY, ready) X(COMMIT, commit) X(RELEASE, release) X(SUBMIT, submit) X(TOKENS, tokens)  \
             X(POLL, poll) X(CANCEL, cancel) X(REJECTED, rejected) X(STATS, stats)                  \
                 X(STATUS_REQUEST, status_request) X(STATUS, status) X(SHUTDOWN, shutdown)          \
-                    X(PEER_EXITED, peer_exited)
+                    X(PEER_EXITED, peer_exited) X(BIAS, bias) X(BIAS_RELEASE, bias_release)
 
 static const Troupe__Envelope__BodyCase KINDS[] = {
 #define X(NAME, field) TROUPE__ENVELOPE__BODY_##NAME,
@@ -184,7 +198,8 @@ static void choose(struct sample *s, Troupe__Envelope__BodyCase kind) {
             SET(READY, ready) SET(COMMIT, commit) SET(RELEASE, release) SET(SUBMIT, submit)
                 SET(POLL, poll) SET(CANCEL, cancel) SET(REJECTED, rejected) SET(STATS, stats)
                     SET(STATUS_REQUEST, status_request) SET(STATUS, status) SET(SHUTDOWN, shutdown)
-                        SET(PEER_EXITED, peer_exited)
+                        SET(PEER_EXITED, peer_exited) SET(BIAS, bias)
+                            SET(BIAS_RELEASE, bias_release)
 #undef SET
                             default : fail_msg("no sample of kind %d", (int)kind);
     }
@@ -284,6 +299,9 @@ static float MANY_FLOATS[LOGIT_BIAS_MAX + 1];
 static Troupe__TopLogprob *MANY_TOPS[TOP_LOGPROBS_MAX + 1];
 static Troupe__Member *MANY_MEMBERS[ACTORS_MAX + 1];
 
+static uint64_t MANY_VERSIONS[BIAS_VERSIONS_HELD_MAX + 1];
+static float LARGE_DELTAS[] = {0, 0, -1.5f * BIAS_DELTA_MAX};
+
 #define LIE(name, statement)                                                                       \
     static void name(struct sample *s) {                                                           \
         statement;                                                                                 \
@@ -300,6 +318,13 @@ LIE(heartbeat_state, s->heartbeat.state = 6)
 LIE(heartbeat_parallel, s->heartbeat.n_load_rows = 2)
 LIE(heartbeat_layer, s->heartbeat.load_layer = BIG_LAYERS)
 LIE(heartbeat_expert, s->heartbeat.load_expert = BIG_EXPERTS)
+LIE(heartbeat_users, s->heartbeat.n_bias_users = 1)
+LIE(heartbeat_versions, s->heartbeat.bias_version = MANY_VERSIONS; s->heartbeat.bias_users = MANY;
+    s->heartbeat.n_bias_version = s->heartbeat.n_bias_users = BIAS_VERSIONS_HELD_MAX + 1)
+LIE(bias_version, s->bias.version = 0)
+LIE(bias_large, s->bias.delta = LARGE_DELTAS)
+LIE(bias_nan, s->bias.delta = NAN_VALUES; s->bias.n_delta = 2)
+LIE(bias_release_version, s->bias_release.version = 0)
 LIE(assign_parallel, s->assign.n_expert = 2)
 LIE(assign_layer, s->assign.layer = BIG_LAYERS)
 LIE(assign_expert, s->assign.expert = BIG_EXPERTS)
@@ -369,6 +394,13 @@ static void test_lies(void **state) {
           "load_rows: expected 3 entries as in load_layer, found 2"),
         C(HEARTBEAT, heartbeat_layer, CORRUPT, "load_layer: expected less than 256, found 256"),
         C(HEARTBEAT, heartbeat_expert, CORRUPT, "load_expert: expected less than 1024, found 1024"),
+        C(HEARTBEAT, heartbeat_users, CORRUPT, "bias_users: expected 2 entries as in bias_version"),
+        C(HEARTBEAT, heartbeat_versions, TOO_LARGE, "bias_version: expected at most 32 entries"),
+        C(BIAS, bias_version, CORRUPT, "Bias.version: expected a value, found 0"),
+        C(BIAS, bias_large, CORRUPT, "Bias.delta: expected a number from -1 to 1, found -1.5"),
+        C(BIAS, bias_nan, CORRUPT, "Bias.delta: expected a number from -1 to 1"),
+        C(HELLO, bias_large, CORRUPT, "Bias.delta: expected a number from -1 to 1, found -1.5"),
+        C(BIAS_RELEASE, bias_release_version, CORRUPT, "BiasRelease.version: expected a value"),
         C(ASSIGN, assign_parallel, CORRUPT, "expert: expected 3 entries as in layer, found 2"),
         C(ASSIGN, assign_layer, CORRUPT, "Assign.layer"),
         C(ASSIGN, assign_expert, CORRUPT, "Assign.expert"),

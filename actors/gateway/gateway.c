@@ -193,9 +193,9 @@ static const char *describe(struct actor *actor) {
     for (uint32_t i = 0; i < self->upstreams; i++)
         outstanding += self->upstream[i].outstanding;
     snprintf(self->description, sizeof self->description,
-             "requests=%u sequences=%u closing=%u prompt_tokens=%llu bias=%u bias_users=%u outstanding=%llu",
+             "requests=%u sequences=%u closing=%u prompt_tokens=%llu outstanding=%llu bias_users=%u bias=%u",
              self->requests, choices, self->closings, (unsigned long long)self->prompt_tokens,
-             self->bias.count, bias_table_users(&self->bias), (unsigned long long)outstanding);
+             (unsigned long long)outstanding, bias_table_users(&self->bias), self->bias.count);
     return self->description;
 }
 

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "actors/bias_table.h"
 #include "model/tokenizer.h"
 #include "proto/wire.h"
 #include "tests/support/random.h"
@@ -98,7 +99,8 @@ uint32_t rig_next(const struct rig *rig, const struct rig_sequence *sequence) {
         return generated < rig->script_tokens ? rig->script[generated]
                                               : (uint32_t)rig->config.eos[0];
     uint64_t state = (sequence->temperature == 0 ? 0 : sequence->seed) * 31 +
-                     sequence->tokens * 1009u + sequence->token[sequence->tokens - 1];
+                     sequence->tokens * 1009u + sequence->token[sequence->tokens - 1] +
+                     bias_number(sequence->bias_version) * 7919u;
     return 3 + random_below(&state, 4000);
 }
 
@@ -189,6 +191,27 @@ static void reject(struct rig *rig, struct rig_attention *attention, uint64_t se
     reply(rig, attention, &envelope);
 }
 
+static bool holds_bias(const struct rig_attention *attention, uint64_t version) {
+    for (uint32_t i = 0; i < attention->biases; i++)
+        if (attention->bias[i] == version)
+            return true;
+    return version == 0;
+}
+
+static void want_bias(struct rig *rig, struct rig_attention *attention,
+                      const Troupe__Submit *submit) {
+    Troupe__Rejected rejected = TROUPE__REJECTED__INIT;
+    rejected.sequence = submit->sequence;
+    rejected.code = ERR_NOT_FOUND;
+    rejected.bias_wanted = submit->bias_version;
+    rejected.reason = "not here";
+    message envelope = TROUPE__ENVELOPE__INIT;
+    envelope.body_case = TROUPE__ENVELOPE__BODY_REJECTED;
+    envelope.rejected = &rejected;
+    attention->bias_asked++;
+    reply(rig, attention, &envelope);
+}
+
 static void on_submit(struct rig *rig, struct rig_attention *attention,
                       const Troupe__Submit *submit) {
     attention->submits++;
@@ -198,10 +221,15 @@ static void on_submit(struct rig *rig, struct rig_attention *attention,
         reject(rig, attention, submit->sequence, attention->refuse, false);
         return;
     }
+    if (attention->lacks_bias && !holds_bias(attention, submit->bias_version)) {
+        want_bias(rig, attention, submit);
+        return;
+    }
     assert_true(attention->sequences < 512);
     struct rig_sequence *sequence = &attention->sequence[attention->sequences++];
     memset(sequence, 0, sizeof *sequence);
     sequence->id = submit->sequence;
+    sequence->bias_version = submit->bias_version;
     sequence->seed = submit->sampling->seed;
     sequence->temperature = submit->sampling->temperature;
     sequence->tokens = sequence->given = (uint32_t)submit->n_token;
@@ -234,6 +262,12 @@ static void on_attention(struct rig *rig, struct rig_attention *attention,
         else
             tell(rig, attention, sequence, envelope->poll->have, envelope->poll->have_prompt,
                  BURST);
+        break;
+    case TROUPE__ENVELOPE__BODY_BIAS:
+        assert_true(bias_id(bias_number(envelope->bias->version), envelope->bias->delta,
+                            (uint32_t)envelope->bias->n_delta) == envelope->bias->version);
+        if (!holds_bias(attention, envelope->bias->version))
+            attention->bias[attention->biases++] = envelope->bias->version;
         break;
     case TROUPE__ENVELOPE__BODY_CANCEL:
         attention->cancels++;
@@ -297,6 +331,40 @@ static void fill_member(Troupe__Member *member, actor_id id, uint64_t incarnatio
     member->state = TROUPE__ACTOR_STATE__STATE_READY;
 }
 
+static float *rig_delta(const struct rig *rig, uint32_t number) {
+    float *delta = calloc(rig->config.layers * rig->config.experts, sizeof *delta);
+    delta[0] = (float)number / 1024;
+    return delta;
+}
+
+uint64_t rig_bias_id(const struct rig *rig, uint32_t number) {
+    float *delta = rig_delta(rig, number);
+    uint64_t id = number == 0 ? 0 : bias_id(number, delta, rig->config.layers * rig->config.experts);
+    free(delta);
+    return id;
+}
+
+void rig_bias(struct rig *rig, uint32_t number) {
+    Troupe__Bias body = TROUPE__BIAS__INIT;
+    body.version = rig_bias_id(rig, number);
+    body.delta = rig_delta(rig, number);
+    body.n_delta = rig->config.layers * rig->config.experts;
+    message envelope = TROUPE__ENVELOPE__INIT;
+    envelope.body_case = TROUPE__ENVELOPE__BODY_BIAS;
+    envelope.bias = &body;
+    rig_message(rig, ACTOR_COORDINATOR, COORDINATOR_INCARNATION, &envelope);
+    free(body.delta);
+}
+
+void rig_bias_release(struct rig *rig, uint32_t number) {
+    Troupe__BiasRelease body = TROUPE__BIAS_RELEASE__INIT;
+    body.version = rig_bias_id(rig, number);
+    message envelope = TROUPE__ENVELOPE__INIT;
+    envelope.body_case = TROUPE__ENVELOPE__BODY_BIAS_RELEASE;
+    envelope.bias_release = &body;
+    rig_message(rig, ACTOR_COORDINATOR, COORDINATOR_INCARNATION, &envelope);
+}
+
 void rig_commit(struct rig *rig) {
     Troupe__Member member[RIG_ATTENTIONS + 2], *list[RIG_ATTENTIONS + 2];
     char name[RIG_ATTENTIONS][16];
@@ -321,7 +389,7 @@ void rig_commit(struct rig *rig) {
     body.expert = expert;
     body.holder = holder;
     body.serving = rig->serving;
-    body.bias_version = 4;
+    body.bias_version = rig_bias_id(rig, rig->bias_number);
     message envelope = TROUPE__ENVELOPE__INIT;
     envelope.body_case = TROUPE__ENVELOPE__BODY_COMMIT;
     envelope.commit = &body;
@@ -330,6 +398,8 @@ void rig_commit(struct rig *rig) {
 
 void rig_join(struct rig *rig) {
     welcome(rig);
+    if (rig->bias_number != 0)
+        rig_bias(rig, rig->bias_number);
     rig_commit(rig);
 }
 
@@ -451,8 +521,9 @@ bool rig_settles(struct rig *rig, uint32_t ticks) {
         for (uint32_t a = 0; a < RIG_ATTENTIONS; a++)
             held += rig->attention[a].sequences;
         if (held == 0 &&
-            strcmp(rig->gateway->class->describe(rig->gateway),
-                   "requests=0 sequences=0 closing=0 prompt_tokens=0 outstanding=0") == 0)
+            strstr(rig->gateway->class->describe(rig->gateway),
+                   "requests=0 sequences=0 closing=0 prompt_tokens=0 outstanding=0 bias_users=0 ") !=
+                NULL)
             return true;
         rig_tick(rig);
     }
@@ -548,6 +619,7 @@ struct rig *rig_open(const struct rig_options *options, const struct settings *s
     rig->seed = 1;
     rig->serving = true;
     rig->tokens_per_message = 1;
+    rig->bias_number = 4;
     rig->exit_code = -1;
     struct gateway_options gateway = {
         .served_model = "demo",

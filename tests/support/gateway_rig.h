@@ -23,6 +23,7 @@ struct rig_sequence {
     uint32_t top;
     float temperature;
     uint32_t stop_token[64], stop_tokens;
+    uint64_t bias_version;
 };
 
 struct rig_attention {
@@ -30,6 +31,9 @@ struct rig_attention {
     uint64_t incarnation;
     bool alive;
     int refuse; /* 0, or the code of a REJECTED to every SUBMIT */
+    bool lacks_bias; /* it holds those versions only that the gateway has handed it */
+    uint64_t bias[8];
+    uint32_t biases, bias_asked;
     struct rig_sequence sequence[512];
     uint32_t sequences, submits, cancels;
     uint64_t largest_index; /* tokens generated in all */
@@ -61,6 +65,7 @@ struct rig {
     double loss, duplicate;
     bool reorder;
     bool serving;
+    uint32_t bias_number; /* of the version that an epoch names, 0: the model's own; default 4 */
     uint32_t tokens_per_message; /* several at once, default 1 */
     const uint32_t *script;      /* what every sequence generates; then eos */
     uint32_t script_tokens;
@@ -83,6 +88,10 @@ void rig_close(struct rig *rig);
 void rig_join(struct rig *rig);
 /* Publishes an epoch with the attention actors that are alive. */
 void rig_commit(struct rig *rig);
+/* The coordinator hands over the version of that number, or takes it back. */
+uint64_t rig_bias_id(const struct rig *rig, uint32_t number);
+void rig_bias(struct rig *rig, uint32_t number);
+void rig_bias_release(struct rig *rig, uint32_t number);
 void rig_kill(struct rig *rig, uint32_t attention);
 void rig_deliver(struct rig *rig, const struct event *event);
 void rig_message(struct rig *rig, actor_id from, uint64_t incarnation, message *envelope);
