@@ -21,27 +21,8 @@ struct holding {
     uint32_t count;
 };
 
-static const char *request(struct stage *stage, const char *method, const char *body, uint16_t wanted) {
-    static char text[16384];
-    static uint64_t client;
-    struct http_request http = {.client = ++client, .method = method, .path = "/bias", .query = "", .body = body,
-                                .body_bytes = body != NULL ? strlen(body) : 0};
-    stage->next[EFFECT_STREAM] = 0;
-    uint32_t before = stage_count(stage, EFFECT_STREAM);
-    stage_step(stage, &(struct event){.kind = EVENT_HTTP_REQUEST, .http = &http});
-    const struct effect *effect = NULL;
-    for (uint32_t i = 0; i <= before; i++)
-        effect = stage_take(stage, EFFECT_STREAM);
-    assert_non_null(effect);
-    snprintf(text, sizeof text, "%.*s", (int)effect->stream.size, (const char *)effect->stream.bytes);
-    if (effect->stream.status != wanted)
-        fail_msg("%s: status %u, wanted %u: %s", body, effect->stream.status, wanted, text);
-    return text;
-}
-
-static void assert_says(const char *text, const char *wanted) {
-    if (strstr(text, wanted) == NULL)
-        fail_msg("\"%s\" is not in %s", wanted, text);
+static const char *ask(struct stage *stage, const char *method, const char *body, uint16_t wanted) {
+    return request(stage, method, "/bias", body, wanted);
 }
 
 /* A heartbeat in which layer 1 has routed `rows` (of experts 0..3) in all. */
@@ -108,7 +89,7 @@ static const uint64_t ROWS[4] = {6000, 2000, 0, 0}; /* mean 2000, in layer 1; la
 /* A troupe whose biases follow the load; the first interval has begun. */
 static void open_following(struct stage *stage, struct player *player) {
     open_troupe(stage, player);
-    request(stage, "POST", ON, 200);
+    ask(stage, "POST", ON, 200);
     settle(stage, player, 5);
     stage_clear(stage);
 }
@@ -171,7 +152,7 @@ static void test_a_version_is_current_when_all_hold_it(void **state) {
     struct holding held = one(id, 0);
     beat(&stage, &player[1], &held, NULL);
     assert_true(epoch_of(&stage) == epoch); /* the gateway has not said so */
-    assert_says(request(&stage, "GET", NULL, 200), "\"state\":\"coming\",\"holders\":1");
+    assert_says(ask(&stage, "GET", NULL, 200), "\"state\":\"coming\",\"holders\":1");
     beat(&stage, &player[0], &held, NULL);
     assert_true(epoch_of(&stage) > epoch);
     assert_true(last_commit(&stage)->bias_version == id);
@@ -225,15 +206,15 @@ static void test_a_version_is_freed_when_nobody_uses_it(void **state) {
     uint64_t second = make_version(&stage, player, &held);
     assert_true(first != 0 && second != 0 && first != second);
     assert_true(last_commit(&stage)->bias_version == second);
-    request(&stage, "POST", "{\"action\":\"off\"}", 200);
+    ask(&stage, "POST", "{\"action\":\"off\"}", 200);
     stage_clear(&stage);
     live_ms(&stage, player, &held, &held, 2 * stage.settings.bias_linger_ms);
     assert_int_equal(releases(&stage, first), 0); /* a request is pinned to it */
-    assert_says(request(&stage, "GET", NULL, 200), "\"state\":\"in use\"");
+    assert_says(ask(&stage, "GET", NULL, 200), "\"state\":\"in use\"");
     held.users[0] = 0;
     live_ms(&stage, player, &held, &held, stage.settings.bias_linger_ms);
     assert_int_equal(releases(&stage, first), 0); /* and may be gone on with for a while */
-    assert_says(request(&stage, "GET", NULL, 200), "\"state\":\"idle\"");
+    assert_says(ask(&stage, "GET", NULL, 200), "\"state\":\"idle\"");
     live_ms(&stage, player, &held, &held, 3000);
     assert_true(releases(&stage, first) >= 2); /* to both */
     assert_int_equal(releases(&stage, second), 0);
@@ -258,7 +239,7 @@ static void test_versions_are_bounded(void **state) {
     player[3] = join(&stage, ROLE_EXPERT, "expert-1", 103);
     player[4] = join(&stage, ROLE_SAMPLER, "sampler-0", 104);
     settle(&stage, player, 5);
-    request(&stage, "POST", "{\"action\":\"on\",\"gamma\":0.03125,\"clamp\":1,\"interval_ms\":100}", 200);
+    ask(&stage, "POST", "{\"action\":\"on\",\"gamma\":0.03125,\"clamp\":1,\"interval_ms\":100}", 200);
     for (uint32_t i = 0; i < 2; i++) {
         assert_true(make_version(&stage, player, &held) != 0);
         held.users[i] = 1;
@@ -269,8 +250,8 @@ static void test_versions_are_bounded(void **state) {
     beat(&stage, &player[0], &held, NULL);
     beat(&stage, &player[1], &held, NULL);
     live_ms(&stage, player, &held, &held, stage.settings.bias_linger_ms + 2000);
-    assert_says(request(&stage, "GET", NULL, 200), "\"version\":3,"); /* what it counted meanwhile was not lost */
-    assert_null(strstr(request(&stage, "GET", NULL, 200), "\"version\":1,"));
+    assert_says(ask(&stage, "GET", NULL, 200), "\"version\":3,"); /* what it counted meanwhile was not lost */
+    assert_null(strstr(ask(&stage, "GET", NULL, 200), "\"version\":1,"));
     stage_free(&stage);
 }
 
@@ -282,10 +263,10 @@ static void test_reset_is_at_once(void **state) {
     uint64_t id = make_version(&stage, player, &held);
     assert_true(last_commit(&stage)->bias_version == id);
     stage_clear(&stage);
-    assert_says(request(&stage, "POST", "{\"action\":\"reset\"}", 200), "\"on\":true,\"version\":0,\"name\":\"0\"");
+    assert_says(ask(&stage, "POST", "{\"action\":\"reset\"}", 200), "\"on\":true,\"version\":0,\"name\":\"0\"");
     assert_true(last_commit(&stage)->bias_version == 0);
     stage_clear(&stage);
-    request(&stage, "POST", "{\"action\":\"off\"}", 200);
+    ask(&stage, "POST", "{\"action\":\"off\"}", 200);
     assert_false(last_commit(&stage)->bias_on);
     assert_true(make_version(&stage, player, &held) == 0);
     stage_free(&stage);
@@ -362,7 +343,7 @@ static void test_the_next_coordinator_learns_the_versions(void **state) {
     beat(&stage, &attention, &both, NULL);
     assert_true(handed_out(&stage, &attention, NULL) == 0);
     assert_int_equal(releases(&stage, ids[0]), 0);
-    assert_says(request(&stage, "GET", NULL, 200), "\"version\":6,");
+    assert_says(ask(&stage, "GET", NULL, 200), "\"version\":6,");
     stage_free(&stage);
 }
 
@@ -398,8 +379,8 @@ static void test_nonsense_is_refused(void **state) {
     struct player player[5];
     open_troupe(&stage, player);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        assert_says(request(&stage, "POST", cases[i].body, 400), cases[i].why);
-    assert_says(request(&stage, "GET", NULL, 200), "\"on\":false,\"version\":0");
+        assert_says(ask(&stage, "POST", cases[i].body, 400), cases[i].why);
+    assert_says(ask(&stage, "GET", NULL, 200), "\"on\":false,\"version\":0");
     stage_free(&stage);
 }
 
