@@ -46,6 +46,7 @@ static void forget_answer(struct client *client) {
     clear(&client->buffer);
     client->status = 0;
     client->finished = client->versioned = false;
+    client->last_id[0] = '\0';
     for (uint32_t i = 0; i < CHOICES_DRAWN_MAX; i++) {
         struct answer *answer = &client->answer[i];
         clear(&answer->text);
@@ -172,6 +173,12 @@ static void take_events(struct clients *self, uint32_t index) {
         char *event = client->buffer.bytes + at;
         size_t size = (size_t)(end - event);
         at += size + 2;
+        if (strncmp(event, "id: ", 4) == 0) {
+            size_t length = strcspn(event, "\n");
+            snprintf(client->last_id, sizeof client->last_id, "%.*s", (int)length - 4, event + 4);
+            event += length + 1;
+            size -= length + 1;
+        }
         if (strncmp(event, PREFIX, sizeof PREFIX - 1) != 0)
             violate(self, index, "an event", "data: ...", event);
         else if (strncmp(event, "data: [DONE]", 12) == 0)
@@ -191,9 +198,19 @@ static void wait_until(struct client *client, uint64_t at_ns) {
     client->at_ns = at_ns;
 }
 
+/* Half of the streams. */
+static bool goes_on(const struct clients *self, uint32_t index) {
+    return self->scenario->request[index].stream && (self->scenario->seed + index) % 2 == 0;
+}
+
 static void end_response(struct clients *self, uint32_t index) {
     struct client *client = &self->client[index];
     const struct scenario_request *request = &self->scenario->request[index];
+    if (client->status == 410) { /* the bias version that it began with is gone: from the start */
+        forget_answer(client);
+        wait_until(client, world_now_ns(self->world) + RETRY_NS);
+        return;
+    }
     if (client->status == 429 || client->status == 503) { /* refused at the door */
         self->refused++;
         wait_until(client, world_now_ns(self->world) + RETRY_NS);
@@ -244,7 +261,18 @@ static void send_request(struct clients *self, uint32_t index) {
                                    .query = "",
                                    .body = body,
                                    .body_bytes = strlen(body)};
-    forget_answer(client);
+    char name[32];
+    snprintf(name, sizeof name, "r%u", index);
+    if (goes_on(self, index)) {
+        request.request_id = name;
+        request.stream_resume = "1";
+        request.last_event_id = client->last_id[0] != '\0' ? client->last_id : NULL;
+    }
+    if (request.last_event_id == NULL)
+        forget_answer(client);
+    clear(&client->buffer); /* half an event is nothing */
+    client->status = 0;
+    client->went_on += request.last_event_id != NULL;
     client->id = request.client;
     client->state = CLIENT_OPEN;
     if (++client->attempts == ATTEMPTS_MAX)

@@ -1,5 +1,5 @@
 /* The clients of a simulated cluster: they send the scenario's requests over HTTP, read what comes (streamed or whole), try again when
- * they are refused or the gateway's process ends, and hang up when a fault says so. All that they receive is put together per choice,
+ * they are refused or the gateway's process ends (some streams go on with Last-Event-ID then), and hang up when a fault says so. All that they receive is put together per choice,
  * so that it can be compared with the fault-free answer after every piece, however it was cut. */
 #ifndef TROUPE_SIMULATOR_CLIENTS_H
 #define TROUPE_SIMULATOR_CLIENTS_H
@@ -33,7 +33,8 @@ struct client {
     bool finished; /* [DONE], or the whole body */
     bool versioned; /* it has been said which version of the routing bias this answer is made with */
     uint64_t version;
-    uint32_t attempts;
+    char last_id[64]; /* of the last event; empty: none, or it does not go on */
+    uint32_t attempts, went_on;
 };
 
 struct clients {

@@ -31,7 +31,8 @@ static void deliver_to_gateway(struct world *self, struct delivery *delivery) {
 static struct http_request *copy_request(const struct http_request *request) {
     size_t size = sizeof *request + string_bytes(request->method) + string_bytes(request->path) +
                   string_bytes(request->query) + string_bytes(request->authorization) +
-                  string_bytes(request->request_id) + request->body_bytes + 1;
+                  string_bytes(request->request_id) + string_bytes(request->stream_resume) +
+                  string_bytes(request->last_event_id) + request->body_bytes + 1;
     struct http_request *copy = calloc(1, size);
     ASSERT(copy != NULL);
     char *at = (char *)(copy + 1);
@@ -41,6 +42,8 @@ static struct http_request *copy_request(const struct http_request *request) {
     copy->query = copy_string(&at, request->query);
     copy->authorization = copy_string(&at, request->authorization);
     copy->request_id = copy_string(&at, request->request_id);
+    copy->stream_resume = copy_string(&at, request->stream_resume);
+    copy->last_event_id = copy_string(&at, request->last_event_id);
     copy->body = at;
     copy->body_bytes = request->body_bytes;
     if (request->body_bytes > 0)
