@@ -71,7 +71,7 @@ static void test_refused(void **state) {
         {FOR_SERVE, "serve --api-key-file /dev/null", "/dev/null"},
         {FOR_GENERATE, "generate --temperature nan", "found 'nan'"},
         {FOR_GENERATE, "generate --temperature 3", "from 0 to 2"},
-        {FOR_INSPECT, "inspect a b c d e f g", "unexpected argument 'g'"},
+        {FOR_INSPECT, "inspect a b c d e f g h i j k l m n o p", "unexpected argument 'p'"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         if (parse(cases[i].command, cases[i].line) >= 0 ||

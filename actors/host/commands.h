@@ -12,6 +12,7 @@ int command_inspect(const struct options *options);
 int command_synth(const struct options *options);
 int command_bench(const struct options *options);
 int command_plan(const struct options *options);
+int command_bias_study(const struct options *options);
 int command_chaos(const struct options *options);
 int command_fault(const struct options *options); /* ctl fault */
 int command_ctl(const struct options *options);

@@ -61,6 +61,8 @@ static const struct command {
      "whole clusters on virtual time, with faults drawn from a seed: is every token the same?"},
     {"plan", FOR_PLAN, command_plan, "--load FILE --processes P [OPTIONS]",
      "place experts on processes from recorded loads, and what that would give and cost"},
+    {"bias-study", FOR_BIAS_STUDY, command_bias_study, "--text FILE [FILE ...] [OPTIONS]",
+     "what routing biases that follow the load give in balance and cost in perplexity"},
     {"ctl", FOR_CONTROL, command_ctl,
      "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
      "replicate L E [TO] | rebalance | bias on|off|show|reset | cancel ID | record start|stop|dump | journal start FILE|stop | fault \"KIND ROLE N ...\" [OPTIONS]",

@@ -64,6 +64,16 @@ static const struct option_row table[] = {
     TEXT("output", to_file, "FILE", FOR_CONTROL, "where 'record dump' writes the trace"),
     NUMBER("layer", layer, 0, LAYERS_MAX, FOR_CONTROL, "placement of this layer only"),
     FLAG("json", as_json, FOR_CONTROL, "answers as JSON"),
+    TEXT("text", text, "FILE", FOR_BIAS_STUDY,
+         "UTF-8 text to study; more may follow: each is one domain, and then all are mixed"),
+    TEXT("clamps", clamps, "X[,X...]", FOR_BIAS_STUDY,
+         "how far biases may go, one row each (default 0,0.01,0.02,0.05,0.1)"),
+    {"gamma", "X", OPTION_FRACTION, offsetof(struct options, gamma), 0, BIAS_DELTA_MAX, FOR_BIAS_STUDY,
+     "step of the biases (default 0.002)"},
+    NUMBER("steps", steps, 1, 1000000, FOR_BIAS_STUDY, "how often they move (default 100)"),
+    NUMBER("window-tokens", window_tokens, 2, CONTEXT_MAX, FOR_BIAS_STUDY,
+           "tokens of a window: what is read at a time, and what they move by (default 512)"),
+    FLAG("json", as_json, FOR_BIAS_STUDY, "print all figures as JSON"),
     {"gamma", "X", OPTION_FRACTION, offsetof(struct options, gamma), 0, BIAS_DELTA_MAX, FOR_CONTROL,
      "bias on: step of the routing biases (default: as it is, at first bias_gamma)"},
     {"clamp", "X", OPTION_FRACTION, offsetof(struct options, clamp), 0, BIAS_DELTA_MAX, FOR_CONTROL,
@@ -372,7 +382,7 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         if (strncmp(argv[i], "--", 2) == 0)
             error = parse_one(&self, argc, argv, &i, command, failure);
         else if (self.positionals == POSITIONAL_MAX ||
-                 (command & (FOR_INSPECT | FOR_SYNTH | FOR_CONTROL | FOR_REPLAY)) == 0)
+                 (command & (FOR_INSPECT | FOR_SYNTH | FOR_CONTROL | FOR_REPLAY | FOR_BIAS_STUDY)) == 0)
             error = fail(failure, ERR_INVALID, "unexpected argument '%s'; see troupe %s --help",
                          argv[i], argv[0]);
         else

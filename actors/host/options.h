@@ -26,11 +26,13 @@ enum command_bit {
     FOR_CHAOS = 16384,
     FOR_TOP = 32768,
     FOR_REPLAY = 1 << 16,
+    FOR_BIAS_STUDY = 1 << 20,
     FOR_ACTORS = FOR_COORDINATOR | FOR_GATEWAY | FOR_WORKER,
-    FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS,
+    FOR_MODELS = FOR_SERVE | FOR_ACTORS | FOR_GENERATE | FOR_CHECK | FOR_BENCH | FOR_CHAOS |
+                 FOR_BIAS_STUDY,
 };
 
-#define POSITIONAL_MAX 6
+#define POSITIONAL_MAX 15
 #define API_KEY_BYTES  512
 
 struct options {
@@ -42,7 +44,8 @@ struct options {
         jobs, runs, processes, hosts, spare, groups, window, expert_bytes, horizon;
     double temperature, rate;
     bool allow_faults, in_process, verbose, help, once, port_set, shrink, first, twice, seed_set, as_json, dry_run, hierarchical;
-    uint64_t interval_ms; /* bias on */
+    const char *text, *clamps; /* bias-study */
+    uint64_t interval_ms, steps, window_tokens;
     double gamma, clamp;
     struct settings settings;
     const char *positional[POSITIONAL_MAX];
