@@ -233,6 +233,47 @@ static void wrong_guesses_leave_no_trace(void **state) {
     }
 }
 
+/* Versions of the routing bias: a sequence's rows have the same bits whichever versions share their batches, as alone; zero deltas
+ * are the model's own; another version gives other bits, so that it could be seen. */
+static void other_versions_of_the_bias_leave_no_trace(void **state) {
+    (void)state;
+    static const char *const models[] = {"tests/golden/v3-fp8", "tests/golden/v2-lite"};
+    struct failure failure;
+    for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
+        struct one_process m;
+        const struct kernels *kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+        load_tokens(models[i]);
+        assert_true(one_process_open(&m, models[i], kernels, &PARALLEL_REVERSED, ROWS, POSITIONS));
+        size_t n = (size_t)LENGTH * m.config->vocabulary, entries = (size_t)m.config->layers * m.config->experts;
+        float *alone = malloc(n * sizeof *alone), *found = malloc(n * sizeof *found);
+        float *bias[3];
+        for (uint32_t v = 0; v < 3; v++) {
+            bias[v] = calloc(entries, sizeof **bias);
+            for (size_t e = 0; v > 0 && e < entries; e++)
+                bias[v][e] = (float)((e * 7 + v * 3) % 11) / 64 - 0.08f;
+        }
+        run_variant(&m, &VARIANTS[0], alone);
+        m.bias[2] = bias[0];
+        run_variant(&m, &VARIANTS[0], found);
+        assert_memory_equal(found, alone, n * sizeof *found);
+        m.bias[2] = bias[1];
+        run_variant(&m, &VARIANTS[0], found);
+        assert_memory_not_equal(found, alone, n * sizeof *found);
+        memcpy(alone, found, n * sizeof *found);
+        const float *beside[] = {NULL, bias[2], bias[1]};
+        for (size_t b = 0; b < sizeof beside / sizeof *beside; b++)
+            for (size_t v = 3; v < sizeof VARIANTS / sizeof *VARIANTS; v++) {
+                m.bias[5] = beside[b];
+                run_variant(&m, &VARIANTS[v], found);
+                assert_memory_equal(found, alone, n * sizeof *found);
+            }
+        for (uint32_t v = 0; v < 3; v++)
+            free(bias[v]);
+        free(alone), free(found);
+        one_process_close(&m);
+    }
+}
+
 /* After the first steps an engine takes no more memory. (Where the allocator is replaced, as by
  * sanitizers, it reports nothing.) */
 static void steady_state_takes_no_memory(void **state) {
@@ -266,6 +307,7 @@ int main(void) {
         cmocka_unit_test(large_batches_are_cut_without_a_trace),
         cmocka_unit_test(cleared_pages_leave_no_trace),
         cmocka_unit_test(wrong_guesses_leave_no_trace),
+        cmocka_unit_test(other_versions_of_the_bias_leave_no_trace),
         cmocka_unit_test(steady_state_takes_no_memory),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
