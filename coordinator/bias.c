@@ -16,7 +16,8 @@ static float clamped(double value, double clamp) {
     return ret == 0 ? 0 : ret; /* one zero, so that equal deltas have equal bits */
 }
 
-uint32_t bias_step(float *delta, const uint64_t *rows, uint32_t experts, const struct bias_rule *rule) {
+uint32_t bias_step(float *delta, const uint64_t *rows, uint32_t experts,
+                   const struct bias_rule *rule) {
     uint64_t sum = sum_of(rows, experts);
     uint32_t changed = 0;
     for (uint32_t e = 0; e < experts; e++) {

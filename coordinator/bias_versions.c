@@ -4,16 +4,16 @@
  *   hold it; the next epoch names it) -> RETIRED (another is) -> freed (nobody uses it, and has not
  *   for bias_linger_ms, so that a client which was cut off can still go on with it)
  *
- * Everything follows from what heartbeats say is held and used: what is missing is sent, what is too
- * much is released, each time, so a lost message costs one round. A member becomes READY only when
- * it holds every version that exists.
+ * Everything follows from what heartbeats say is held and used: what is missing is sent, what is
+ * too much is released, each time, so a lost message costs one round. A member becomes READY only
+ * when it holds every version that exists.
  *
  * Invariants: 1. a version never changes; 2. an epoch names a version only when every ready gateway
  * and attention actor holds it; 3. a version that a request may still be pinned to is not freed;
  * 4. at most bias_versions exist: until one is freed, the biases stay as they are.
  *
- * A coordinator that is started again takes versions from the HELLOs of those who hold them, and the
- * current one from the newest epoch that any of them knows. */
+ * A coordinator that is started again takes versions from the HELLOs of those who hold them, and
+ * the current one from the newest epoch that any of them knows. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -106,7 +106,8 @@ static void send_release(const struct coordinator *self, const struct seat *seat
 }
 
 /* What it lacks, and what nobody uses any more. */
-static void tell(struct coordinator *self, struct seat *seat, uint64_t now_ns, struct effects *out) {
+static void tell(struct coordinator *self, struct seat *seat, uint64_t now_ns,
+                 struct effects *out) {
     bool told = false;
     for (uint32_t i = 0; i < BIAS_VERSIONS_MAX; i++) {
         const struct bias_live *version = &self->bias.version[i];
@@ -125,7 +126,8 @@ static void tell(struct coordinator *self, struct seat *seat, uint64_t now_ns, s
         seat->bias.sent_ns = now_ns;
 }
 
-void bias_joined(struct coordinator *self, struct seat *seat, uint64_t now_ns, struct effects *out) {
+void bias_joined(struct coordinator *self, struct seat *seat, uint64_t now_ns,
+                 struct effects *out) {
     if (keeps(seat))
         tell(self, seat, now_ns, out);
 }
@@ -198,7 +200,8 @@ static void adapt(struct coordinator *self, uint64_t now_ns, struct effects *out
     if (bias->coming != 0 || self->learn_until_ns != NEVER || !take_rows(self))
         return; /* it goes on counting */
     if (count(self) >= self->settings.bias_versions) {
-        effects_trace(out, TRACE_DEBUG, "bias: %u versions are in use, no further one is made", count(self));
+        effects_trace(out, TRACE_DEBUG, "bias: %u versions are in use, no further one is made",
+                      count(self));
         return;
     }
     const struct bias_live *current = find(self, bias->current);
@@ -206,8 +209,8 @@ static void adapt(struct coordinator *self, uint64_t now_ns, struct effects *out
     uint32_t changed = 0, experts = self->config.experts;
     for (uint32_t layer = 0; delta != NULL && layer < self->config.layers; layer++)
         if (self->is_moe[layer])
-            changed += bias_step(delta + (size_t)layer * experts, bias->rows + (size_t)layer * experts,
-                                 experts, &bias->rule);
+            changed += bias_step(delta + (size_t)layer * experts,
+                                 bias->rows + (size_t)layer * experts, experts, &bias->rule);
     begin_interval(self, now_ns);
     if (changed > 0)
         propose(self, &delta, now_ns, out);
@@ -309,7 +312,8 @@ void bias_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello
         const Troupe__Bias *bias = hello->bias[i];
         if (bias->n_delta != self->pairs ||
             bias_id(bias_number(bias->version), bias->delta, self->pairs) != bias->version) {
-            effects_trace(out, TRACE_WARNING, "ignored bias version %u of %s: its deltas are not those of its name",
+            effects_trace(out, TRACE_WARNING,
+                          "ignored bias version %u of %s: its deltas are not those of its name",
                           bias_number(bias->version), seat->name);
             continue;
         }
@@ -326,7 +330,8 @@ void bias_learn(struct coordinator *self, struct seat *seat, const Troupe__Hello
 
 void bias_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     if (self->bias.current != 0 && find(self, self->bias.current) == NULL) {
-        effects_trace(out, TRACE_WARNING, "nobody holds bias version %u any more; the model's own is current",
+        effects_trace(out, TRACE_WARNING,
+                      "nobody holds bias version %u any more; the model's own is current",
                       bias_number(self->bias.current));
         self->bias.current = 0;
     }
@@ -337,15 +342,16 @@ void bias_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out)
 
 /* ---- what people ask for ---- */
 
-int bias_switch(struct coordinator *self, bool on, const struct bias_rule *rule, uint64_t interval_ms,
-                uint64_t now_ns, struct failure *failure) {
+int bias_switch(struct coordinator *self, bool on, const struct bias_rule *rule,
+                uint64_t interval_ms, uint64_t now_ns, struct failure *failure) {
     if (self->moe_pairs == 0)
         return fail(failure, ERR_UNSUPPORTED, "the model has no routed experts");
     if (!(rule->gamma > 0 && rule->gamma <= BIAS_DELTA_MAX))
-        return fail(failure, ERR_INVALID, "gamma: above 0 and at most %d expected, found %g", BIAS_DELTA_MAX,
-                    rule->gamma);
+        return fail(failure, ERR_INVALID, "gamma: above 0 and at most %d expected, found %g",
+                    BIAS_DELTA_MAX, rule->gamma);
     if (!(rule->clamp >= 0 && rule->clamp <= BIAS_DELTA_MAX))
-        return fail(failure, ERR_INVALID, "clamp: 0 to %d expected, found %g", BIAS_DELTA_MAX, rule->clamp);
+        return fail(failure, ERR_INVALID, "clamp: 0 to %d expected, found %g", BIAS_DELTA_MAX,
+                    rule->clamp);
     if (interval_ms < 10 || interval_ms > 86400000)
         return fail(failure, ERR_INVALID, "interval_ms: 10 to 86400000 expected, found %llu",
                     (unsigned long long)interval_ms);

@@ -11,23 +11,25 @@ struct whole {
     const struct model_config *config;
     struct engine *attention, *expert, *sampler;
     uint32_t texts, positions, pages_each;
-    struct batch_row *row;     /* [texts * positions] */
-    uint32_t *page;            /* [texts * pages_each] */
-    uint32_t *select, *target; /* [texts * positions] rows whose next token is known, and that token */
+    struct batch_row *row; /* [texts * positions] */
+    uint32_t *page;        /* [texts * pages_each] */
+    uint32_t *select,
+        *target; /* [texts * positions] rows whose next token is known, and that token */
     struct frame_group *group; /* [experts] */
     uint32_t *item_row;        /* [rows * k] */
     uint16_t *item_slot;
-    uint32_t *first;           /* [experts + 1] */
-    uint8_t *payload;          /* [rows] of either region */
-    struct sample_spec *spec;  /* [rows] */
+    uint32_t *first;          /* [experts + 1] */
+    uint8_t *payload;         /* [rows] of either region */
+    struct sample_spec *spec; /* [rows] */
 };
 
 /* ---- life ---- */
 
-static int pack_experts(struct whole *self, const struct model *model, const struct kernels *kernels,
-                        struct failure *failure) {
+static int pack_experts(struct whole *self, const struct model *model,
+                        const struct kernels *kernels, struct failure *failure) {
     for (uint32_t layer = 0; layer < self->config->layers; layer++)
-        for (uint32_t e = 0; model_layer_is_moe(self->config, layer) && e < self->config->experts; e++) {
+        for (uint32_t e = 0; model_layer_is_moe(self->config, layer) && e < self->config->experts;
+             e++) {
             struct expert_weights *weights = NULL;
             int error = engine_expert_pack(model, kernels, layer, e, &weights, failure);
             if (error < 0)
@@ -70,9 +72,10 @@ static bool allocate(struct whole *self) {
     self->item_slot = calloc(rows * k + 1, sizeof *self->item_slot);
     self->payload = calloc(rows * self->config->hidden, sizeof(float));
     self->spec = calloc(rows, sizeof *self->spec);
-    return self->row != NULL && self->page != NULL && self->select != NULL && self->target != NULL &&
-           self->group != NULL && self->first != NULL && self->item_row != NULL &&
-           self->item_slot != NULL && self->payload != NULL && self->spec != NULL;
+    return self->row != NULL && self->page != NULL && self->select != NULL &&
+           self->target != NULL && self->group != NULL && self->first != NULL &&
+           self->item_row != NULL && self->item_slot != NULL && self->payload != NULL &&
+           self->spec != NULL;
 }
 
 int whole_open(struct whole **ret, const struct model *model, const struct whole_options *options,
@@ -105,9 +108,9 @@ void whole_close(struct whole **whole) {
     engine_close(&self->attention);
     engine_close(&self->expert);
     engine_close(&self->sampler);
-    void *const parts[] = {self->row,       self->page,  self->select,  self->target,
-                           self->group,     self->first, self->payload, self->spec,
-                           self->item_row,  self->item_slot};
+    void *const parts[] = {self->row,      self->page,     self->select,  self->target,
+                           self->group,    self->first,    self->payload, self->spec,
+                           self->item_row, self->item_slot};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         free(parts[i]);
     free(self);
@@ -145,7 +148,8 @@ static int run_experts(struct whole *self, uint32_t layer, uint32_t rows, const 
                        uint64_t *loads) {
     uint32_t groups, items = sort_items(self, choice, rows, &groups);
     for (uint32_t g = 0; g < groups; g++)
-        loads[(size_t)layer * self->config->experts + self->group[g].expert] += self->group[g].count;
+        loads[(size_t)layer * self->config->experts + self->group[g].expert] +=
+            self->group[g].count;
     engine_gather(self->attention, REGION_NORMED, 0, NULL, rows, self->payload);
     struct program_result result;
     struct program program = {.kind = PROGRAM_SHARED, .layer = layer};
@@ -188,7 +192,8 @@ static int score(struct whole *self, uint32_t count, double *ret_logprob) {
     return result.error;
 }
 
-/* Rows of all texts, and the pages that they need, cleared. Returns the rows; *ret_count: those with a known next token. */
+/* Rows of all texts, and the pages that they need, cleared. Returns the rows; *ret_count: those
+ * with a known next token. */
 static uint32_t begin(struct whole *self, const struct whole_text *text, uint32_t texts,
                       const float *bias, uint32_t *ret_count) {
     uint32_t rows = 0;
@@ -200,12 +205,13 @@ static uint32_t begin(struct whole *self, const struct whole_text *text, uint32_
                 self->select[*ret_count] = rows;
                 self->target[(*ret_count)++] = text[t].token[p + 1];
             }
-            self->row[rows++] = (struct batch_row){.token = text[t].token[p],
-                                                   .position = p,
-                                                   .sequence = t,
-                                                   .form = MLA_EXPANDED,
-                                                   .pages = self->page + (size_t)t * self->pages_each,
-                                                   .bias = bias};
+            self->row[rows++] =
+                (struct batch_row){.token = text[t].token[p],
+                                   .position = p,
+                                   .sequence = t,
+                                   .form = MLA_EXPANDED,
+                                   .pages = self->page + (size_t)t * self->pages_each,
+                                   .bias = bias};
         }
     }
     struct program program = {

@@ -27,7 +27,8 @@ const float *references_delta(const struct references *self, uint64_t version) {
     return NULL;
 }
 
-const struct client *references_find(const struct references *self, uint32_t request, uint64_t version) {
+const struct client *references_find(const struct references *self, uint32_t request,
+                                     uint64_t version) {
     for (uint32_t i = 0; i < self->answers; i++)
         if (self->answered[i].request == request && self->answered[i].version == version)
             return &self->answered[i].clients->client[0];

@@ -1,5 +1,6 @@
-/* The attention actor and versions of the routing bias: rows carry their sequence's own version, whatever shares the batch; a version that
- * is not here is asked for and never replaced by another; heartbeats tell what is held and used; what is released is freed. */
+/* The attention actor and versions of the routing bias: rows carry their sequence's own version,
+ * whatever shares the batch; a version that is not here is asked for and never replaced by another;
+ * heartbeats tell what is held and used; what is released is freed. */
 #include "actors/bias_table.h"
 #include "tests/support/step.h"
 
@@ -57,7 +58,8 @@ static void release(struct stage *stage, actor_id from, uint32_t number) {
     stage_message(stage, &envelope);
 }
 
-static void submit(struct stage *stage, uint64_t sequence, uint32_t tokens, uint32_t max_tokens, uint64_t version) {
+static void submit(struct stage *stage, uint64_t sequence, uint32_t tokens, uint32_t max_tokens,
+                   uint64_t version) {
     static uint32_t token[64];
     Troupe__Sampling sampling = TROUPE__SAMPLING__INIT;
     Troupe__Submit body = TROUPE__SUBMIT__INIT;
@@ -101,14 +103,16 @@ static void assert_rejected_for(struct stage *stage, uint64_t sequence, uint64_t
 static uint32_t embeds(const struct stage *stage) {
     uint32_t count = 0;
     for (uint32_t i = 0; i < stage->log.count; i++)
-        count += stage->log.list[i].kind == EFFECT_COMPUTE && stage->log.list[i].compute.kind == PROGRAM_EMBED;
+        count += stage->log.list[i].kind == EFFECT_COMPUTE &&
+                 stage->log.list[i].compute.kind == PROGRAM_EMBED;
     return count;
 }
 
 /* The rows of the batch in flight: those of the last EMBED. */
 static const struct program *rows_now(const struct stage *stage) {
     for (uint32_t i = stage->log.count; i-- > 0;)
-        if (stage->log.list[i].kind == EFFECT_COMPUTE && stage->log.list[i].compute.kind == PROGRAM_EMBED)
+        if (stage->log.list[i].kind == EFFECT_COMPUTE &&
+            stage->log.list[i].compute.kind == PROGRAM_EMBED)
             return &stage->log.list[i].compute;
     fail_msg("no batch has begun");
     return NULL;
@@ -117,7 +121,8 @@ static const struct program *rows_now(const struct stage *stage) {
 /* Answers experts and samplers until the next batch begins, or nothing is asked any more. */
 static void end_batch(struct stage *stage) {
     uint32_t before = embeds(stage);
-    for (const struct effect *effect; embeds(stage) == before && (effect = stage_take(stage, EFFECT_TRANSFER)) != NULL;) {
+    for (const struct effect *effect;
+         embeds(stage) == before && (effect = stage_take(stage, EFFECT_TRANSFER)) != NULL;) {
         struct effect frame = *effect;
         if (frame.transfer.header.kind == FRAME_DISPATCH)
             stage_combine(stage, &frame);
@@ -158,7 +163,7 @@ static void test_a_version_that_is_not_here_is_asked_for(void **state) {
     assert_rejected_for(&stage, 7, id_of(2));
     assert_described(&stage, "sequences=0");
     assert_null(stage_take(&stage, EFFECT_COMPUTE)); /* nothing is run with another one */
-    submit(&stage, 7, 3, 2, id_of(2) + 1); /* the same number, other deltas */
+    submit(&stage, 7, 3, 2, id_of(2) + 1);           /* the same number, other deltas */
     assert_rejected_for(&stage, 7, id_of(2) + 1);
     hand_over(&stage, GATEWAY, 2);
     submit(&stage, 7, 3, 2, id_of(2));
@@ -215,7 +220,8 @@ static void test_heartbeats_tell_what_is_held(void **state) {
     const message *sent = stage_sent(&stage, TROUPE__ENVELOPE__BODY_HEARTBEAT);
     assert_non_null(sent);
     assert_int_equal(sent->heartbeat->n_bias_version, 1);
-    assert_true(sent->heartbeat->bias_version[0] == id_of(1) && sent->heartbeat->bias_users[0] == 0);
+    assert_true(sent->heartbeat->bias_version[0] == id_of(1) &&
+                sent->heartbeat->bias_users[0] == 0);
     hand_over(&stage, ACTOR_COORDINATOR, 1);
     assert_null(stage_sent(&stage, TROUPE__ENVELOPE__BODY_HEARTBEAT));
     submit(&stage, 7, 3, 4, id_of(1));

@@ -53,7 +53,8 @@ static void nothing_goes_beyond_the_clamp(void **state) {
     rule.clamp = 0;
     assert_int_equal(bias_step(delta, rows, EXPERTS, &rule), 4);
     const float zero[EXPERTS] = {0};
-    assert_memory_equal(delta, zero, sizeof zero); /* no minus zero either: equal deltas have equal names */
+    assert_memory_equal(delta, zero,
+                        sizeof zero); /* no minus zero either: equal deltas have equal names */
 }
 
 static void imbalance_is_what_the_most_loaded_has_too_much(void **state) {
@@ -69,9 +70,23 @@ static void imbalance_is_what_the_most_loaded_has_too_much(void **state) {
 static void a_name_is_read_as_written_and_nothing_else_is(void **state) {
     (void)state;
     const float a[2] = {0.5f, 0}, b[2] = {0, 0.5f};
-    const uint64_t ids[] = {0, bias_id(1, a, 2), bias_id(4294967295u, b, 2), 0x0000000700000000u, 0x00000007000000ffu};
-    static const char *const bad[] = {"", "x", "-1", "1", "1.", "01.00000001", "1.1", "1.0000000g", "1.ABCDEF00", "0.0",
-                                      "1.00000001x", "4294967296.00000001", "1.100000000", " 1.00000001", "1.+0000001"};
+    const uint64_t ids[] = {0, bias_id(1, a, 2), bias_id(4294967295u, b, 2), 0x0000000700000000u,
+                            0x00000007000000ffu};
+    static const char *const bad[] = {"",
+                                      "x",
+                                      "-1",
+                                      "1",
+                                      "1.",
+                                      "01.00000001",
+                                      "1.1",
+                                      "1.0000000g",
+                                      "1.ABCDEF00",
+                                      "0.0",
+                                      "1.00000001x",
+                                      "4294967296.00000001",
+                                      "1.100000000",
+                                      " 1.00000001",
+                                      "1.+0000001"};
     char text[BIAS_NAME_BYTES + 4];
     uint64_t id;
     for (size_t i = 0; i < sizeof ids / sizeof *ids; i++) {

@@ -1,5 +1,6 @@
-/* Versions of the routing bias at the coordinator, its members played by the test: made from loads, handed out, current only when all
- * hold them, freed when nobody uses them, bounded in number, learnt by the next coordinator. */
+/* Versions of the routing bias at the coordinator, its members played by the test: made from loads,
+ * handed out, current only when all hold them, freed when nobody uses them, bounded in number,
+ * learnt by the next coordinator. */
 #include "tests/support/players.h"
 
 #include <setjmp.h>
@@ -76,13 +77,13 @@ static uint64_t handed_out(struct stage *stage, const struct player *player, flo
 static uint32_t releases(struct stage *stage, uint64_t id) {
     uint32_t count = 0;
     stage->next[EFFECT_SEND] = 0;
-    for (const message *sent; (sent = stage_sent(stage, TROUPE__ENVELOPE__BODY_BIAS_RELEASE)) != NULL;)
+    for (const message *sent;
+         (sent = stage_sent(stage, TROUPE__ENVELOPE__BODY_BIAS_RELEASE)) != NULL;)
         count += sent->bias_release->version == id;
     return count;
 }
 
 #define ON "{\"action\":\"on\",\"gamma\":0.125,\"clamp\":0.25,\"interval_ms\":100}"
-
 
 static const uint64_t ROWS[4] = {6000, 2000, 0, 0}; /* mean 2000, in layer 1; layer 2 has none */
 
@@ -110,8 +111,10 @@ static struct holding one(uint64_t id, uint32_t users) {
     return (struct holding){{id}, {users}, 1};
 }
 
-/* Loads so different from the last ones that a further version is made; all say that they hold it and `held`. */
-static uint64_t make_version(struct stage *stage, const struct player *player, struct holding *held) {
+/* Loads so different from the last ones that a further version is made; all say that they hold it
+ * and `held`. */
+static uint64_t make_version(struct stage *stage, const struct player *player,
+                             struct holding *held) {
     static uint64_t total[4];
     for (int e = 0; e < 4; e++)
         total[e] = stage->now_ns / MS * 1000 * (e == 0 ? 9u : 1u);
@@ -190,7 +193,8 @@ static void test_who_joins_is_ready_when_it_holds_what_there_is(void **state) {
         settle(&stage, player + 2, 3);
         beat(&stage, &late, NULL, NULL);
     }
-    assert_int_equal(listed(last_commit(&stage), late.id)->state, TROUPE__ACTOR_STATE__STATE_JOINING);
+    assert_int_equal(listed(last_commit(&stage), late.id)->state,
+                     TROUPE__ACTOR_STATE__STATE_JOINING);
     beat(&stage, &late, &held, NULL);
     assert_int_equal(listed(last_commit(&stage), late.id)->state, TROUPE__ACTOR_STATE__STATE_READY);
     stage_free(&stage);
@@ -239,7 +243,8 @@ static void test_versions_are_bounded(void **state) {
     player[3] = join(&stage, ROLE_EXPERT, "expert-1", 103);
     player[4] = join(&stage, ROLE_SAMPLER, "sampler-0", 104);
     settle(&stage, player, 5);
-    ask(&stage, "POST", "{\"action\":\"on\",\"gamma\":0.03125,\"clamp\":1,\"interval_ms\":100}", 200);
+    ask(&stage, "POST", "{\"action\":\"on\",\"gamma\":0.03125,\"clamp\":1,\"interval_ms\":100}",
+        200);
     for (uint32_t i = 0; i < 2; i++) {
         assert_true(make_version(&stage, player, &held) != 0);
         held.users[i] = 1;
@@ -250,7 +255,8 @@ static void test_versions_are_bounded(void **state) {
     beat(&stage, &player[0], &held, NULL);
     beat(&stage, &player[1], &held, NULL);
     live_ms(&stage, player, &held, &held, stage.settings.bias_linger_ms + 2000);
-    assert_says(ask(&stage, "GET", NULL, 200), "\"version\":3,"); /* what it counted meanwhile was not lost */
+    assert_says(ask(&stage, "GET", NULL, 200),
+                "\"version\":3,"); /* what it counted meanwhile was not lost */
     assert_null(strstr(ask(&stage, "GET", NULL, 200), "\"version\":1,"));
     stage_free(&stage);
 }
@@ -263,7 +269,8 @@ static void test_reset_is_at_once(void **state) {
     uint64_t id = make_version(&stage, player, &held);
     assert_true(last_commit(&stage)->bias_version == id);
     stage_clear(&stage);
-    assert_says(ask(&stage, "POST", "{\"action\":\"reset\"}", 200), "\"on\":true,\"version\":0,\"name\":\"0\"");
+    assert_says(ask(&stage, "POST", "{\"action\":\"reset\"}", 200),
+                "\"on\":true,\"version\":0,\"name\":\"0\"");
     assert_true(last_commit(&stage)->bias_version == 0);
     stage_clear(&stage);
     ask(&stage, "POST", "{\"action\":\"off\"}", 200);
@@ -275,7 +282,8 @@ static void test_reset_is_at_once(void **state) {
 static void test_few_rows_tell_nothing(void **state) {
     struct stage stage;
     struct player player[5];
-    const uint64_t few[4] = {1900, 0, 0, 0}, enough[4] = {2000, 0, 0, 0}; /* 1000 a layer: bias_rows */
+    const uint64_t few[4] = {1900, 0, 0, 0},
+                   enough[4] = {2000, 0, 0, 0}; /* 1000 a layer: bias_rows */
     open_following(&stage, player);
     beat(&stage, &player[1], NULL, few);
     pass_ms(&stage, 110);
@@ -288,8 +296,8 @@ static void test_few_rows_tell_nothing(void **state) {
 
 /* ---- a coordinator that is started again ---- */
 
-static void rejoin(struct stage *stage, struct player *player, uint64_t epoch, uint64_t current, float *delta,
-                   const uint64_t *ids, uint32_t count) {
+static void rejoin(struct stage *stage, struct player *player, uint64_t epoch, uint64_t current,
+                   float *delta, const uint64_t *ids, uint32_t count) {
     Troupe__Hello hello = TROUPE__HELLO__INIT;
     Troupe__Bias bias[2], *list[2];
     for (uint32_t i = 0; i < count; i++) {
@@ -323,7 +331,8 @@ static void test_the_next_coordinator_learns_the_versions(void **state) {
     struct stage stage;
     float delta[2 * PAIRS] = {[4] = 0.5f, [PAIRS + 5] = -0.25f};
     const uint64_t ids[2] = {bias_id(6, delta, PAIRS), bias_id(7, delta + PAIRS, PAIRS)};
-    struct player gateway = {ROLE_GATEWAY, 400, "gateway-0", 10}, attention = {ROLE_ATTENTION, 401, "attention-0", 11},
+    struct player gateway = {ROLE_GATEWAY, 400, "gateway-0", 10},
+                  attention = {ROLE_ATTENTION, 401, "attention-0", 11},
                   sampler = {ROLE_SAMPLER, 402, "sampler-0", 12};
     open_stage(&stage);
     create(&stage);

@@ -1,5 +1,6 @@
-/* Requests and versions of the routing bias: each is pinned to the one that was current when it could first be run, keeps it through
- * retries, losses and another connection, and hands it to whoever is to run it. */
+/* Requests and versions of the routing bias: each is pinned to the one that was current when it
+ * could first be run, keeps it through retries, losses and another connection, and hands it to
+ * whoever is to run it. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -13,7 +14,8 @@
 
 #include <cmocka.h>
 
-#define BODY "{\"prompt\":\"Once\",\"max_tokens\":40,\"seed\":7,\"ignore_eos\":true,\"stream\":true}"
+#define BODY                                                                                       \
+    "{\"prompt\":\"Once\",\"max_tokens\":40,\"seed\":7,\"ignore_eos\":true,\"stream\":true}"
 
 static struct rig *open_rig(uint32_t attentions) {
     return rig_open(&(struct rig_options){.chat = CHAT_DEMO, .attentions = attentions}, NULL);
@@ -30,9 +32,15 @@ static uint64_t begin(struct rig *rig, const char *last) {
     struct rig_answer *answer = &rig->answer[client % RIG_CLIENTS];
     free(answer->text);
     memset(answer, 0, sizeof *answer);
-    struct http_request http = {.client = client, .method = "POST", .path = "/v1/completions", .query = "",
-                                .body = BODY, .body_bytes = strlen(BODY), .request_id = "me",
-                                .stream_resume = "1", .last_event_id = last};
+    struct http_request http = {.client = client,
+                                .method = "POST",
+                                .path = "/v1/completions",
+                                .query = "",
+                                .body = BODY,
+                                .body_bytes = strlen(BODY),
+                                .request_id = "me",
+                                .stream_resume = "1",
+                                .last_event_id = last};
     rig_deliver(rig, &(struct event){.kind = EVENT_HTTP_REQUEST, .http = &http});
     return client;
 }
@@ -94,8 +102,10 @@ static void a_request_keeps_its_version_wherever_it_runs(void **state) {
     assert_described(rig, "bias_users=1 bias=2");
     uint64_t second = begin(rig, NULL);
     ticks(rig, 5);
-    uint32_t runs = rig->attention[0].sequences > 0 && rig->attention[0].sequence[0].bias_version == rig_bias_id(rig, 4)
-                        ? 0 : 1;
+    uint32_t runs = rig->attention[0].sequences > 0 &&
+                            rig->attention[0].sequence[0].bias_version == rig_bias_id(rig, 4)
+                        ? 0
+                        : 1;
     rig_kill(rig, runs);
     rig_commit(rig); /* without it: the history goes to the other one */
     assert_true(rig_wait(rig, first, 5000) && rig_wait(rig, second, 5000));
@@ -222,8 +232,10 @@ static void a_version_that_is_gone_is_said_to_be(void **state) {
 
 static void nonsense_is_no_version(void **state) {
     (void)state;
-    static const char *const bad[] = {"4:1", "0:1", "4.0000000:1", ":1", "4.00000001", "4.00000001:", "4.0000000100:1",
-                                      "4.00000001:x", "0.00000000:1"};
+    static const char *const bad[] = {
+        "4:1",         "0:1",         "4.0000000:1",    ":1",
+        "4.00000001",  "4.00000001:", "4.0000000100:1", "4.00000001:x",
+        "0.00000000:1"};
     struct rig *rig = open_rig(1);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         uint64_t client = begin(rig, bad[i]);
