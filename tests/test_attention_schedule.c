@@ -2,6 +2,8 @@
  * step. Experts, samplers and gateways are played by the test. */
 #include "tests/support/step.h"
 
+#include "actors/bias_table.h"
+
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -131,6 +133,24 @@ static void test_a_known_beginning_is_not_computed_again(void **state) {
     stage_free(&stage);
 }
 
+/* Hands over a version of the routing bias; its id. */
+static uint64_t give_bias(struct stage *stage) {
+    const uint32_t pairs = stage->config.layers * stage->config.experts;
+    float *delta = calloc(pairs, sizeof *delta);
+    Troupe__Bias bias = TROUPE__BIAS__INIT;
+    assert_non_null(delta);
+    delta[pairs - 1] = 0.25f;
+    bias.version = bias_id(7, delta, pairs);
+    bias.delta = delta;
+    bias.n_delta = pairs;
+    message envelope = stage_envelope(ACTOR_COORDINATOR);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_BIAS;
+    envelope.bias = &bias;
+    stage_message(stage, &envelope);
+    free(delta);
+    return bias.version;
+}
+
 /* Bits that recomputing would not give are never shared. */
 static void test_pages_of_other_bits_are_not_shared(void **state) {
     struct stage stage;
@@ -143,7 +163,7 @@ static void test_pages_of_other_bits_are_not_shared(void **state) {
     replay->submit.prompt_tokens = 100;
     assert_int_equal(run_request(&stage, replay).position, 128);
     struct request *biased = make_request(4, 140, 2);
-    biased->submit.bias_version = 7;
+    biased->submit.bias_version = give_bias(&stage);
     assert_int_equal(run_request(&stage, biased).rows, 140);
     struct request *scored = make_request(5, 140, 2); /* asks for every position */
     scored->submit.prompt_logprobs = true;

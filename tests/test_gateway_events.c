@@ -557,7 +557,7 @@ static void a_new_bias_version_is_on_the_timeline(void **state) {
     open_cluster(&cluster);
     uint64_t client = rig_http(cluster.rig, "GET", "/troupe/events", NULL, NULL);
     ticks(&cluster, 300);
-    cluster.bias_version = 3;
+    cluster.bias_version = rig_bias_id(cluster.rig, 3);
     commit(&cluster);
     ticks(&cluster, 300);
     json_t *bias = find_moment(cluster.rig, client, "bias", NULL);
