@@ -134,6 +134,8 @@ struct effect {
         struct {
             uint32_t layer, expert;
             uint64_t operation;
+            uint8_t *image; /* LOAD: not from the file but from this, malloc'd; the host frees it. NULL: from the file */
+            uint64_t image_bytes;
         } load;
         struct {
             actor_id id;
@@ -215,7 +217,8 @@ struct actor_identity {
     const char *name;     /* "expert-2" */
     const char *control_address, *data_address, *host;
     const char *coordinator_address; /* where HELLO goes; the actor emits CONNECT for ACTOR_COORDINATOR with it */
-    const char *model_fingerprint;
+    const char *model_fingerprint; /* "": it has no weights; experts get theirs from others */
+    const char *config_fingerprint;
     const char *numerics; /* profile, and what else changes bits: settings_profile_name */
     uint32_t pid, threads;
     uint64_t memory_bytes; /* held from birth to death; roles that load and unload add what they hold to it in heartbeats */

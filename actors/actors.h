@@ -13,6 +13,10 @@ struct actor *attention_create(const struct actor_identity *identity, const stru
                                const struct model_config *config);
 struct actor *expert_create(const struct actor_identity *identity, const struct settings *settings,
                             const struct model_config *config, uint64_t capacity_bytes);
+/* Where an expert's weights come from. AUTO: from another process that holds them if none of those is on the same host (which has the
+ * file in memory), else from the file; FILE, PEER: always. What nobody gives is read from the file, except with PEER. */
+enum weights_from { WEIGHTS_AUTO, WEIGHTS_FILE, WEIGHTS_PEER };
+void expert_set_weights(struct actor *expert, enum weights_from weights); /* right after expert_create; AUTO without it */
 struct actor *sampler_create(const struct actor_identity *identity, const struct settings *settings,
                              const struct model_config *config);
 struct actor *coordinator_create(const struct actor_identity *identity,

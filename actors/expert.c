@@ -1,5 +1,6 @@
 /* An expert actor: holds weights of (layer, expert) pairs and computes rows for attention actors.
- * No request state at all.
+ * No request state at all. Weights come from the host (LOAD) or from another process (expert_fetch.c), no more of
+ * them in a second than load_bytes_per_second says.
  *
  * Each pair:
  *   ABSENT -> (ASSIGN) WANTED -> LOADING -> HELD -> (RELEASE) ABSENT
@@ -12,46 +13,12 @@
  * Invariants: 1. at most LOADS_MAX loads are outstanding; 2. rows are computed only for held pairs,
  * otherwise MOVED is answered; 3. every frame is answered to the incarnation that sent it, with its
  * batch, layer, part and attempt. */
-#include "actors/actors.h"
-#include "actors/member.h"
+#include "actors/expert.h"
 
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define LOADS_MAX   4u
-#define RUNNING_MAX 64u /* frames whose programs have not completed */
-
-enum pair_state { PAIR_ABSENT, PAIR_WANTED, PAIR_LOADING, PAIR_DOOMED, PAIR_FAILED, PAIR_HELD };
-enum operation_state { OPERATION_NONE, OPERATION_WORKING, OPERATION_DONE, OPERATION_FAILED };
-
-struct running {
-    struct frame_header header;
-    uint64_t tag, since_ns;
-};
-
-struct expert {
-    struct actor actor;
-    struct member member;
-    struct model_config config;
-    uint32_t frame_items_max, row_bytes;
-    uint8_t *pair;            /* [layers * experts] enum pair_state */
-    uint32_t *pair_bytes_kib; /* [layers * experts] of held pairs, rounded up */
-    uint8_t *placed;          /* [layers * experts] 1: here, says the adopted epoch */
-    uint32_t pairs, loading, held;
-    uint32_t wanted;      /* pairs in PAIR_WANTED */
-    uint32_t failed;      /* pairs in PAIR_FAILED */
-    uint32_t next_wanted; /* where the search for the next load starts */
-    uint64_t operation;
-    enum operation_state state;
-    char error[256];
-    uint64_t memory_kib;
-    struct running running[RUNNING_MAX];
-    uint32_t first_running, runnings;
-    uint64_t last_tag, frames, rows, busy_ns;
-    char description[128];
-};
 
 static bool in_model(const struct expert *self, uint32_t layer, uint32_t expert) {
     return layer < self->config.layers && expert < self->config.experts &&
@@ -96,18 +63,31 @@ static void fail_operation(struct expert *self, const char *why, struct effects 
     send_ready(self, out);
 }
 
-static void load_next(struct expert *self, struct effects *out) {
-    while (self->wanted > 0 && self->loading < LOADS_MAX) {
+void expert_spend(struct expert *self, uint64_t bytes, uint64_t now_ns) {
+    if (self->bytes_per_second == 0)
+        return;
+    if (self->load_at_ns < now_ns)
+        self->load_at_ns = now_ns;
+    self->load_at_ns += (uint64_t)((double)bytes / (double)self->bytes_per_second * 1e9);
+}
+
+static void load_next(struct expert *self, uint64_t now_ns, struct effects *out) {
+    while (self->wanted > 0 && self->loading < LOADS_MAX && now_ns >= self->load_at_ns) {
         while (self->pair[self->next_wanted] != PAIR_WANTED)
             self->next_wanted = (self->next_wanted + 1) % self->pairs;
         uint32_t place = self->next_wanted;
         self->pair[place] = PAIR_LOADING;
         self->wanted--;
         self->loading++;
+        if (fetch_is_nearer(self, place)) {
+            fetch_begin(self, place, now_ns, out);
+            continue;
+        }
         struct effect *effect = effects_add(out, EFFECT_LOAD);
         effect->load.layer = place / self->config.experts;
         effect->load.expert = place % self->config.experts;
         effect->load.operation = self->operation;
+        expert_spend(self, self->pair_bytes, now_ns);
     }
 }
 
@@ -147,7 +127,7 @@ static bool begin_operation(struct expert *self, uint64_t operation, uint64_t in
     for (uint32_t i = 0; i < self->pairs; i++)
         if (self->pair[i] == PAIR_WANTED || self->pair[i] == PAIR_FAILED)
             self->pair[i] = PAIR_ABSENT;
-    self->wanted = self->failed = 0;
+    self->wanted = self->failed = self->to_load = 0;
     return true;
 }
 
@@ -155,12 +135,17 @@ static void want(struct expert *self, uint32_t place) {
     if (self->pair[place] == PAIR_ABSENT) {
         self->pair[place] = PAIR_WANTED;
         self->wanted++;
+        self->to_load++;
     } else if (self->pair[place] == PAIR_DOOMED) {
         self->pair[place] = PAIR_LOADING;
+        self->to_load++;
+    } else if (self->pair[place] == PAIR_LOADING) {
+        self->to_load++;
     }
 }
 
-static void on_assign(struct expert *self, const Troupe__Assign *assign, struct effects *out) {
+static void on_assign(struct expert *self, const Troupe__Assign *assign, uint64_t now_ns,
+                      struct effects *out) {
     if (!begin_operation(self, assign->operation, assign->incarnation, out))
         return;
     for (size_t i = 0; i < assign->n_layer; i++) {
@@ -174,7 +159,7 @@ static void on_assign(struct expert *self, const Troupe__Assign *assign, struct 
         }
         want(self, place_of(self, assign->layer[i], assign->expert[i]));
     }
-    load_next(self, out);
+    load_next(self, now_ns, out);
     check_complete(self, out);
 }
 
@@ -205,32 +190,36 @@ static void on_release(struct expert *self, const Troupe__Release *release, stru
     check_complete(self, out);
 }
 
-static void on_loaded(struct expert *self, const struct event *event, struct effects *out) {
-    if (!in_model(self, event->loaded.layer, event->loaded.expert))
-        return;
-    uint32_t place = place_of(self, event->loaded.layer, event->loaded.expert);
+void expert_take_loaded(struct expert *self, uint32_t place, int error, const char *text,
+                        uint64_t bytes, uint64_t now_ns, struct effects *out) {
     if (self->pair[place] != PAIR_LOADING && self->pair[place] != PAIR_DOOMED)
         return;
     bool doomed = self->pair[place] == PAIR_DOOMED;
     self->loading--;
-    if (event->loaded.error < 0) {
+    if (error < 0) {
         self->pair[place] = PAIR_ABSENT;
         if (!doomed && self->state == OPERATION_WORKING) { /* the others are loaded all the same */
             self->pair[place] = PAIR_FAILED;
             self->failed++;
-            snprintf(self->error, sizeof self->error, "%s",
-                     event->loaded.text != NULL ? event->loaded.text : "loading failed");
+            snprintf(self->error, sizeof self->error, "%s", text != NULL ? text : "loading failed");
         }
     } else if (doomed) {
         drop(self, place, out);
     } else {
         self->pair[place] = PAIR_HELD;
-        self->pair_bytes_kib[place] = (uint32_t)((event->loaded.bytes + 1023) / 1024);
+        self->pair_bytes_kib[place] = (uint32_t)((bytes + 1023) / 1024);
         self->memory_kib += self->pair_bytes_kib[place];
         self->held++;
     }
-    load_next(self, out);
+    load_next(self, now_ns, out);
     check_complete(self, out);
+}
+
+static void on_loaded(struct expert *self, const struct event *event, uint64_t now_ns,
+                      struct effects *out) {
+    if (in_model(self, event->loaded.layer, event->loaded.expert))
+        expert_take_loaded(self, place_of(self, event->loaded.layer, event->loaded.expert),
+                           event->loaded.error, event->loaded.text, event->loaded.bytes, now_ns, out);
 }
 
 static void take_placement(struct expert *self, const Troupe__Commit *commit) {
@@ -238,6 +227,7 @@ static void take_placement(struct expert *self, const Troupe__Commit *commit) {
     for (size_t i = 0; i < commit->n_holder; i++)
         if (commit->holder[i] == self->member.id && in_model(self, commit->layer[i], commit->expert[i]))
             self->placed[place_of(self, commit->layer[i], commit->expert[i])] = 1;
+    fetch_take_placement(self, commit);
 }
 
 /* For a coordinator that was started again: what is held, that which others know to be here first; then what is
@@ -349,6 +339,10 @@ static void on_dispatch(struct expert *self, const struct frame *frame, uint64_t
 
 static void on_computed(struct expert *self, const struct program_result *result, uint64_t now_ns,
                         struct effects *out) {
+    if (result->kind == PROGRAM_READ) {
+        fetch_on_read(self, result, out);
+        return;
+    }
     struct running *running = &self->running[self->first_running];
     if (self->runnings == 0 || running->tag != result->tag)
         return;
@@ -378,6 +372,14 @@ static void send_heartbeat(struct expert *self, uint64_t now_ns, struct effects 
                                                          : TROUPE__ACTOR_STATE__STATE_READY;
     heartbeat.copies_held = self->held;
     heartbeat.copies_loading = self->loading + self->wanted;
+    uint32_t left = self->loading + self->wanted < self->to_load ? self->loading + self->wanted : self->to_load;
+    heartbeat.order = self->operation;
+    heartbeat.load_bytes = self->to_load * self->pair_bytes;
+    heartbeat.load_bytes_done = (self->to_load - left) * self->pair_bytes + fetch_bytes_done(self);
+    if (heartbeat.load_bytes_done > heartbeat.load_bytes)
+        heartbeat.load_bytes_done = heartbeat.load_bytes;
+    heartbeat.fetched_bytes = self->fetched_bytes;
+    heartbeat.given_bytes = self->given_bytes;
     heartbeat.memory_bytes = self->memory_kib * 1024;
     heartbeat.frames = self->frames;
     heartbeat.rows = self->rows;
@@ -385,12 +387,17 @@ static void send_heartbeat(struct expert *self, uint64_t now_ns, struct effects 
     member_heartbeat(&self->member, &heartbeat, now_ns, out);
 }
 
-static void on_message(struct expert *self, const message *envelope, struct effects *out) {
+static void on_message(struct expert *self, const message *envelope, uint64_t now_ns,
+                       struct effects *out) {
     if (envelope->from == ACTOR_COORDINATOR && envelope->body_case == TROUPE__ENVELOPE__BODY_ASSIGN)
-        on_assign(self, envelope->assign, out);
+        on_assign(self, envelope->assign, now_ns, out);
     else if (envelope->from == ACTOR_COORDINATOR &&
              envelope->body_case == TROUPE__ENVELOPE__BODY_RELEASE)
         on_release(self, envelope->release, out);
+    else if (envelope->body_case == TROUPE__ENVELOPE__BODY_FETCH)
+        fetch_on_fetch(self, envelope, out);
+    else if (envelope->body_case == TROUPE__ENVELOPE__BODY_WEIGHTS)
+        fetch_on_weights(self, envelope, now_ns, out);
     else
         effects_trace(out, TRACE_WARNING, "ignored a message of kind %d from actor %u",
                       envelope->body_case, envelope->from);
@@ -406,20 +413,28 @@ static void expert_step(struct actor *actor, const struct event *event, uint64_t
         take_placement(self, event->message->commit);
     if ((news & (MEMBER_DONE | MEMBER_COMMITTED)) == 0) {
         if (event->kind == EVENT_MESSAGE)
-            on_message(self, event->message, out);
+            on_message(self, event->message, now_ns, out);
         else if (event->kind == EVENT_FRAME && event->frame->header->kind == FRAME_DISPATCH)
             on_dispatch(self, event->frame, now_ns, out);
         else if (event->kind == EVENT_COMPUTED)
             on_computed(self, event->computed, now_ns, out);
         else if (event->kind == EVENT_LOADED)
-            on_loaded(self, event, out);
+            on_loaded(self, event, now_ns, out);
     }
+    load_next(self, now_ns, out);
+    fetch_timer(self, now_ns, out);
     if ((news & MEMBER_HEARTBEAT) != 0)
         send_heartbeat(self, now_ns, out);
 }
 
 static uint64_t expert_deadline(const struct actor *actor) {
-    return member_deadline(&((const struct expert *)actor)->member);
+    const struct expert *self = (const struct expert *)actor;
+    uint64_t deadline = member_deadline(&self->member), fetch = fetch_deadline(self);
+    if (self->member.exited)
+        return NEVER;
+    if (self->wanted > 0 && self->loading < LOADS_MAX && self->load_at_ns < deadline)
+        deadline = self->load_at_ns;
+    return fetch < deadline ? fetch : deadline;
 }
 
 static const char *expert_describe(struct actor *actor) {
@@ -436,6 +451,7 @@ static void expert_destroy(struct actor *actor) {
     free(self->pair);
     free(self->pair_bytes_kib);
     free(self->placed);
+    fetch_free(self);
     member_free(&self->member);
     free(self);
 }
@@ -466,7 +482,13 @@ struct actor *expert_create(const struct actor_identity *identity, const struct 
         expert_destroy(&self->actor);
         return NULL;
     }
+    self->bytes_per_second = settings->load_bytes_per_second;
+    self->pair_bytes = identity_expert_bytes(&self->member.identity, config);
     self->member.describe_holdings = describe_holdings;
     self->row_bytes = config->hidden * identity_activation_bytes(&self->member.identity);
     return &self->actor;
+}
+
+void expert_set_weights(struct actor *actor, enum weights_from weights) {
+    ((struct expert *)actor)->weights = weights;
 }

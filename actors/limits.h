@@ -20,6 +20,7 @@
 #define REPLICAS_MAX           64
 #define ADDRESS_BYTES_MAX      256
 #define OPERATIONS_MAX         64 /* of the coordinator, kept in its list */
+#define WEIGHTS_BYTES_MAX      (256u << 10) /* of an expert's weights in one message */
 #define CONTROL_MESSAGE_MAX    (16u << 20) /* packed bytes of one control message */
 
 /* Data plane. */

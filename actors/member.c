@@ -11,6 +11,7 @@
  * does not list it. */
 #include "actors/member.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -37,7 +38,8 @@ char *identity_copy(struct actor_identity *ret, const struct actor_identity *ide
         malloc(string_bytes(identity->name) + string_bytes(identity->control_address) +
                string_bytes(identity->data_address) + string_bytes(identity->host) +
                string_bytes(identity->coordinator_address) +
-               string_bytes(identity->model_fingerprint) + string_bytes(identity->numerics));
+               string_bytes(identity->model_fingerprint) +
+               string_bytes(identity->config_fingerprint) + string_bytes(identity->numerics));
     if (memory == NULL)
         return NULL;
     char *at = memory;
@@ -48,8 +50,16 @@ char *identity_copy(struct actor_identity *ret, const struct actor_identity *ide
     ret->host = copy_string(&at, identity->host);
     ret->coordinator_address = copy_string(&at, identity->coordinator_address);
     ret->model_fingerprint = copy_string(&at, identity->model_fingerprint);
+    ret->config_fingerprint = copy_string(&at, identity->config_fingerprint);
     ret->numerics = copy_string(&at, identity->numerics);
     return memory;
+}
+
+uint64_t identity_expert_bytes(const struct actor_identity *identity, const struct model_config *config) {
+    uint64_t elements = 3 * (uint64_t)config->hidden * config->expert_width;
+    if (strncmp(identity->numerics, "f32", 3) == 0)
+        return elements * 4 + 1;
+    return elements * (config->fp8 ? 1 : 2) + 1;
 }
 
 uint32_t identity_activation_bytes(const struct actor_identity *identity) {
@@ -124,6 +134,7 @@ static void send_hello(struct member *self, uint64_t now_ns, struct effects *out
     hello.data_address = (char *)identity->data_address;
     hello.host = (char *)identity->host;
     hello.model_fingerprint = (char *)identity->model_fingerprint;
+    hello.config_fingerprint = (char *)identity->config_fingerprint;
     hello.numerics = (char *)identity->numerics;
     hello.capacity_bytes = self->capacity_bytes;
     hello.pid = identity->pid;
@@ -164,6 +175,7 @@ static uint32_t on_welcome(struct member *self, const message *envelope, uint64_
         self->hello_at_ns = NEVER;
         return MEMBER_DONE;
     }
+    snprintf(self->model_fingerprint, sizeof self->model_fingerprint, "%.39s", welcome->model_fingerprint);
     bool renamed = self->id != 0 && self->id != welcome->id;
     self->id = welcome->id;
     self->coordinator_incarnation = envelope->from_incarnation;
@@ -234,6 +246,19 @@ static void connect(const struct member *self, const struct peer *peer, const Tr
     effect->connect.data = (self->data_roles & ROLE_BIT(peer->role)) != 0;
 }
 
+void member_reach(struct member *self, struct peer *peer, struct effects *out) {
+    if (peer->connected)
+        return;
+    peer->connected = true;
+    struct effect *effect = effects_add(out, EFFECT_CONNECT);
+    effect->connect.id = peer->id;
+    effect->connect.role = peer->role;
+    effect->connect.incarnation = peer->incarnation;
+    effect->connect.control_address =
+        effects_copy(out, peer->control_address, strlen(peer->control_address) + 1);
+    effect->connect.data_address = effect->connect.host = "";
+}
+
 static const Troupe__Member *find_self(const struct member *self, const Troupe__Commit *commit) {
     for (size_t i = 0; i < commit->n_member; i++)
         if (commit->member[i]->id == self->id &&
@@ -260,6 +285,8 @@ static void take_member(struct member *self, const Troupe__Member *entry, uint32
         peer->incarnation = entry->incarnation;
         peer->role = (enum role)entry->role;
         strncpy(peer->name, entry->name, sizeof peer->name - 1);
+        snprintf(peer->control_address, sizeof peer->control_address, "%s", entry->control_address);
+        peer->near = strcmp(entry->host, self->identity.host) == 0;
         peer->connected = ((self->control_roles | self->data_roles) & ROLE_BIT(peer->role)) != 0;
         if (peer->connected)
             connect(self, peer, entry, out);

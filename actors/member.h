@@ -6,6 +6,7 @@
 
 #include "actors/actor.h"
 #include "config/settings.h"
+#include "model/config.h"
 
 #define PEER_NAME_BYTES 64
 
@@ -18,8 +19,10 @@ struct peer {
         state;      /* READY: everybody who must know this peer has adopted an epoch with it */
     bool connected; /* this role talks to it */
     bool lost;      /* the host saw it end, and no newer epoch has been adopted since */
+    bool near;      /* on the same host */
     bool marked;    /* scratch of the adoption of an epoch */
     char name[PEER_NAME_BYTES];
+    char control_address[ADDRESS_BYTES_MAX + 1];
 };
 
 struct member {
@@ -37,6 +40,7 @@ struct member {
     void (*describe_holdings)(const struct member *self, Troupe__Hello *hello, struct effects *out);
     uint64_t hello_at_ns, heartbeat_at_ns; /* NEVER: not now */
     uint64_t epoch;                        /* adopted */
+    char model_fingerprint[40]; /* of the troupe; empty before WELCOME */
     uint8_t *operations; /* packed, of the adopted epoch: only a coordinator can read them; NULL: none */
     size_t operations_bytes;
     uint64_t bias_version; /* current in the adopted epoch, see actors/bias_table.h */
@@ -86,6 +90,8 @@ message member_envelope(const struct member *self);
 
 /* NULL if `id` is no peer of the adopted epoch. */
 struct peer *member_peer(const struct member *self, actor_id id);
+/* Makes sure that control messages reach a peer that this role does not talk to usually. */
+void member_reach(struct member *self, struct peer *peer, struct effects *out);
 /* The peer that sent this frame, if it is known in that incarnation, has that role, and meant this
  * incarnation of us. */
 const struct peer *member_frame_sender(const struct member *self, const struct frame_header *header,
@@ -94,6 +100,8 @@ const struct peer *member_frame_sender(const struct member *self, const struct f
 /* Copies an identity with its strings into one piece of memory, returned for free(); NULL: out of
  * memory. */
 char *identity_copy(struct actor_identity *ret, const struct actor_identity *identity);
+/* About how many bytes the weights of one expert take. */
+uint64_t identity_expert_bytes(const struct actor_identity *identity, const struct model_config *config);
 /* Bytes of one activation of the numerics profile, as it travels in frames. */
 uint32_t identity_activation_bytes(const struct actor_identity *identity);
 

@@ -94,6 +94,8 @@ static json_t *describe_actor(const struct coordinator *self, const struct seat 
         json_object_set_new(json, "copies_held", json_integer(beat->copies_held));
         json_object_set_new(json, "copies_loading", json_integer(beat->copies_loading));
         json_object_set_new(json, "capacity", json_integer(seat->capacity));
+        json_object_set_new(json, "fetched_bytes", json_integer((json_int_t)beat->fetched_bytes));
+        json_object_set_new(json, "given_bytes", json_integer((json_int_t)beat->given_bytes));
     } else if (seat->role == ROLE_ATTENTION) {
         json_object_set_new(json, "sequences_running", json_integer(beat->sequences_running));
         json_object_set_new(json, "sequences_waiting", json_integer(beat->sequences_waiting));
@@ -137,6 +139,11 @@ static json_t *describe_operation(const struct coordinator *self, const struct o
         json_object_set_new(json, "to", json_string(name_of(self, change->to)));
     } else if (operation->changes > 1) {
         json_object_set_new(json, "copies", json_integer(operation->changes));
+    }
+    uint64_t bytes_done = 0, bytes = operation_bytes(self, operation, &bytes_done);
+    if (bytes > 0) {
+        json_object_set_new(json, "bytes", json_integer((json_int_t)bytes));
+        json_object_set_new(json, "bytes_done", json_integer((json_int_t)bytes_done));
     }
     if (operation->automatic)
         json_object_set_new(json, "automatic", json_true());

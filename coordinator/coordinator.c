@@ -267,13 +267,6 @@ static bool allocate(struct coordinator *self) {
            self->recent != NULL && self->counted != NULL;
 }
 
-static uint64_t estimate_expert_bytes(const struct coordinator *self) {
-    uint64_t elements = 3 * (uint64_t)self->config.hidden * self->config.expert_width;
-    if (strncmp(self->identity.numerics, "f32", 3) == 0)
-        return elements * 4 + 1;
-    return elements * (self->config.fp8 ? 1 : 2) + 1;
-}
-
 struct actor *coordinator_create(const struct actor_identity *identity,
                                  const struct settings *settings,
                                  const struct model_config *config) {
@@ -301,7 +294,7 @@ struct actor *coordinator_create(const struct actor_identity *identity,
         self->is_moe[l] = model_layer_is_moe(config, l);
     for (uint32_t pair = 0; pair < self->pairs; pair++)
         self->moe_pairs += self->is_moe[pair / config->experts];
-    self->expert_bytes = estimate_expert_bytes(self);
+    self->expert_bytes = identity_expert_bytes(&self->identity, &self->config);
     if (!bias_open(self)) {
         coordinator_destroy(&self->actor);
         return NULL;

@@ -300,6 +300,8 @@ void operations_lost(struct coordinator *self, actor_id id, uint64_t now_ns, str
 void operations_on_scaled(struct coordinator *self, const Troupe__Scaled *scaled, uint64_t now_ns,
                           struct effects *out);
 void operations_free(struct coordinator *self);
+/* About how many bytes of weights it has to load, and how many of them are. */
+uint64_t operation_bytes(const struct coordinator *self, const struct operation *operation, uint64_t *ret_done);
 const char *operation_kind_name(enum operation_kind kind);
 const char *operation_phase_name(enum operation_phase phase);
 bool operation_ended(const struct operation *operation);

@@ -138,6 +138,7 @@ static void send_welcome(const struct coordinator *self, const struct seat *seat
     welcome.id = seat->id;
     welcome.heartbeat_interval_ns = self->heartbeat_ns;
     welcome.incarnation = seat->incarnation;
+    welcome.model_fingerprint = (char *)self->identity.model_fingerprint;
     message envelope = coordinator_envelope(self);
     envelope.body_case = TROUPE__ENVELOPE__BODY_WELCOME;
     envelope.welcome = &welcome;
@@ -275,6 +276,14 @@ static int check_hello(const struct coordinator *self, const message *envelope,
         return fail(failure, ERR_VERSION, "protocol version %u expected, found %u",
                     WIRE_PROTOCOL_VERSION, envelope->protocol_version);
     bool serves = hello->role != TROUPE__ROLE__ROLE_CONTROL;
+    if (hello->role == TROUPE__ROLE__ROLE_EXPERT && hello->model_fingerprint[0] == '\0') {
+        serves = false; /* it has no weights of its own */
+        if (strcmp(hello->config_fingerprint, self->identity.config_fingerprint) != 0)
+            return fail(failure, ERR_VERSION,
+                        "the troupe serves a model whose config.json has the hash %s, found %s: give "
+                        "every actor the same one",
+                        self->identity.config_fingerprint, hello->config_fingerprint);
+    }
     if ((serves || hello->model_fingerprint[0] != '\0') &&
         strcmp(hello->model_fingerprint, self->identity.model_fingerprint) != 0)
         return fail(
@@ -282,6 +291,7 @@ static int check_hello(const struct coordinator *self, const message *envelope,
             "the troupe serves the model with fingerprint %s, found %s: start every actor with "
             "the same model directory",
             self->identity.model_fingerprint, hello->model_fingerprint);
+    serves = hello->role != TROUPE__ROLE__ROLE_CONTROL;
     if ((serves || hello->numerics[0] != '\0') &&
         strcmp(hello->numerics, self->identity.numerics) != 0)
         return fail(failure, ERR_VERSION,

@@ -39,6 +39,42 @@ bool operation_ended(const struct operation *operation) {
     return operation->id == 0 || operation->phase >= PHASE_DONE;
 }
 
+/* ---- progress ---- */
+
+/* Share of its present order that an expert process has loaded, as it told. */
+static double loaded_share(const struct seat *seat) {
+    const Troupe__Heartbeat *beat = &seat->heartbeat;
+    bool told = seat->order == ORDER_ASSIGN && beat->order == seat->operation && beat->load_bytes > 0;
+    return told ? (double)beat->load_bytes_done / (double)beat->load_bytes : 0;
+}
+
+uint64_t operation_bytes(const struct coordinator *self, const struct operation *operation, uint64_t *ret_done) {
+    uint64_t bytes = 0;
+    double done = 0;
+    for (uint32_t i = 0; i < operation->changes; i++) {
+        const struct change *change = &operation->change[i];
+        const struct seat *to = seat_find(self, change->to);
+        if (change->to == 0)
+            continue;
+        bytes += self->expert_bytes;
+        if (operation->phase == PHASE_DONE || (to != NULL && to->assigned[change->pair] == ASSIGNED_HELD))
+            done += (double)self->expert_bytes;
+        else if (to != NULL)
+            done += (double)self->expert_bytes * loaded_share(to);
+    }
+    /* processes that come or go: what is on its way to anybody */
+    for (uint32_t i = 0; i < self->seats && operation->parties > 0 && !operation_ended(operation); i++) {
+        const struct seat *seat = &self->seat[i];
+        if (seat->role != ROLE_EXPERT || operation->role != ROLE_EXPERT || seat->order != ORDER_ASSIGN ||
+            seat->heartbeat.order != seat->operation)
+            continue;
+        bytes += seat->heartbeat.load_bytes;
+        done += (double)seat->heartbeat.load_bytes_done;
+    }
+    *ret_done = (uint64_t)done;
+    return bytes;
+}
+
 /* ---- the list ---- */
 
 static void clear(struct operation *operation) {

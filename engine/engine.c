@@ -72,6 +72,10 @@ void engine_run(struct engine *self, const struct program *program, struct progr
         attention_run(self, program, ret);
         break;
     case ENGINE_EXPERT:
+        if (program->kind == PROGRAM_READ) {
+            experts_read(self, program, ret);
+            break;
+        }
         ASSERT(program->kind == PROGRAM_EXPERT);
         experts_run(self, program, ret);
         break;

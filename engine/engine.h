@@ -46,6 +46,7 @@ enum program_kind {
     PROGRAM_CLEAR_PAGES, /* select[] page numbers, items: zeroes them (a page is cleared when it is handed to a sequence) */
     PROGRAM_EXPERT,  /* layer, group[], groups, item_row[], items, payload = rows of activations, rows */
     PROGRAM_DRAFT,   /* slot, draft[], items; spec[] and words[] of those that want guesses, in order (rows from EMBED, layers all done) */
+    PROGRAM_READ,    /* expert engine: layer, items = expert, offset, bytes: of its packed weights */
     PROGRAM_SAMPLE,  /* spec[], rows, words[], words_count, payload = hidden rows */
 };
 
@@ -71,8 +72,11 @@ struct program {
     const uint32_t *words;
     uint32_t words_count;
     const void *payload;
+    uint64_t offset;
+    uint32_t bytes;
     uint64_t tag; /* copied into the result */
 };
+#define WEIGHTS_CHUNK_MAX WEIGHTS_BYTES_MAX /* bytes of one PROGRAM_READ */
 
 struct program_result {
     enum program_kind kind;
@@ -90,6 +94,10 @@ struct program_result {
     const uint32_t *words;
     uint32_t words_count;
     const float *output;
+    /* READ: piece_bytes of `total`, and the CRC32C of all; total 0: there is nothing to read. */
+    const void *piece;
+    uint32_t piece_bytes, crc;
+    uint64_t total;
 };
 
 /* Regions that TRANSFER gathers rows from. */
@@ -135,6 +143,12 @@ void engine_gather(const struct engine *self, enum region region, uint32_t slot,
 struct expert_weights;
 int engine_expert_pack(const struct model *model, const struct kernels *kernels, uint32_t layer,
                        uint32_t expert, struct expert_weights **ret, struct failure *failure);
+/* The same from what PROGRAM_READ has given elsewhere, in any thread; the CRC was checked by the caller. */
+int engine_expert_unpack(const struct model_config *config, const struct kernels *kernels,
+                         uint32_t layer, uint32_t expert, const void *image, size_t bytes,
+                         struct expert_weights **ret, struct failure *failure);
+/* No image of an expert of this model is larger. */
+uint64_t engine_expert_image_limit(const struct model_config *config);
 void engine_expert_free(struct expert_weights **weights);
 void engine_expert_publish(struct engine *self, uint32_t layer, uint32_t expert,
                            struct expert_weights **weights); /* takes it */

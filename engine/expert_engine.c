@@ -10,11 +10,6 @@
  * weights' way from memory cheap. */
 #define CHUNK 64
 
-struct expert_weights {
-    struct mlp mlp;
-    uint64_t bytes;
-};
-
 struct group_place {
     uint32_t first; /* item */
     uint32_t part;  /* thread that takes the group */
@@ -34,6 +29,8 @@ struct experts {
     void *output;             /* [items, hidden] float */
     size_t output_bytes;
     uint32_t items; /* of the last program */
+    void *chunk; /* what is read of packed weights */
+    size_t chunk_bytes;
     void *group;    /* struct group_place [groups] */
     size_t group_bytes;
     uint32_t *part_items; /* [threads] */
@@ -94,7 +91,8 @@ void experts_close(struct engine *self) {
         return;
     for (size_t i = 0; x->held != NULL && i < (size_t)x->layers * self->config->experts; i++)
         engine_expert_free(&x->held[i]);
-    void *const parts[] = {x->held, x->memory, x->work, x->output, x->group, x->part_items};
+    void *const parts[] = {x->held,  x->memory, x->work,      x->output,
+                           x->group, x->chunk,  x->part_items};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         memory_free(parts[i]);
     free(x);
@@ -122,6 +120,9 @@ int engine_expert_pack(const struct model *model, const struct kernels *kernels,
         free(weights);
         return error;
     }
+    weights->layer = layer;
+    weights->expert = expert;
+    expert_image_prepare(weights, view);
     *ret = weights;
     return 0;
 }
@@ -159,6 +160,17 @@ bool engine_expert_held(const struct engine *self, uint32_t layer, uint32_t expe
     ASSERT(self->role == ENGINE_EXPERT);
     return layer < self->experts->layers && expert < self->config->experts &&
            *held_at(self, layer, expert) != NULL;
+}
+
+const struct expert_weights *experts_held(const struct engine *self, uint32_t layer, uint32_t expert) {
+    return engine_expert_held(self, layer, expert) ? *held_at(self, layer, expert) : NULL;
+}
+
+void *experts_chunk(struct engine *self, size_t bytes, struct failure *failure) {
+    struct experts *x = self->experts;
+    int error = memory_grow(&x->chunk, &x->chunk_bytes, bytes, 1, "a piece of weights",
+                            &self->memory_bytes, failure);
+    return error == 0 ? x->chunk : NULL;
 }
 
 /* One group, a chunk of items at a time. */

@@ -129,7 +129,19 @@ void attention_run(struct engine *self, const struct program *program, struct pr
 const void *attention_region(const struct engine *self, enum region region, uint32_t slot,
                              uint32_t *ret_rows);
 
+struct expert_weights {
+    struct mlp mlp;
+    uint64_t bytes;
+    uint32_t layer, expert;
+    struct weight_view shape[3]; /* gate, up, down, without data */
+    uint32_t crc;                /* of the image (expert_image.c) */
+    bool movable;                /* may be read as one */
+};
 int experts_open(struct engine *self, struct failure *failure);
+const struct expert_weights *experts_held(const struct engine *self, uint32_t layer, uint32_t expert); /* NULL: not held */
+void *experts_chunk(struct engine *self, size_t bytes, struct failure *failure); /* memory to read into */
+void expert_image_prepare(struct expert_weights *weights, const struct weight_view view[3]);
+void experts_read(struct engine *self, const struct program *program, struct program_result *ret);
 void experts_close(struct engine *self);
 void experts_run(struct engine *self, const struct program *program, struct program_result *ret);
 const float *experts_output(const struct engine *self, uint32_t *ret_items);

@@ -50,8 +50,10 @@ static inline uint32_t tile_index_e4m3(uint32_t o, uint32_t i) {
 float weight_element(const struct weight_view *view, uint32_t n, uint32_t k);
 
 size_t matrix_bytes_bf16(const struct weight_view *view);
+void matrix_adopt_bf16(struct matrix *ret, const struct weight_view *view, void *memory);
 void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *memory);
 size_t matrix_bytes_f32(const struct weight_view *view);
+void matrix_adopt_f32(struct matrix *ret, const struct weight_view *view, void *memory);
 void matrix_pack_f32(struct matrix *ret, const struct weight_view *view, void *memory);
 
 /* ---- Products: kernels->matmul ---- */

@@ -187,20 +187,36 @@ static void pack_scales(const struct weight_view *view, const struct layout *lay
             scales[(size_t)s * outputs + n] = n < view->n ? view_scale(view, n, segment_k[s]) : 0;
 }
 
-void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *memory) {
+void matrix_adopt_bf16(struct matrix *ret, const struct weight_view *view, void *memory) {
     ASSERT((uintptr_t)memory % 64 == 0);
     const struct layout layout = layout_bf16(view);
     uint8_t *base = memory;
     uint32_t *segment_k = (uint32_t *)(void *)(base + layout.segment_k);
     uint32_t *segment_block = (uint32_t *)(void *)(base + layout.segment_block);
     pack_segments(view, &layout, segment_k, segment_block);
-    float *scales = NULL;
-    if (view_scaled(view)) {
-        scales = (float *)(void *)(base + layout.scales);
-        pack_scales(view, &layout, segment_k, scales);
-    }
-    uint8_t *tile = base;
-    uint32_t *plain = (uint32_t *)(void *)(base + layout.plain);
+    *ret = (struct matrix){
+        .n = view->n,
+        .k = view->k,
+        .dtype = view->dtype == DTYPE_E4M3 ? DTYPE_E4M3 : DTYPE_BF16,
+        .segments = layout.segments,
+        .data = memory,
+        .scales = view_scaled(view) ? (float *)(void *)(base + layout.scales) : NULL,
+        .segment_k = segment_k,
+        .segment_block = segment_block,
+        .plain = view->dtype == DTYPE_E4M3 ? (uint32_t *)(void *)(base + layout.plain) : NULL,
+        .bytes = layout.bytes,
+    };
+}
+
+void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *memory) {
+    matrix_adopt_bf16(ret, view, memory);
+    const struct layout layout = layout_bf16(view);
+    const uint32_t *segment_k = ret->segment_k;
+    if (view_scaled(view))
+        pack_scales(view, &layout, segment_k,
+                    (float *)(void *)((uint8_t *)memory + layout.scales));
+    uint8_t *tile = memory;
+    uint32_t *plain = (uint32_t *)(void *)((uint8_t *)memory + layout.plain);
     memset(plain, 0, layout.bytes - layout.plain);
     size_t index = 0;
     for (uint32_t n = 0; n < view->n; n += PANEL_OUTPUTS) {
@@ -221,18 +237,6 @@ void matrix_pack_bf16(struct matrix *ret, const struct weight_view *view, void *
                 }
             }
     }
-    *ret = (struct matrix){
-        .n = view->n,
-        .k = view->k,
-        .dtype = view->dtype == DTYPE_E4M3 ? DTYPE_E4M3 : DTYPE_BF16,
-        .segments = layout.segments,
-        .data = memory,
-        .scales = scales,
-        .segment_k = segment_k,
-        .segment_block = segment_block,
-        .plain = view->dtype == DTYPE_E4M3 ? plain : NULL,
-        .bytes = layout.bytes,
-    };
 }
 
 /* ---- The f32 profile ---- */
@@ -242,14 +246,8 @@ size_t matrix_bytes_f32(const struct weight_view *view) {
                    PANEL_OUTPUTS * sizeof(float));
 }
 
-void matrix_pack_f32(struct matrix *ret, const struct weight_view *view, void *memory) {
+void matrix_adopt_f32(struct matrix *ret, const struct weight_view *view, void *memory) {
     ASSERT((uintptr_t)memory % 64 == 0);
-    ASSERT(view->dtype == DTYPE_F32 || view->dtype == DTYPE_BF16 || view->dtype == DTYPE_E4M3);
-    float *packed = memory; /* [panel][k][16] */
-    for (uint32_t n = 0; n < view->n; n += PANEL_OUTPUTS)
-        for (uint32_t k = 0; k < view->k; k++)
-            for (uint32_t o = 0; o < PANEL_OUTPUTS; o++)
-                *packed++ = n + o < view->n ? view_float(view, n + o, k) : 0;
     *ret = (struct matrix){
         .n = view->n,
         .k = view->k,
@@ -258,4 +256,14 @@ void matrix_pack_f32(struct matrix *ret, const struct weight_view *view, void *m
         .data = memory,
         .bytes = matrix_bytes_f32(view),
     };
+}
+
+void matrix_pack_f32(struct matrix *ret, const struct weight_view *view, void *memory) {
+    ASSERT(view->dtype == DTYPE_F32 || view->dtype == DTYPE_BF16 || view->dtype == DTYPE_E4M3);
+    float *packed = memory; /* [panel][k][16] */
+    for (uint32_t n = 0; n < view->n; n += PANEL_OUTPUTS)
+        for (uint32_t k = 0; k < view->k; k++)
+            for (uint32_t o = 0; o < PANEL_OUTPUTS; o++)
+                *packed++ = n + o < view->n ? view_float(view, n + o, k) : 0;
+    matrix_adopt_f32(ret, view, memory);
 }

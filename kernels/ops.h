@@ -95,6 +95,9 @@ struct kernels {
     /* Packing. `matrix_bytes` says how much memory (64-byte aligned) `matrix_pack` needs. */
     size_t (*matrix_bytes)(const struct weight_view *view);
     void (*matrix_pack)(struct matrix *ret, const struct weight_view *view, void *memory);
+    /* As matrix_pack, where `memory` holds what another process of the same profile has packed: of the view only its
+     * shape, dtype and blocks are looked at (scale: NULL or not). */
+    void (*matrix_adopt)(struct matrix *ret, const struct weight_view *view, void *memory);
 
     /* y[r][0..n) = W x[r]. x: [rows, x_stride] activations, y: [rows, y_stride] float. rows may be 0. */
     void (*matmul)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,

@@ -25,6 +25,11 @@ static uint64_t hash_number(uint64_t hash, uint64_t number) {
     return hash_bytes(hash, bytes, sizeof bytes);
 }
 
+void model_compute_config_fingerprint(struct model *self, const void *config_json, size_t config_bytes) {
+    uint64_t hash = hash_bytes(0xcbf29ce484222325u, config_json, config_bytes);
+    snprintf(self->config_fingerprint, sizeof self->config_fingerprint, "%016llx", (unsigned long long)hash);
+}
+
 void model_compute_fingerprint(struct model *self, const void *config_json, size_t config_bytes) {
     uint64_t hash = 0xcbf29ce484222325u;
     hash = hash_number(hash, config_bytes);

@@ -12,7 +12,7 @@ struct model {
     uint32_t shards;
     const struct tensor **tensor; /* [tensors], ascending name */
     uint32_t tensors;
-    char fingerprint[17];
+    char fingerprint[17], config_fingerprint[17];
 };
 
 /* Which dtypes a role may have. */
@@ -44,6 +44,7 @@ uint32_t weight_scale_columns(const struct model_config *config, const struct we
  * shape. */
 int model_check_weights(const struct model *self, struct failure *failure);
 /* Fills self->fingerprint from the bytes of config.json and the tensors. */
+void model_compute_config_fingerprint(struct model *self, const void *config_json, size_t config_bytes);
 void model_compute_fingerprint(struct model *self, const void *config_json, size_t config_bytes);
 
 const char *dtype_name(enum dtype dtype);

@@ -257,8 +257,8 @@ static void drop_absent_mtp(struct model *self) {
     config->mtp_layers = 0;
 }
 
-static int open_model(struct model *self, const struct model_file *files, uint32_t count,
-                      struct failure *failure) {
+static int open_config(struct model *self, const struct model_file *files, uint32_t count,
+                       struct failure *failure) {
     const struct model_file *config = find_file(files, count, "config.json");
     const struct model_file *generation = find_file(files, count, "generation_config.json");
     if (config == NULL)
@@ -266,6 +266,15 @@ static int open_model(struct model *self, const struct model_file *files, uint32
     int code = model_config_parse(&self->config, config->bytes, config->size,
                                   generation != NULL ? generation->bytes : NULL,
                                   generation != NULL ? generation->size : 0, failure);
+    if (code == 0)
+        model_compute_config_fingerprint(self, config->bytes, config->size);
+    return code;
+}
+
+static int open_model(struct model *self, const struct model_file *files, uint32_t count,
+                      struct failure *failure) {
+    const struct model_file *config = find_file(files, count, "config.json");
+    int code = open_config(self, files, count, failure);
     if (code == 0)
         code = open_tensors(self, files, count, failure);
     if (code < 0)
@@ -277,20 +286,32 @@ static int open_model(struct model *self, const struct model_file *files, uint32
     return code;
 }
 
-int model_open(struct model **ret, const struct model_file *files, uint32_t count,
-               struct failure *failure) {
+static int open_with(struct model **ret, const struct model_file *files, uint32_t count,
+                     int (*open)(struct model *self, const struct model_file *files, uint32_t count,
+                                 struct failure *failure),
+                     struct failure *failure) {
     struct failure local;
     failure = failure != NULL ? failure : &local;
     struct model *self = calloc(1, sizeof *self);
     if (self == NULL)
         return fail(failure, ERR_NO_MEMORY, "no memory for a model");
-    int code = open_model(self, files, count, failure);
+    int code = open(self, files, count, failure);
     if (code < 0) {
         model_close(&self);
         return code;
     }
     *ret = self;
     return 0;
+}
+
+int model_open(struct model **ret, const struct model_file *files, uint32_t count,
+               struct failure *failure) {
+    return open_with(ret, files, count, open_model, failure);
+}
+
+int model_open_config(struct model **ret, const struct model_file *files, uint32_t count,
+                      struct failure *failure) {
+    return open_with(ret, files, count, open_config, failure);
 }
 
 void model_close(struct model **self) {
@@ -310,6 +331,10 @@ const struct model_config *model_config(const struct model *self) {
 
 const char *model_fingerprint(const struct model *self) {
     return self->fingerprint;
+}
+
+const char *model_config_fingerprint(const struct model *self) {
+    return self->config_fingerprint;
 }
 
 uint32_t model_tensor_count(const struct model *self) {

@@ -35,10 +35,15 @@ struct model_file {
 struct model;
 int model_open(struct model **ret, const struct model_file *files, uint32_t count,
                struct failure *failure);
+/* config.json and generation_config.json only: for who gets its weights from others. It has no tensors, and no
+ * fingerprint. */
+int model_open_config(struct model **ret, const struct model_file *files, uint32_t count,
+                      struct failure *failure);
 void model_close(struct model **self);
 const struct model_config *model_config(const struct model *self);
 /* 16 hex digits: hash of config.json, tensor names, dtypes and shapes, and sampled weight bytes. Names the model in HELLO. */
 const char *model_fingerprint(const struct model *self);
+const char *model_config_fingerprint(const struct model *self); /* 16 hex digits: hash of config.json */
 const struct tensor *model_tensor(const struct model *self, const char *name); /* NULL if absent */
 uint32_t model_tensor_count(const struct model *self);
 const struct tensor *model_tensor_at(const struct model *self, uint32_t index);

@@ -43,6 +43,8 @@ static const char *const NAMES[] = {
     [TROUPE__ENVELOPE__BODY_SCALED] = "SCALED",
     [TROUPE__ENVELOPE__BODY_BIAS] = "BIAS",
     [TROUPE__ENVELOPE__BODY_BIAS_RELEASE] = "BIAS_RELEASE",
+    [TROUPE__ENVELOPE__BODY_FETCH] = "FETCH",
+    [TROUPE__ENVELOPE__BODY_WEIGHTS] = "WEIGHTS",
 };
 
 const char *wire_name(const Troupe__Envelope *envelope) {
@@ -82,6 +84,9 @@ struct check {
     { CHECK_BELOW, #f, NULL, offsetof(m, f), offsetof(m, n_##f), 0, SIZE(m, f[0]), max }
 #define COUNT(m, f, max)                                                                           \
     { CHECK_COUNT, #f, NULL, offsetof(m, f), offsetof(m, n_##f), 0, 0, max }
+/* A field of type bytes, whose length lies at its beginning. */
+#define BYTES(m, f, max)                                                                           \
+    { CHECK_COUNT, #f, NULL, offsetof(m, f), offsetof(m, f.len), 0, 0, max }
 #define NOT_ZERO(m, f)                                                                             \
     { CHECK_NOT_ZERO, #f, NULL, offsetof(m, f), 0, 0, SIZE(m, f), 0 }
 #define NUMBER(m, f)                                                                               \
@@ -164,6 +169,16 @@ static const struct check COMMIT[] = {
     COUNT(Troupe__Commit, lost, ACTORS_MAX),
     EACH_BELOW(Troupe__Commit, layer, LAYERS_MAX),
     EACH_BELOW(Troupe__Commit, expert, EXPERTS_MAX),
+};
+static const struct check FETCH[] = {
+    NOT_ZERO(Troupe__Fetch, transfer),
+    NOT_ZERO(Troupe__Fetch, bytes),
+    BELOW(Troupe__Fetch, layer, LAYERS_MAX),
+    BELOW(Troupe__Fetch, expert, EXPERTS_MAX),
+};
+static const struct check WEIGHTS[] = {
+    NOT_ZERO(Troupe__Weights, transfer),
+    BYTES(Troupe__Weights, data, WEIGHTS_BYTES_MAX),
 };
 static const struct check OPERATION[] = {
     NOT_ZERO(Troupe__Operation, id),
@@ -263,6 +278,8 @@ static const struct message_checks {
     CHECKS(status, STATUS),
     CHECKS(hello, HELLO),
     CHECKS(welcome, WELCOME),
+    CHECKS(fetch, FETCH),
+    CHECKS(weights, WEIGHTS),
     CHECKS(operation, OPERATION),
     CHECKS(operations, OPERATIONS),
     CHECKS(bias, BIAS),

@@ -120,7 +120,12 @@ static void carry_load(struct world *self, struct node *node, const struct effec
     loaded->layer = effect->load.layer;
     loaded->expert = effect->load.expert;
     loaded->operation = effect->load.operation;
-    if (!load_fails(self, node, &loaded->failure))
+    if (effect->load.image != NULL) {
+        engine_expert_unpack(model_config(self->options.model), self->options.kernels, loaded->layer,
+                             loaded->expert, effect->load.image, effect->load.image_bytes,
+                             &loaded->weights, &loaded->failure);
+        free(effect->load.image);
+    } else if (!load_fails(self, node, &loaded->failure))
         engine_expert_pack(self->options.model, self->options.kernels, loaded->layer, loaded->expert,
                            &loaded->weights, &loaded->failure);
     queue_push(&self->queue, loaded);

@@ -120,6 +120,20 @@ static void draw_operations(struct scenario *ret, const struct fault_field *fiel
         faults_draw_operations(&ret->faults, field, &drawn);
 }
 
+/* Where weights come from: most often from files that all have; else every process has a host of its own, so that
+ * others that hold an expert are nearer than the file; or the last processes have no file at all. */
+static void draw_weights(struct scenario *ret, uint64_t seed) {
+    struct random mixed = {seed ^ 0x7765696768747375u}, drawn = {random_next(&mixed)}, *random = &drawn;
+    ret->apart = random_chance(random, 0.3);
+    if (ret->experts > 1 && random_chance(random, 0.3))
+        ret->fileless = (uint32_t)random_between(random, 1, ret->experts / 2);
+    for (uint32_t i = 0; i < ret->faults.count; i++)
+        if (ret->faults.list[i].for_ns == FOR_GOOD) /* who is lost may be the last to have a file */
+            ret->fileless = 0;
+    if (random_chance(random, 0.3))
+        ret->settings.load_bytes_per_second = random_between(random, 300000, 10000000);
+}
+
 void scenario_draw(struct scenario *ret, uint64_t seed) {
     struct random mixed = {seed ^ 0x74726f757065u}; /* neighbouring states would give one shifted sequence */
     struct random drawn = {random_next(&mixed)}, *random = &drawn;
@@ -153,6 +167,7 @@ void scenario_draw(struct scenario *ret, uint64_t seed) {
     draw_audit(ret, &field);
     draw_operations(ret, &field);
     faults_prepare(&ret->faults, seed);
+    draw_weights(ret, seed);
 }
 
 void scenario_make_quiet(struct scenario *self) {
@@ -165,6 +180,8 @@ void scenario_make_quiet(struct scenario *self) {
     self->settings.max_sequences = 32;
     self->settings.join_wait_ms = 100;
     self->settings.heartbeat_ms = 500;
+    self->apart = false;
+    self->fileless = 0;
     self->delay_min_ns = self->delay_max_ns = self->frame_delay_min_ns = self->frame_delay_max_ns = 0;
     self->loss = self->duplicate = self->frame_loss = 0;
     self->compute_ns = self->load_ns = 1000;
@@ -227,6 +244,17 @@ static int read_line(struct scenario *ret, char *line, bool *faults_given, struc
         return read_count(value, 64, &ret->experts, failure);
     if (strcmp(word, "samplers") == 0)
         return read_count(value, 16, &ret->samplers, failure);
+    if (strcmp(word, "fileless") == 0)
+        return read_count(value, 63, &ret->fileless, failure);
+    if (strcmp(line, "all files") == 0) {
+        ret->fileless = 0;
+        ret->apart = false;
+        return 0;
+    }
+    if (strcmp(line, "apart") == 0) {
+        ret->apart = true;
+        return 0;
+    }
     if (strcmp(word, "requests") == 0)
         return read_count(value, ret->requests, &ret->requests, failure);
     if (strcmp(word, "knob") == 0)
@@ -245,8 +273,8 @@ static int read_line(struct scenario *ret, char *line, bool *faults_given, struc
         return 0;
     }
     return fail(failure, ERR_INVALID,
-                "expected seed, attention, experts, samplers, requests, knob, 'network quiet', "
-                "'no faults' or at, found '%s'",
+                "expected seed, attention, experts, samplers, fileless, apart, 'all files', requests, "
+                "knob, 'network quiet', 'no faults' or at, found '%s'",
                 line);
 }
 
@@ -283,6 +311,11 @@ void scenario_print(const struct scenario *self, char ret[SCENARIO_TEXT_BYTES]) 
     struct writer out = {ret, SCENARIO_TEXT_BYTES};
     put(&out, "seed %llu\n", (unsigned long long)self->seed);
     put(&out, "attention %u\nexperts %u\nsamplers %u\n", self->attention, self->experts, self->samplers);
+    put(&out, self->fileless > 0 || self->apart ? "" : "all files\n");
+    if (self->fileless > 0)
+        put(&out, "fileless %u\n", self->fileless);
+    if (self->apart)
+        put(&out, "apart\n");
     put(&out, "# model %u in %s, %u requests, heartbeat %u ms x %u, row deadline %u ms, poll %u ms\n",
         self->model, self->f32 ? "f32" : "bf16", self->requests, self->settings.heartbeat_ms,
         self->settings.heartbeat_misses, self->settings.row_deadline_ms, self->settings.poll_ms);

@@ -3,6 +3,8 @@
  *
  *   seed 17                    the rest is drawn from it; must come first
  *   attention 2                processes; also experts, samplers
+ *   fileless 1                 so many expert processes, the last ones, have no file of weights; `apart`: every process has a host of
+ *                              its own, so that others that hold an expert are nearer than the file; `all files`: neither
  *   requests 4                 how many of the drawn requests are sent
  *   knob heartbeat_ms 20       any knob of config/knobs.def
  *   network quiet              no delays, losses or doubling but those of the faults below
@@ -32,6 +34,8 @@ struct scenario {
     uint32_t model; /* of simulator/tiny_model.h */
     bool f32;
     uint32_t attention, experts, samplers;
+    uint32_t fileless; /* so many expert processes, the last ones, have no file of weights */
+    bool apart;        /* every process has a host of its own */
     struct settings settings;
     uint64_t delay_min_ns, delay_max_ns, frame_delay_min_ns, frame_delay_max_ns;
     double loss, duplicate, frame_loss;

@@ -108,6 +108,8 @@ static int open_world(struct run *self, struct failure *failure) {
         .attention = scenario->attention,
         .experts = scenario->experts,
         .samplers = scenario->samplers,
+        .fileless = scenario->fileless < scenario->experts ? scenario->fileless : scenario->experts - 1,
+        .apart = scenario->apart,
         .gateway = {.served_model = "tiny", .version = "sim", .tokenizer = model->tokenizer},
         .delay_min_ns = scenario->delay_min_ns,
         .delay_max_ns = scenario->delay_max_ns,

@@ -67,6 +67,19 @@ static int open_engine(struct world *self, struct node *node, struct failure *fa
     return engine_open(&node->engine, self->options.model, &options, failure);
 }
 
+static bool has_file(const struct world *self, const struct node *node) {
+    return node->role != ROLE_EXPERT || node->index + self->options.fileless < self->options.experts;
+}
+
+static struct actor *create_expert(struct world *self, struct node *node) {
+    node->identity.model_fingerprint = has_file(self, node) ? model_fingerprint(self->options.model) : "";
+    struct actor *actor =
+        expert_create(&node->identity, &self->options.settings, model_config(self->options.model), 0);
+    if (actor != NULL && !has_file(self, node))
+        expert_set_weights(actor, WEIGHTS_PEER);
+    return actor;
+}
+
 static struct actor *create_actor(struct world *self, struct node *node) {
     const struct settings *settings = &self->options.settings;
     const struct model_config *config = model_config(self->options.model);
@@ -76,7 +89,7 @@ static struct actor *create_actor(struct world *self, struct node *node) {
     case ROLE_ATTENTION:
         return attention_create(&node->identity, settings, config);
     case ROLE_EXPERT:
-        return expert_create(&node->identity, settings, config, 0);
+        return create_expert(self, node);
     case ROLE_SAMPLER:
         return sampler_create(&node->identity, settings, config);
     default:
@@ -148,9 +161,10 @@ static void add_nodes(struct world *self, enum role role, uint32_t count) {
             .name = node->name,
             .control_address = node->address,
             .data_address = node->address,
-            .host = "world",
+            .host = self->options.apart ? node->name : "world",
             .coordinator_address = self->node[0].address,
             .model_fingerprint = model_fingerprint(self->options.model),
+            .config_fingerprint = model_config_fingerprint(self->options.model),
             .numerics = profile_name(self->options.kernels->profile),
             .pid = self->nodes,
             .threads = 1,

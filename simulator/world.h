@@ -23,6 +23,8 @@ struct world_options {
     const struct kernels *kernels;
     struct parallel parallel;
     uint32_t attention, experts, samplers; /* processes of each role; one coordinator */
+    uint32_t fileless; /* so many expert processes, the last ones, have no file of weights */
+    bool apart;        /* every process has a host of its own */
     struct gateway_options gateway;        /* used if gateway.tokenizer is set: one gateway */
     const struct probe_request *probes;    /* or, instead of a gateway, one probe */
     uint32_t probe_count;

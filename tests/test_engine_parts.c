@@ -48,6 +48,65 @@ static struct engine_options options_for(enum engine_role role) {
     };
 }
 
+/* Read in pieces from one engine, unpacked into another: rows come out with the same bits. Whatever is changed of it is
+ * refused, or is weights of the same shape. */
+static void weights_travel_as_bytes(void **state) {
+    (void)state;
+    struct failure failure;
+    struct engine *engine = NULL;
+    struct expert_weights *weights = NULL;
+    const struct kernels *kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+    const struct model_config *config = model_config(serial.model);
+    uint8_t *image = malloc(engine_expert_image_limit(config));
+    uint64_t total = 1;
+    uint32_t crc = 0;
+    for (uint64_t at = 0; at < total;) {
+        struct program_result result;
+        struct program read = {.kind = PROGRAM_READ, .layer = LAYER, .items = 2, .offset = at, .bytes = 1000};
+        engine_run(serial.expert, &read, &result);
+        total = result.total;
+        crc = result.crc;
+        assert_true(total > 0 && total <= engine_expert_image_limit(config) && result.piece_bytes > 0);
+        memcpy(image + at, result.piece, result.piece_bytes);
+        at += result.piece_bytes;
+    }
+    assert_int_equal(crc32c(0, image, total), crc);
+    struct engine_options options = options_for(ENGINE_EXPERT);
+    assert_int_equal(engine_open(&engine, serial.model, &options, &failure), 0);
+    assert_int_equal(engine_expert_unpack(config, kernels, LAYER, 2, image, total, &weights, &failure), 0);
+    engine_expert_publish(engine, LAYER, 2, &weights);
+    uint32_t hidden = config->hidden, item_row[2] = {0, 1};
+    uint16_t *rows = calloc((size_t)2 * hidden, sizeof *rows);
+    for (uint32_t i = 0; i < 2 * hidden; i++)
+        rows[i] = bf16_from_float((float)(i * 37 % 201) / 100 - 1);
+    struct frame_group group = {.expert = 2, .count = 2};
+    struct program program = {.kind = PROGRAM_EXPERT, .layer = LAYER, .rows = 2, .items = 2, .groups = 1,
+                              .group = &group, .item_row = item_row, .payload = rows};
+    struct program_result first, second;
+    engine_run(serial.expert, &program, &first);
+    engine_run(engine, &program, &second);
+    assert_memory_equal(first.output, second.output, (size_t)2 * hidden * sizeof(float));
+    assert_int_equal(engine_expert_unpack(config, kernels, LAYER, 3, image, total, &weights, &failure), ERR_CORRUPT);
+    assert_int_equal(engine_expert_unpack(config, kernels, LAYER, 2, image, total - 64, &weights, &failure), ERR_CORRUPT);
+    assert_int_equal(engine_expert_unpack(config, kernels, LAYER, 2, image, 10, &weights, &failure), ERR_CORRUPT);
+    for (uint32_t bit = 0; bit < 64 * 8; bit++) { /* the header */
+        image[bit / 8] ^= (uint8_t)(1u << (bit % 8));
+        if (engine_expert_unpack(config, kernels, LAYER, 2, image, total, &weights, &failure) == 0)
+            engine_expert_free(&weights);
+        image[bit / 8] ^= (uint8_t)(1u << (bit % 8));
+    }
+    struct program_result result;
+    struct program read = {.kind = PROGRAM_READ, .layer = LAYER, .items = 2, .offset = total, .bytes = 10};
+    engine_run(serial.expert, &read, &result);
+    assert_int_equal(result.total, 0);
+    read = (struct program){.kind = PROGRAM_READ, .layer = 9999, .items = 2, .bytes = 10};
+    engine_run(serial.expert, &read, &result);
+    assert_int_equal(result.total, 0);
+    free(rows);
+    free(image);
+    engine_close(&engine);
+}
+
 static void impossible_options_are_refused(void **state) {
     (void)state;
     struct engine_options bad[7];
@@ -290,6 +349,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(impossible_options_are_refused),
         cmocka_unit_test(weights_share_regions),
+        cmocka_unit_test(weights_travel_as_bytes),
         cmocka_unit_test(experts_come_and_go),
         cmocka_unit_test(an_output_depends_on_its_item_only),
         cmocka_unit_test(experts_of_prediction_layers_can_be_packed),

@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -406,6 +407,84 @@ static void test_what_makes_no_sense_is_refused(void **state) {
     assert_true(cluster_stop(&cluster));
 }
 
+/* ---- a process without weights ---- */
+
+static bool copy_file(const char *from_folder, const char *to_folder, const char *name) {
+    char line[512];
+    snprintf(line, sizeof line, "cp %s/%s %s/", from_folder, name, to_folder);
+    return system(line) == 0;
+}
+
+static pid_t start_expert(const struct cluster *cluster, const char *model) {
+    pid_t pid = fork();
+    if (pid == 0) {
+        char binary[256];
+        const char *build = getenv("TROUPE_BUILD");
+        snprintf(binary, sizeof binary, "%s/troupe", build != NULL ? build : "build");
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        execl(binary, "troupe", "expert", "--run-dir", cluster->run_dir, "--model", model, "--name", "extra",
+              "--transport", "zmq", "--weights", "peer", "--log", "/dev/null", (char *)NULL);
+        _exit(127);
+    }
+    return pid;
+}
+
+/* Of the actor "extra"; -1: it is not there. */
+static long long extra_number(const struct cluster *cluster, const char *key) {
+    static char text[1 << 16];
+    long long number = -1;
+    size_t index;
+    json_t *actor;
+    if (ctl(cluster, "actors --json", text, sizeof text) != 0)
+        return -1;
+    json_t *answer = json_loads(text, 0, NULL);
+    json_array_foreach(json_object_get(answer, "actors"), index, actor)
+        if (strcmp(json_string_value(json_object_get(actor, "name")), "extra") == 0)
+            number = json_integer_value(json_object_get(actor, key));
+    json_decref(answer);
+    return number;
+}
+
+/* It has config.json and nothing else, and takes its share from the others, over ZeroMQ; rows are computed with it and
+ * without it, and the answer is the same. */
+static void test_weights_come_from_other_processes(void **state) {
+    (void)state;
+    struct cluster cluster;
+    char folder[] = "/tmp/troupe-test-weightless-XXXXXX", text[4096];
+    char *expected = NULL, *found = NULL;
+    const char *body = "{\"prompt\":\"And it came to pass\",\"max_tokens\":40,\"temperature\":0.8,\"seed\":5}";
+    assert_non_null(mkdtemp(folder));
+    assert_true(copy_file(MODEL, folder, "config.json"));
+    assert_true(cluster_start(&cluster, MODEL, "--experts 2"));
+    cluster.faults = true;
+    assert_int_equal(http_one(cluster.port, "POST", "/v1/completions", body, &expected), 200);
+    pid_t extra = start_expert(&cluster, folder);
+    long long share = 0;
+    for (int i = 0; i < 200 && (share <= 0 || extra_number(&cluster, "copies_held") < share); i++) {
+        usleep(50000);
+        share = extra_number(&cluster, "copies");
+    }
+    assert_true(share >= 40); /* about a third of 160 */
+    assert_int_equal(extra_number(&cluster, "copies_held"), share);
+    assert_true(extra_number(&cluster, "fetched_bytes") > share * 3 * 256 * 128);
+    assert_true(settled(&cluster));
+    assert_int_equal(http_one(cluster.port, "POST", "/v1/completions", body, &found), 200);
+    const char *one = strstr(expected, "\"text\""), *other = strstr(found, "\"text\"");
+    assert_true(one != NULL && other != NULL && strncmp(one, other, strcspn(one, "}")) == 0);
+    assert_true(change(&cluster, "replicate 1 0") || change(&cluster, "replicate 1 1"));
+    kill(extra, SIGKILL);
+    waitpid(extra, NULL, 0);
+    free(found);
+    assert_int_equal(http_one(cluster.port, "POST", "/v1/completions", body, &found), 200);
+    other = strstr(found, "\"text\"");
+    assert_true(other != NULL && strncmp(one, other, strcspn(one, "}")) == 0);
+    free(expected);
+    free(found);
+    assert_true(cluster_stop(&cluster));
+    snprintf(text, sizeof text, "rm -r %s", folder);
+    assert_int_equal(system(text), 0);
+}
+
 /* ---- many cycles ---- */
 
 /* Its own memory. Rings in shared memory become resident as they are written around, up to their size, and are
@@ -432,28 +511,32 @@ static uint32_t entries(const char *path, const char *part) {
     return count;
 }
 
+static const char *const ROLES[] = {"coordinator", "gateway", "attention", "expert", "sampler"};
+#define ROLES_COUNT (sizeof ROLES / sizeof *ROLES)
+
 struct usage {
-    uint64_t kib;
+    uint64_t kib, supervisor_kib, role_kib[ROLES_COUNT];
     uint32_t files, segments, sockets, processes;
 };
 
 /* Of the supervisor and everything that it has started. */
 static struct usage measure(const struct cluster *cluster) {
-    static const char *const roles[] = {"coordinator", "gateway", "attention", "expert", "sampler"};
-    struct usage usage = {.kib = resident_kib(cluster->pid)};
+    struct usage usage = {.supervisor_kib = resident_kib(cluster->pid)};
     pid_t pid[64];
     char path[64];
     snprintf(path, sizeof path, "/proc/%d/fd", (int)cluster->pid);
     usage.files = entries(path, "");
-    for (size_t i = 0; i < sizeof roles / sizeof *roles; i++) {
-        uint32_t count = cluster_pids(cluster, roles[i], pid, 64);
+    usage.kib = usage.supervisor_kib;
+    for (size_t i = 0; i < ROLES_COUNT; i++) {
+        uint32_t count = cluster_pids(cluster, ROLES[i], pid, 64);
         for (uint32_t j = 0; j < count; j++) {
             snprintf(path, sizeof path, "/proc/%d/fd", (int)pid[j]);
             usage.files += entries(path, "");
-            usage.kib += resident_kib(pid[j]);
+            usage.role_kib[i] += resident_kib(pid[j]);
             snprintf(path, sizeof path, "-%d-", (int)pid[j]);
             usage.segments += entries("/dev/shm", path);
         }
+        usage.kib += usage.role_kib[i];
         usage.processes += count;
     }
     usage.sockets = entries(cluster->run_dir, ".control") + entries(cluster->run_dir, ".data");
@@ -487,6 +570,12 @@ static void run_cycles(uint32_t cycles) {
     printf("%u cycles: processes %u -> %u, resident %llu -> %llu KiB, descriptors %u -> %u, shared memory %u -> %u, sockets %u -> %u\n",
            cycles, before.processes, after.processes, (unsigned long long)before.kib,
            (unsigned long long)after.kib, before.files, after.files, before.segments, after.segments, before.sockets, after.sockets);
+    printf("resident KiB: supervisor %llu -> %llu", (unsigned long long)before.supervisor_kib,
+           (unsigned long long)after.supervisor_kib);
+    for (size_t i = 0; i < ROLES_COUNT; i++)
+        printf(", %s %llu -> %llu", ROLES[i], (unsigned long long)before.role_kib[i],
+               (unsigned long long)after.role_kib[i]);
+    printf("\n");
     ctl(&cluster, "status", text, sizeof text);
     printf("%s", text);
     assert_int_equal(before.processes, after.processes);
@@ -510,6 +599,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_growing_and_shrinking_changes_no_stream),
         cmocka_unit_test(test_what_makes_no_sense_is_refused),
+        cmocka_unit_test(test_weights_come_from_other_processes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

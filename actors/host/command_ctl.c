@@ -185,6 +185,9 @@ static void print_operation(const json_t *operation) {
         snprintf(what, sizeof what, "%s", names);
     printf("%5lld  %-10s %-8s %7.2f s  %s", number_of(operation, "id"), kind, text_of(operation, "phase"),
            json_number_value(json_object_get(operation, "seconds")), what);
+    if (json_object_get(operation, "bytes") != NULL)
+        printf("  %.1f of %.1f MB loaded", (double)number_of(operation, "bytes_done") / 1e6,
+               (double)number_of(operation, "bytes") / 1e6);
     if (json_object_get(operation, "reason") != NULL)
         printf("  (in %s: %s)", text_of(operation, "aborted_in"), text_of(operation, "reason"));
     printf("\n");

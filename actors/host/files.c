@@ -134,6 +134,27 @@ int model_directory_open(struct model_directory *ret, const char *path, struct f
     return 0;
 }
 
+int model_directory_open_config(struct model_directory *ret, const char *path, struct failure *failure) {
+    struct model_directory self = {.only_config = true};
+    self.file = calloc(2, sizeof *self.file);
+    if (self.file == NULL)
+        return fail(failure, ERR_NO_MEMORY, "no memory for a model");
+    int error = add_file(&self, path, "config.json", JSON_FILE_MAX, true, failure);
+    if (error == 0)
+        error = add_file(&self, path, "generation_config.json", JSON_FILE_MAX, false, failure);
+    struct model_file files[2];
+    for (uint32_t i = 0; error == 0 && i < self.files; i++)
+        files[i] = (struct model_file){self.file[i].name, self.file[i].bytes, self.file[i].size};
+    if (error == 0)
+        error = model_open_config(&self.model, files, self.files, failure);
+    if (error < 0) {
+        model_directory_close(&self);
+        return error;
+    }
+    *ret = self;
+    return 0;
+}
+
 void model_directory_close(struct model_directory *self) {
     if (self->model != NULL)
         model_close(&self->model);

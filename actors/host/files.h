@@ -3,6 +3,7 @@
 #ifndef TROUPE_HOST_FILES_H
 #define TROUPE_HOST_FILES_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "model/tokenizer.h"
@@ -25,10 +26,13 @@ struct model_directory {
     struct mapped *file;
     uint32_t files;
     struct model *model;
+    bool only_config; /* there are no weights here */
 };
 /* Maps config.json, generation_config.json, the index and all shards, and opens the model over
  * them. */
 int model_directory_open(struct model_directory *ret, const char *path, struct failure *failure);
+/* config.json and generation_config.json only. */
+int model_directory_open_config(struct model_directory *ret, const char *path, struct failure *failure);
 void model_directory_close(struct model_directory *self);
 /* Lets the kernel take back the pages of all mapped weights: packed copies exist, the file can be
  * read again. */

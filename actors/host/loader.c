@@ -42,6 +42,8 @@ static struct loaded *list_pop(struct list *list) {
 void loaded_free(struct loaded **self) {
     if (*self != NULL && (*self)->weights != NULL)
         engine_expert_free(&(*self)->weights);
+    if (*self != NULL)
+        free((*self)->image);
     free(*self);
     *self = NULL;
 }
@@ -50,6 +52,18 @@ static void pack(struct loader *self, struct loaded *item) {
     const struct model *model = self->directory->model;
     if (item->failure.code < 0) {
         fail(&item->failure, item->failure.code, "%s, by an injected fault", error_name(item->failure.code));
+        return;
+    }
+    if (item->image != NULL) {
+        item->bytes = item->image_bytes;
+        engine_expert_unpack(model_config(model), self->kernels, item->layer, item->expert, item->image,
+                             item->image_bytes, &item->weights, &item->failure);
+        free(item->image);
+        item->image = NULL;
+        return;
+    }
+    if (self->directory->only_config) {
+        fail(&item->failure, ERR_NOT_FOUND, "this process has no file of weights (--weights peer)");
         return;
     }
     int error = engine_expert_pack(model, self->kernels, item->layer, item->expert, &item->weights,
@@ -123,17 +137,24 @@ void loader_close(struct loader **loader) {
     *loader = NULL;
 }
 
-void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, int error) {
-    struct loaded *item = calloc(1, sizeof *item);
+static void add(struct loader *self, const struct loaded *wanted) {
+    struct loaded *item = malloc(sizeof *item);
     ASSERT(item != NULL);
-    item->layer = layer;
-    item->expert = expert;
-    item->operation = operation;
-    item->failure.code = error;
+    *item = *wanted;
     pthread_mutex_lock(&self->mutex);
     list_push(&self->wanted, item);
     pthread_cond_signal(&self->changed);
     pthread_mutex_unlock(&self->mutex);
+}
+
+void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, int error) {
+    add(self, &(struct loaded){.layer = layer, .expert = expert, .operation = operation, .failure.code = error});
+}
+
+void loader_add_image(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation,
+                      uint8_t *image, uint64_t bytes) {
+    add(self, &(struct loaded){.layer = layer, .expert = expert, .operation = operation, .image = image,
+                               .image_bytes = bytes});
 }
 
 struct loaded *loader_take(struct loader *self) {

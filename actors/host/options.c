@@ -100,6 +100,9 @@ static const struct option_row table[] = {
     NUMBER("gpu", gpu, 0, 1023, FOR_WORKER,
            "run next to this GPU and exchange rows with others that have one over NCCL (default: "
            "none; see docs/gpu.md)"),
+    TEXT("weights", weights, "auto|file|peer", FOR_EXPERT,
+         "where experts' weights come from: the model directory, other processes that hold them, or "
+         "whichever is nearer (default auto)"),
     NUMBER("memory-mib", memory_mib, 0, 1u << 30, FOR_SERVE | FOR_EXPERT,
            "weights that an expert process may hold, 0: no limit (default 0)"),
     TEXT("log", log, "FILE", FOR_ACTORS, "write the log there as well"),
@@ -337,6 +340,7 @@ static int check_words(const struct options *self, struct failure *failure) {
     static const char *const numerics[] = {"f32", "bf16", "fp8", "bf16-sm90", "fp8-sm90", NULL};
     static const char *const isas[] = {"best", "scalar", "avx512", "amx", NULL};
     static const char *const transports[] = {"auto", "shm", "zmq", NULL};
+    static const char *const weights[] = {"auto", "file", "peer", NULL};
     static const char *const policies[] = {"troupe", "eplb", "none", NULL};
     static const char *const views[] = {"on", "off", NULL};
     int error = check_word("view", self->view, views, "on or off", failure);
@@ -347,6 +351,8 @@ static int check_words(const struct options *self, struct failure *failure) {
         error = check_word("isa", self->isa, isas, "best, scalar, avx512 or amx", failure);
     if (error == 0)
         error = check_word("transport", self->transport, transports, "auto, shm or zmq", failure);
+    if (error == 0)
+        error = check_word("weights", self->weights, weights, "auto, file or peer", failure);
     if (error == 0)
         error = check_word("policy", self->policy, policies, "troupe, eplb or none", failure);
     return error;
@@ -359,6 +365,7 @@ int options_parse(struct options *ret, int argc, char **argv, unsigned command,
         .numerics = "bf16",
         .isa = "best",
         .transport = "auto",
+        .weights = "auto",
         .host = "127.0.0.1",
         .experts = 4,
         .jobs = 1,

@@ -39,7 +39,7 @@ struct options {
     const char *model, *run_dir, *config, *numerics, *isa, *transport, *host, *name, *coordinator,
         *bind, *bind_data, *cpus, *log, *served_model, *api_key, *api_key_file, *prompt, *golden,
         *shape, *url, *json, *figures, *plan, *journal, *html, *seeds, *scenario, *cluster, *trace, *view, *admin, *admin_token_file,
-        *address, *to_file, *load, *previous, *policy, *capacity, *speed;
+        *address, *to_file, *load, *previous, *weights, *policy, *capacity, *speed;
     uint64_t layer, experts, attention, samplers, port, gpu, listen_fd, max_tokens, seed, memory_mib,
         jobs, runs, processes, hosts, spare, groups, window, expert_bytes, horizon;
     double temperature, rate;

@@ -276,6 +276,11 @@ static void carry_out(struct process *self, const struct effect *effect) {
         process_carry_admin(self, effect);
         break;
     case EFFECT_LOAD:
+        if (effect->load.image != NULL) {
+            loader_add_image(self->loader, effect->load.layer, effect->load.expert,
+                             effect->load.operation, effect->load.image, effect->load.image_bytes);
+            break;
+        }
         loader_add(self->loader, effect->load.layer, effect->load.expert, effect->load.operation,
                    self->inject != NULL ? inject_load(self->inject) : 0);
         break;

@@ -452,7 +452,16 @@ static int open_coordinator(struct process *self, struct failure *failure) {
 
 static int open_model(void *argument, struct failure *failure) {
     struct process *self = argument;
-    return model_directory_open(&self->directory, self->options->model, failure);
+    const char *weights = self->options->weights, *path = self->options->model;
+    struct failure why = {0};
+    if (self->role != ROLE_EXPERT || strcmp(weights, "file") == 0)
+        return model_directory_open(&self->directory, path, failure);
+    int error = ERR_NOT_FOUND;
+    if (strcmp(weights, "auto") == 0)
+        error = model_directory_open(&self->directory, path, &why);
+    if (error == ERR_NOT_FOUND) /* others hold them */
+        return model_directory_open_config(&self->directory, path, failure);
+    return error == 0 ? 0 : fail(failure, error, "%s", why.text);
 }
 
 static int create_actor(struct process *self, struct failure *failure) {
@@ -469,6 +478,11 @@ static int create_actor(struct process *self, struct failure *failure) {
     case ROLE_EXPERT:
         self->actor =
             expert_create(&self->identity, settings, config, self->options->memory_mib << 20);
+        if (self->actor != NULL)
+            expert_set_weights(self->actor, self->directory.only_config ? WEIGHTS_PEER
+                                            : strcmp(self->options->weights, "file") == 0
+                                                ? WEIGHTS_FILE
+                                                : WEIGHTS_AUTO);
         break;
     default:
         self->actor = sampler_create(&self->identity, settings, config);
@@ -517,6 +531,7 @@ int process_open(struct process *self, struct failure *failure) {
     self->identity.host = self->host;
     self->identity.coordinator_address = self->coordinator;
     self->identity.model_fingerprint = model_fingerprint(self->directory.model);
+    self->identity.config_fingerprint = model_config_fingerprint(self->directory.model);
     settings_profile_name(&options->settings, options->numerics, self->profile);
     self->identity.numerics = self->profile;
     self->identity.pid = (uint32_t)getpid();

@@ -293,6 +293,7 @@ void stage_join(struct stage *self, actor_id id) {
     Troupe__Welcome welcome = TROUPE__WELCOME__INIT;
     welcome.id = id;
     welcome.incarnation = OWN_LIFE;
+    welcome.model_fingerprint = "fingerprint";
     welcome.heartbeat_interval_ns = (uint64_t)self->settings.heartbeat_ms * 1000000u;
     message envelope = stage_envelope(ACTOR_COORDINATOR);
     envelope.body_case = TROUPE__ENVELOPE__BODY_WELCOME;
@@ -321,7 +322,7 @@ void stage_commit(struct stage *self, const actor_id *members, uint32_t count,
         list[i].role = (Troupe__Role)(i == count ? self->identity.role : role_of(members[i]));
         list[i].control_address = "test://somebody";
         list[i].data_address = "test://somebody-data";
-        list[i].host = "here";
+        list[i].host = self->far && role_of(list[i].id) == ROLE_EXPERT && list[i].id != self->id ? "there" : "here";
         list[i].name = "somebody";
         list[i].state = TROUPE__ACTOR_STATE__STATE_READY;
         pointers[i] = &list[i];

@@ -19,6 +19,7 @@ struct stage {
     struct model_config config;
     actor_id id; /* of the actor under test, once welcomed */
     uint64_t now_ns, epoch;
+    bool far; /* stage_commit: other experts are on another host */
     uint32_t replicas; /* stage_commit: further holders of each expert, the next ones in the list */
     struct effects effects; /* of the last step */
     struct effects log;     /* copies of all effects since stage_clear */
