@@ -134,6 +134,7 @@ struct effect {
         struct {
             uint32_t layer, expert;
             uint64_t operation;
+            bool urgent; /* LOAD: nobody else serves it, rows may wait for it */
             uint8_t *image; /* LOAD: not from the file but from this, malloc'd; the host frees it. NULL: from the file */
             uint64_t image_bytes;
         } load;

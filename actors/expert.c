@@ -87,6 +87,7 @@ static void load_next(struct expert *self, uint64_t now_ns, struct effects *out)
         effect->load.layer = place / self->config.experts;
         effect->load.expert = place % self->config.experts;
         effect->load.operation = self->operation;
+        effect->load.urgent = !fetch_held_elsewhere(self, place);
         expert_spend(self, self->pair_bytes, now_ns);
     }
 }

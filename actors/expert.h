@@ -84,6 +84,7 @@ void expert_spend(struct expert *self, uint64_t bytes, uint64_t now_ns);
 
 /* expert_fetch.c */
 /* Where the pair's weights should come from; true: from another process. */
+bool fetch_held_elsewhere(const struct expert *self, uint32_t place);
 bool fetch_is_nearer(const struct expert *self, uint32_t place);
 void fetch_begin(struct expert *self, uint32_t place, uint64_t now_ns, struct effects *out);
 void fetch_take_placement(struct expert *self, const Troupe__Commit *commit);

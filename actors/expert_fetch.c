@@ -29,8 +29,6 @@
 
 void fetch_take_placement(struct expert *self, const Troupe__Commit *commit) {
     self->holders = 0;
-    if (self->weights == WEIGHTS_FILE)
-        return;
     if (commit->n_holder > self->holders_capacity) {
         self->holder_place = realloc(self->holder_place, commit->n_holder * sizeof *self->holder_place);
         self->holder_id = realloc(self->holder_id, commit->n_holder * sizeof *self->holder_id);
@@ -66,6 +64,12 @@ static struct peer *choose(const struct expert *self, uint32_t place, uint32_t t
             found = peer;
     }
     return found;
+}
+
+bool fetch_held_elsewhere(const struct expert *self, uint32_t place) {
+    uint32_t count;
+    choose(self, place, 0, &count);
+    return count > 0;
 }
 
 bool fetch_is_nearer(const struct expert *self, uint32_t place) {
@@ -107,6 +111,7 @@ static void give_up(struct expert *self, struct fetch *fetch, uint64_t now_ns, s
         effect->load.layer = layer;
         effect->load.expert = expert;
         effect->load.operation = self->operation;
+        effect->load.urgent = !fetch_held_elsewhere(self, place);
         expert_spend(self, self->pair_bytes, now_ns);
         return;
     }

@@ -1,4 +1,4 @@
-/* One thread packs one expert after the other; the actor goes on meanwhile. */
+/* Two threads pack one expert after the other, one of them what is urgent; the actor goes on meanwhile. */
 #include "actors/host/loader.h"
 
 #include <stdlib.h>
@@ -16,10 +16,16 @@ struct loader {
     const struct kernels *kernels;
     struct bell *bell;
     uint32_t nice;
-    pthread_t thread;
+    struct packer {
+        struct loader *loader;
+        pthread_t thread;
+        bool urgent;
+        struct list wanted; /* under the loader's mutex */
+    } packer[2];            /* in the background, urgent */
+    uint32_t packers;       /* started */
     pthread_mutex_t mutex; /* of everything below */
     pthread_cond_t changed;
-    struct list wanted, done;
+    struct list done;
     bool stop;
 };
 
@@ -75,12 +81,14 @@ static void pack(struct loader *self, struct loaded *item) {
 }
 
 static void *run(void *argument) {
-    struct loader *self = argument;
-    background_enter(self->nice);
+    struct packer *packer = argument;
+    struct loader *self = packer->loader;
+    if (!packer->urgent)
+        background_enter(self->nice);
     numerics_enter();
     pthread_mutex_lock(&self->mutex);
     while (!self->stop) {
-        struct loaded *item = list_pop(&self->wanted);
+        struct loaded *item = list_pop(&packer->wanted);
         if (item == NULL) {
             pthread_cond_wait(&self->changed, &self->mutex);
             continue;
@@ -105,13 +113,19 @@ int loader_open(struct loader **ret, const struct model_directory *directory,
     self->kernels = kernels;
     self->bell = bell;
     self->nice = nice;
-    self->wanted.last = &self->wanted.first;
     self->done.last = &self->done.first;
     pthread_mutex_init(&self->mutex, NULL);
     pthread_cond_init(&self->changed, NULL);
-    int error = thread_start(&self->thread, "loader", run, self, failure);
+    int error = 0;
+    while (self->packers < 2 && error == 0) {
+        struct packer *packer = &self->packer[self->packers];
+        *packer = (struct packer){.loader = self, .urgent = self->packers == 1};
+        packer->wanted.last = &packer->wanted.first;
+        error = thread_start(&packer->thread, packer->urgent ? "loader" : "loader-slow", run, packer, failure);
+        self->packers += error == 0;
+    }
     if (error < 0) {
-        free(self);
+        loader_close(&self);
         return error;
     }
     *ret = self;
@@ -124,11 +138,13 @@ void loader_close(struct loader **loader) {
         return;
     pthread_mutex_lock(&self->mutex);
     self->stop = true;
-    pthread_cond_signal(&self->changed);
+    pthread_cond_broadcast(&self->changed);
     pthread_mutex_unlock(&self->mutex);
-    pthread_join(self->thread, NULL);
-    for (struct loaded *item; (item = list_pop(&self->wanted)) != NULL;)
-        loaded_free(&item);
+    for (uint32_t i = 0; i < self->packers; i++)
+        pthread_join(self->packer[i].thread, NULL);
+    for (uint32_t i = 0; i < self->packers; i++)
+        for (struct loaded *item; (item = list_pop(&self->packer[i].wanted)) != NULL;)
+            loaded_free(&item);
     for (struct loaded *item; (item = list_pop(&self->done)) != NULL;)
         loaded_free(&item);
     pthread_mutex_destroy(&self->mutex);
@@ -137,24 +153,27 @@ void loader_close(struct loader **loader) {
     *loader = NULL;
 }
 
-static void add(struct loader *self, const struct loaded *wanted) {
+static void add(struct loader *self, const struct loaded *wanted, bool urgent) {
     struct loaded *item = malloc(sizeof *item);
     ASSERT(item != NULL);
     *item = *wanted;
     pthread_mutex_lock(&self->mutex);
-    list_push(&self->wanted, item);
-    pthread_cond_signal(&self->changed);
+    list_push(&self->packer[urgent].wanted, item);
+    pthread_cond_broadcast(&self->changed);
     pthread_mutex_unlock(&self->mutex);
 }
 
-void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, int error) {
-    add(self, &(struct loaded){.layer = layer, .expert = expert, .operation = operation, .failure.code = error});
+void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, bool urgent,
+                int error) {
+    add(self, &(struct loaded){.layer = layer, .expert = expert, .operation = operation, .failure.code = error},
+        urgent);
 }
 
 void loader_add_image(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation,
                       uint8_t *image, uint64_t bytes) {
     add(self, &(struct loaded){.layer = layer, .expert = expert, .operation = operation, .image = image,
-                               .image_bytes = bytes});
+                               .image_bytes = bytes},
+        false);
 }
 
 struct loaded *loader_take(struct loader *self) {

@@ -1,4 +1,5 @@
-/* Packs experts in the background: LOAD effects in, LOADED events out. */
+/* Packs experts: LOAD effects in, LOADED events out. What is urgent is packed at the process's own priority, everything else in the
+ * background. */
 #ifndef TROUPE_HOST_LOADER_H
 #define TROUPE_HOST_LOADER_H
 
@@ -23,11 +24,12 @@ int loader_open(struct loader **ret, const struct model_directory *directory,
 /* Finishes what is being packed and forgets the rest. */
 void loader_close(struct loader **self);
 /* `error` != 0: it fails with that, as if the disk or the memory had (a fault on purpose). */
-void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, int error);
+void loader_add(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation, bool urgent,
+                int error);
 /* From what another process has packed; the image is freed. */
 void loader_add_image(struct loader *self, uint32_t layer, uint32_t expert, uint64_t operation,
                       uint8_t *image, uint64_t bytes);
-/* The next finished one, in the order of loader_add; NULL: none. loaded_free when done with it. */
+/* The next finished one; NULL: none. loaded_free when done with it. */
 struct loaded *loader_take(struct loader *self);
 void loaded_free(struct loaded **self); /* weights not taken out are freed */
 

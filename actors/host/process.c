@@ -282,7 +282,7 @@ static void carry_out(struct process *self, const struct effect *effect) {
             break;
         }
         loader_add(self->loader, effect->load.layer, effect->load.expert, effect->load.operation,
-                   self->inject != NULL ? inject_load(self->inject) : 0);
+                   effect->load.urgent, self->inject != NULL ? inject_load(self->inject) : 0);
         break;
     case EFFECT_UNLOAD:
         engine_expert_drop(self->engine, effect->load.layer, effect->load.expert);
