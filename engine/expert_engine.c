@@ -122,7 +122,7 @@ int engine_expert_pack(const struct model *model, const struct kernels *kernels,
     }
     weights->layer = layer;
     weights->expert = expert;
-    expert_image_prepare(weights, view);
+    expert_image_prepare(weights, kernels, view);
     *ret = weights;
     return 0;
 }

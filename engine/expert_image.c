@@ -45,14 +45,18 @@ static uint64_t image_bytes(const struct expert_weights *weights) {
 }
 
 /* The shapes without the weights, for the header, and the sum over all. Views that begin inside a tensor are packed
- * with other borders between blocks than their shape says: those are not given away. */
-void expert_image_prepare(struct expert_weights *weights, const struct weight_view view[3]) {
-    weights->movable = true;
+ * with other borders between blocks than their shape says, and a device keeps its weights where they cannot be
+ * read: those are not given away. */
+void expert_image_prepare(struct expert_weights *weights, const struct kernels *kernels,
+                          const struct weight_view view[3]) {
+    weights->movable = kernels->matrix_adopt != NULL;
     for (int i = 0; i < 3; i++) {
         weights->shape[i] = view[i];
         weights->shape[i].data = NULL;
         weights->movable = weights->movable && !view[i].transposed && view[i].row0 == 0 && view[i].col0 == 0;
     }
+    if (!weights->movable)
+        return;
     struct image_header header = header_of(weights);
     weights->crc = crc32c(0, &header, sizeof header);
     for (int i = 0; i < 3; i++) {
@@ -143,6 +147,9 @@ int engine_expert_unpack(const struct model_config *config, const struct kernels
     struct image_header header;
     struct weight_view view[3];
     uint64_t expected = sizeof header;
+    if (kernels->matrix_adopt == NULL)
+        return fail(failure, ERR_UNSUPPORTED, "%s cannot take weights that another process has packed",
+                    kernels->name);
     if (bytes < sizeof header)
         return fail(failure, ERR_CORRUPT, "weights of an expert: %zu bytes are too few", bytes);
     memcpy(&header, image, sizeof header);
@@ -170,7 +177,7 @@ int engine_expert_unpack(const struct model_config *config, const struct kernels
         engine_expert_free(&weights);
         return error;
     }
-    expert_image_prepare(weights, view);
+    expert_image_prepare(weights, kernels, view);
     *ret = weights;
     return 0;
 }

@@ -140,7 +140,8 @@ struct expert_weights {
 int experts_open(struct engine *self, struct failure *failure);
 const struct expert_weights *experts_held(const struct engine *self, uint32_t layer, uint32_t expert); /* NULL: not held */
 void *experts_chunk(struct engine *self, size_t bytes, struct failure *failure); /* memory to read into */
-void expert_image_prepare(struct expert_weights *weights, const struct weight_view view[3]);
+void expert_image_prepare(struct expert_weights *weights, const struct kernels *kernels,
+                          const struct weight_view view[3]);
 void experts_read(struct engine *self, const struct program *program, struct program_result *ret);
 void experts_close(struct engine *self);
 void experts_run(struct engine *self, const struct program *program, struct program_result *ret);

@@ -96,7 +96,7 @@ struct kernels {
     size_t (*matrix_bytes)(const struct weight_view *view);
     void (*matrix_pack)(struct matrix *ret, const struct weight_view *view, void *memory);
     /* As matrix_pack, where `memory` holds what another process of the same profile has packed: of the view only its
-     * shape, dtype and blocks are looked at (scale: NULL or not). */
+     * shape, dtype and blocks are looked at (scale: NULL or not). NULL: weights cannot be moved between processes. */
     void (*matrix_adopt)(struct matrix *ret, const struct weight_view *view, void *memory);
 
     /* y[r][0..n) = W x[r]. x: [rows, x_stride] activations, y: [rows, y_stride] float. rows may be 0. */

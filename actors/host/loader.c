@@ -117,9 +117,10 @@ int loader_open(struct loader **ret, const struct model_directory *directory,
     pthread_mutex_init(&self->mutex, NULL);
     pthread_cond_init(&self->changed, NULL);
     int error = 0;
-    while (self->packers < 2 && error == 0) {
+    uint32_t packers = kernels->matrix_adopt != NULL ? 2 : 1; /* a device packs for one thread at a time */
+    while (self->packers < packers && error == 0) {
         struct packer *packer = &self->packer[self->packers];
-        *packer = (struct packer){.loader = self, .urgent = self->packers == 1};
+        *packer = (struct packer){.loader = self, .urgent = self->packers + 1 == packers};
         packer->wanted.last = &packer->wanted.first;
         error = thread_start(&packer->thread, packer->urgent ? "loader" : "loader-slow", run, packer, failure);
         self->packers += error == 0;
@@ -158,7 +159,7 @@ static void add(struct loader *self, const struct loaded *wanted, bool urgent) {
     ASSERT(item != NULL);
     *item = *wanted;
     pthread_mutex_lock(&self->mutex);
-    list_push(&self->packer[urgent].wanted, item);
+    list_push(&self->packer[urgent && self->packers > 1].wanted, item);
     pthread_cond_broadcast(&self->changed);
     pthread_mutex_unlock(&self->mutex);
 }
