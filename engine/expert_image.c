@@ -131,9 +131,10 @@ static int adopt_parts(struct expert_weights *weights, const struct kernels *ker
     struct packed *parts[3] = {&weights->mlp.gate, &weights->mlp.up, &weights->mlp.down};
     for (int i = 0; i < 3; i++) {
         size_t bytes = kernels->matrix_bytes(&view[i]);
-        parts[i]->memory = memory_take(bytes, 1, "expert weights", &weights->bytes, failure);
+        parts[i]->memory = weight_memory_take(bytes, "expert weights", &weights->bytes, failure);
         if (parts[i]->memory == NULL)
             return ERR_NO_MEMORY;
+        parts[i]->bytes = bytes;
         memcpy(parts[i]->memory, at, bytes);
         kernels->matrix_adopt(&parts[i]->matrix, &view[i], parts[i]->memory);
         at += bytes;
