@@ -221,6 +221,7 @@ static void coordinator_destroy(struct actor *actor) {
     free(self->recent);
     free(self->past);
     free(self->counted);
+    free(self->source);
     free(self->strings);
     free(self);
 }
@@ -260,11 +261,12 @@ static bool allocate(struct coordinator *self) {
     self->load_of_gone = calloc(pairs, sizeof *self->load_of_gone);
     self->recent = calloc(pairs, sizeof *self->recent);
     self->counted = calloc(pairs, sizeof *self->counted);
+    self->source = calloc(pairs, sizeof *self->source);
     return self->seat != NULL && self->ghost != NULL && self->is_moe != NULL &&
            self->home != NULL && self->targets != NULL && self->actives != NULL &&
            self->waiting != NULL && self->owner != NULL && self->current != NULL &&
            self->wanted != NULL && self->scratch != NULL && self->load_of_gone != NULL &&
-           self->recent != NULL && self->counted != NULL;
+           self->recent != NULL && self->counted != NULL && self->source != NULL;
 }
 
 struct actor *coordinator_create(const struct actor_identity *identity,

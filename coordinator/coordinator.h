@@ -71,6 +71,7 @@ struct seat {
     struct rolling rows, busy_ns; /* computed, and how long that took */
     uint32_t capacity; /* pairs it may hold */
     uint32_t room;     /* as its HELLO said; capacity is less for a while after a load has failed */
+    bool fileless;     /* it can only take from others what they serve */
     uint32_t failures; /* loads, since one succeeded */
     uint64_t trusted_at_ns; /* when it is given more again; NEVER: it is */
     uint32_t targets;  /* pairs with COPY_TARGET */
@@ -203,6 +204,9 @@ struct coordinator {
     uint16_t *targets, *actives, *waiting; /* [pairs] copies with COPY_TARGET, with COPY_ACTIVE, with
                                               the first but not the second */
     bool replicas_due; /* pairs that operations had kept to themselves may lack copies */
+    bool source_due;   /* processes without files were given less because nobody served it yet, */
+    bool source_came;  /* and something of it has come since */
+    uint8_t *source;   /* planning: [pairs] enum pair_source */
     uint64_t *owner; /* [pairs] the operation that is at work on it; 0: none */
     struct operation operation[OPERATIONS_MAX]; /* a ring; id 0: never used */
     uint64_t last_operation_id;

@@ -12,6 +12,10 @@
  * number; a newer order to the same process replaces it. Copies that an operation of
  * operations.c owns become active together, when the last of them is held; all others at once.
  *
+ * A process without a file (`fileless`) takes what it is to hold from whoever serves it. So what nobody
+ * serves goes to processes that have one, whatever their share; once it is served it is placed anew.
+ * If there is none, it waits for one.
+ *
  * Invariants: 1. an active copy at a live process goes inactive only when every target of its pair is
  * active; 2. READY counts only for the newest order of a process; 3. everything a process was
  * told to hold is told to be dropped once it is neither active nor target there; 4. `targets`, `actives`
@@ -61,6 +65,8 @@ static void set_active(struct coordinator *self, struct seat *seat, uint32_t pai
     count_waiting(self, pair, before, after);
     if (!on)
         seat->shrunk_epoch = self->epoch + 1; /* the one that is published with this step */
+    else if (self->source_due)
+        self->source_came = true;
     seat->dirty = true;
     self->changed = true;
 }
@@ -188,7 +194,16 @@ static uint32_t index_of(const uint32_t *id, uint32_t count, actor_id wanted) {
 
 static void complain(struct coordinator *self, uint32_t homeless, uint32_t holders,
                      struct effects *out) {
-    if (homeless > 0 && !self->complained)
+    uint32_t of_file = 0;
+    for (uint32_t pair = 0; self->source_due && homeless > 0 && pair < self->pairs; pair++)
+        of_file += self->is_moe[pair / self->config.experts] && self->wanted[pair] == NOBODY &&
+                   self->source[pair] == SOURCE_FILE;
+    if (of_file > 0 && !self->complained)
+        effects_trace(out, TRACE_ERROR,
+                      "%u experts have no place: nobody serves them, and no process that has a file of "
+                      "the weights has room for them; start one with the model directory",
+                      of_file);
+    else if (homeless > 0 && !self->complained)
         effects_trace(
             out, TRACE_ERROR,
             "%u experts have no place: %u expert processes have no room for more (about %llu "
@@ -213,7 +228,8 @@ static void move_home(struct coordinator *self, uint32_t pair, actor_id wanted, 
     struct seat *old = self->home[pair] != 0 ? seat_find(self, self->home[pair]) : NULL;
     struct seat *new = seat_find(self, wanted);
     self->home[pair] = wanted;
-    copy_set_target(self, new, pair, true);
+    if (new != NULL)
+        copy_set_target(self, new, pair, true);
     if (old != NULL)
         copy_set_target(self, old, pair, false);
 }
@@ -223,7 +239,7 @@ static struct seat *emptiest_without(struct coordinator *self, uint32_t pair) {
     for (uint32_t i = 0; i < self->seats; i++) {
         struct seat *seat = &self->seat[i];
         if (seat->copy != NULL && !seat->draining && !seat->quarantined &&
-            (seat->copy[pair] & COPY_TARGET) == 0 &&
+            (seat->copy[pair] & COPY_TARGET) == 0 && !(seat->fileless && self->actives[pair] == 0) &&
             seat->targets < seat->capacity && (best == NULL || seat->targets < best->targets))
             best = seat;
     }
@@ -251,8 +267,35 @@ static void add_replicas(struct coordinator *self) {
     }
 }
 
+/* Where each pair's weights can come from. False: it does not matter, everybody has a file. */
+static bool find_sources(struct coordinator *self, uint8_t *source) {
+    bool matters = false;
+    for (uint32_t i = 0; i < self->seats && !matters; i++)
+        matters = self->seat[i].fileless;
+    self->source_due = self->source_came = false;
+    for (uint32_t pair = 0; matters && pair < self->pairs; pair++) {
+        const struct seat *home = self->home[pair] != 0 ? seat_find(self, self->home[pair]) : NULL;
+        bool here = home != NULL && home->assigned[pair] == ASSIGNED_HELD;
+        source[pair] = self->actives[pair] > 0 ? SOURCE_ANY : here ? SOURCE_STAYS : SOURCE_FILE;
+        self->source_due = self->source_due ||
+                           (source[pair] != SOURCE_ANY && self->is_moe[pair / self->config.experts]);
+    }
+    return matters;
+}
+
+/* Once all that was unserved and has a home is served, more of it can go to processes without files. */
+static bool sources_have_come(const struct coordinator *self) {
+    if (!self->source_came)
+        return false;
+    for (uint32_t pair = 0; pair < self->pairs; pair++)
+        if (self->targets[pair] > 0 && self->actives[pair] == 0)
+            return false;
+    return true;
+}
+
 /* Who may be given pairs, and how many each may have as a home. */
-static uint32_t list_holders(struct coordinator *self, uint32_t *id, uint32_t *capacity) {
+static uint32_t list_holders(struct coordinator *self, uint32_t *id, uint32_t *capacity,
+                             uint8_t *has_file) {
     uint32_t holders = 0;
     for (uint32_t i = 0; i < self->seats; i++) {
         const struct seat *seat = &self->seat[i];
@@ -262,6 +305,7 @@ static uint32_t list_holders(struct coordinator *self, uint32_t *id, uint32_t *c
         for (uint32_t pair = 0; pair < self->pairs && replicas > 0; pair++)
             replicas -= self->home[pair] == seat->id;
         id[holders] = seat->id;
+        has_file[holders] = !seat->fileless;
         capacity[holders++] = seat->capacity > replicas ? seat->capacity - replicas : 0;
     }
     return holders;
@@ -313,20 +357,23 @@ void copies_plan(struct coordinator *self, uint64_t now_ns, struct effects *out)
         return;
     make_room(self);
     uint32_t *id = self->scratch, *capacity = id + ACTORS_MAX;
-    uint32_t holders = list_holders(self, id, capacity);
+    uint8_t has_file[ACTORS_MAX];
+    uint32_t holders = list_holders(self, id, capacity, has_file);
+    bool sources = find_sources(self, self->source);
     for (uint32_t pair = 0; pair < self->pairs; pair++) {
         actor_id held = self->home[pair] != 0 ? self->home[pair] : active_at(self, pair);
         self->current[pair] = index_of(id, holders, held);
     }
     uint32_t homeless =
         placement_even(self->config.layers, self->is_moe, self->config.experts, holders, capacity,
-                       self->current, self->wanted, capacity + ACTORS_MAX);
+                       has_file, sources ? self->source : NULL, self->current, self->wanted,
+                       capacity + ACTORS_MAX);
     complain(self, homeless, holders, out);
     for (uint32_t pair = 0; pair < self->pairs; pair++) {
         actor_id wanted = self->wanted[pair] == NOBODY ? 0 : id[self->wanted[pair]];
         if (wanted == 0) /* no room anywhere: whoever serves it goes on */
             wanted = active_at(self, pair);
-        if (wanted != 0)
+        if (wanted != 0 || (sources && self->source[pair] == SOURCE_FILE))
             move_home(self, pair, wanted, now_ns, out);
     }
     for (uint32_t i = 0; i < self->seats; i++) {
@@ -379,6 +426,8 @@ static bool take_loaded(struct coordinator *self, struct seat *seat, const Troup
             continue;
         }
         seat->assigned[pair] = ASSIGNED_BEFORE;
+        if (!holds(seat, pair)) /* it has been given to somebody else meanwhile */
+            continue;
         if (self->owner[pair] != 0)
             operation_failed(self, self->owner[pair], seat, ready->error, now_ns, out);
         else
@@ -510,6 +559,10 @@ void copies_review(struct coordinator *self, uint64_t now_ns, struct effects *ou
         (now_ns >= self->place_at_ns || all_here(self))) {
         self->placed = true;
         copies_plan(self, now_ns, out);
+    }
+    if (self->placed && sources_have_come(self)) {
+        copies_plan(self, now_ns, out);
+        self->replicas_due = true;
     }
     if (self->placed && self->replicas_due)
         add_replicas(self);

@@ -106,6 +106,7 @@ static bool seat_fill(const struct coordinator *self, struct seat *seat,
         seat->capacity = (uint32_t)(hello->capacity_bytes / self->expert_bytes);
     seat->room = seat->capacity;
     seat->trusted_at_ns = NEVER;
+    seat->fileless = seat->role == ROLE_EXPERT && hello->model_fingerprint[0] == '\0';
     return true;
 }
 

@@ -182,6 +182,11 @@ static int check_taker(const struct coordinator *self, actor_id id, uint32_t pai
     if ((seat->copy[pair] & COPY_TARGET) != 0)
         return fail(failure, ERR_EXISTS, "%s holds expert %u of layer %u already", seat->name,
                     pair % self->config.experts, pair / self->config.experts);
+    if (seat->fileless && self->actives[pair] == 0)
+        return fail(failure, ERR_STATE,
+                    "%s has no file of weights, and nobody serves expert %u of layer %u now: name a "
+                    "process with a file, or wait until it is served",
+                    seat->name, pair % self->config.experts, pair / self->config.experts);
     if (seat->targets >= seat->capacity)
         return fail(failure, ERR_TOO_LARGE,
                     "%s has no room: it holds %u experts of about %llu bytes and may hold %u",

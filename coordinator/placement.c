@@ -8,6 +8,7 @@
 struct plan {
     uint32_t experts, holders, target_total;
     const uint32_t *capacity;
+    const uint8_t *has_file;
     uint32_t *given; /* [holders] pairs in the layers placed so far */
     uint32_t *used;  /* [holders] those and what it holds in the layers to come */
     uint32_t *held;  /* [holders] of this layer, before */
@@ -72,17 +73,54 @@ static void give(struct plan *plan, uint32_t *ret, uint32_t holder) {
         plan->quota[holder]--;
 }
 
-static uint32_t place_layer(struct plan *plan, const uint32_t *current, uint32_t *ret) {
-    share_out(plan, current);
+/* Of those with a file: whose share has room, else who has room at all; the emptiest. */
+static uint32_t emptiest_with_file(const struct plan *plan) {
+    uint32_t best = NOBODY;
+    for (uint32_t h = 0; h < plan->holders; h++)
+        if (plan->has_file[h] && room(plan, h) > 0 &&
+            (best == NOBODY || (plan->quota[h] > 0 && plan->quota[best] == 0) ||
+             ((plan->quota[h] > 0) == (plan->quota[best] > 0) && plan->given[h] < plan->given[best])))
+            best = h;
+    return best;
+}
+
+/* What not everybody can take. */
+static void place_bound(struct plan *plan, const uint8_t *source, const uint32_t *current,
+                        uint32_t *ret) {
     for (uint32_t e = 0; e < plan->experts; e++) {
-        ret[e] = NOBODY;
-        if (current[e] < plan->holders && plan->quota[current[e]] > 0)
-            give(plan, &ret[e], current[e]);
+        const bool here = current[e] < plan->holders && room(plan, current[e]) > 0;
+        uint32_t taker = NOBODY;
+        if (source[e] == SOURCE_STAYS && here)
+            taker = current[e];
+        else if (source[e] != SOURCE_ANY)
+            taker = here && plan->has_file[current[e]] && plan->quota[current[e]] > 0
+                        ? current[e]
+                        : emptiest_with_file(plan);
+        if (taker != NOBODY)
+            give(plan, &ret[e], taker);
     }
+}
+
+/* source: of this layer; NULL: everybody can take anything. */
+static uint32_t place_layer(struct plan *plan, const uint8_t *source, const uint32_t *current,
+                            uint32_t *ret) {
+    share_out(plan, current);
+    for (uint32_t e = 0; e < plan->experts; e++)
+        ret[e] = NOBODY;
+    if (source != NULL)
+        place_bound(plan, source, current, ret);
+    for (uint32_t e = 0; e < plan->experts; e++)
+        if (ret[e] == NOBODY && (source == NULL || source[e] == SOURCE_ANY) &&
+            current[e] < plan->holders && plan->quota[current[e]] > 0)
+            give(plan, &ret[e], current[e]);
     uint32_t homeless = 0, holder = 0;
     for (uint32_t e = 0; e < plan->experts; e++) {
         if (ret[e] != NOBODY)
             continue;
+        if (source != NULL && source[e] != SOURCE_ANY) {
+            homeless++;
+            continue;
+        }
         while (holder < plan->holders && plan->quota[holder] == 0)
             holder++;
         uint32_t taker = holder;
@@ -99,8 +137,8 @@ static uint32_t place_layer(struct plan *plan, const uint32_t *current, uint32_t
 }
 
 uint32_t placement_even(uint32_t layers, const uint8_t *is_moe, uint32_t experts, uint32_t holders,
-                        const uint32_t *capacity, const uint32_t *current, uint32_t *ret,
-                        uint32_t *scratch) {
+                        const uint32_t *capacity, const uint8_t *has_file, const uint8_t *source,
+                        const uint32_t *current, uint32_t *ret, uint32_t *scratch) {
     uint32_t moe_layers = 0, homeless = 0;
     for (uint32_t l = 0; l < layers; l++)
         moe_layers += is_moe[l] != 0;
@@ -113,6 +151,7 @@ uint32_t placement_even(uint32_t layers, const uint8_t *is_moe, uint32_t experts
         .holders = holders,
         .target_total = (moe_layers * experts + holders - 1) / holders,
         .capacity = capacity,
+        .has_file = has_file,
         .given = scratch,
         .used = scratch + holders,
         .held = scratch + 2 * (size_t)holders,
@@ -124,7 +163,7 @@ uint32_t placement_even(uint32_t layers, const uint8_t *is_moe, uint32_t experts
             plan.used[current[i]]++;
     for (uint32_t l = 0; l < layers; l++)
         if (is_moe[l])
-            homeless +=
-                place_layer(&plan, current + (size_t)l * experts, ret + (size_t)l * experts);
+            homeless += place_layer(&plan, source != NULL ? source + (size_t)l * experts : NULL,
+                                    current + (size_t)l * experts, ret + (size_t)l * experts);
     return homeless;
 }

@@ -31,12 +31,15 @@ struct seat *seat_supervisor(const struct coordinator *self) {
 /* Would everything still have a place without the processes marked in `leaves` (by seat)? */
 static int check_room(const struct coordinator *self, const bool *leaves, struct failure *failure) {
     uint64_t room = 0;
-    uint32_t left = 0;
+    uint32_t left = 0, with_file = 0, with_file_now = 0;
     for (uint32_t i = 0; i < self->seats; i++)
         if (counts(&self->seat[i], ROLE_EXPERT) && !leaves[i]) {
             room += self->seat[i].capacity;
             left++;
+            with_file += !self->seat[i].fileless;
         }
+    for (uint32_t i = 0; i < self->seats; i++)
+        with_file_now += counts(&self->seat[i], ROLE_EXPERT) && !self->seat[i].fileless;
     if (left == 0 && self->moe_pairs > 0)
         return fail(failure, ERR_STATE,
                     "nobody would be left to hold the %u experts: start another expert process first",
@@ -47,6 +50,11 @@ static int check_room(const struct coordinator *self, const bool *leaves, struct
                     "have room for %llu experts (of about %llu bytes), the model has %u",
                     left, (unsigned long long)room, (unsigned long long)self->expert_bytes,
                     self->moe_pairs);
+    if (with_file == 0 && with_file_now > 0 && self->moe_pairs > 0)
+        return fail(failure, ERR_STATE,
+                    "none of the %u expert processes that would be left has a file of weights: an "
+                    "expert that is lost could not be had again; start one with the model directory first",
+                    left);
     return 0;
 }
 
@@ -115,12 +123,20 @@ int operation_drain(struct coordinator *self, actor_id id, uint64_t now_ns, stru
     return 0;
 }
 
+/* Of expert processes: somebody must be able to load what is lost. */
+static uint32_t oldest_with_file(const struct coordinator *self) {
+    uint32_t i = 0;
+    while (i < self->seats && !(counts(&self->seat[i], ROLE_EXPERT) && !self->seat[i].fileless))
+        i++;
+    return i;
+}
+
 static int scale_down(struct coordinator *self, enum role role, uint32_t count, uint64_t now_ns,
                       struct effects *out, uint64_t *ret_id, struct failure *failure) {
     bool leaves[ACTORS_MAX] = {false};
     uint32_t excess = count_seats(self, role) - count;
     for (uint32_t i = self->seats; i-- > 0 && excess > 0;) /* the youngest first */
-        if (counts(&self->seat[i], role)) {
+        if (counts(&self->seat[i], role) && (self->seat[i].fileless || i != oldest_with_file(self))) {
             leaves[i] = true;
             excess--;
         }

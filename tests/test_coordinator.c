@@ -23,7 +23,7 @@ struct even {
 
 static uint32_t place(struct even *even) {
     return placement_even(LAYERS_TESTED, even->is_moe, EXPERTS_TESTED, even->holders,
-                          even->capacity, even->current, even->ret, even->scratch);
+                          even->capacity, NULL, NULL, even->current, even->ret, even->scratch);
 }
 
 static void start_even(struct even *even, uint32_t holders) {
