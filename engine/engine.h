@@ -110,6 +110,10 @@ enum region {
 
 struct engine;
 
+/* Packed weights lie in large regions, aligned to pages of 2 MiB. A host that can ask its system for such
+ * pages says how, before it opens the first engine; it changes nothing but speed. Unset: nobody asks. */
+void engine_set_huge_pages(void (*ask)(void *memory, size_t bytes));
+
 struct engine_options {
     enum engine_role role;
     const struct kernels *kernels;

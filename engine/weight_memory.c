@@ -1,4 +1,4 @@
-/* Where packed weights lie: in regions of many matrices, for which huge pages are asked. A product
+/* Where packed weights lie: in regions of many matrices, for which the host asks for huge pages. A product
  * of one row is bound by how fast weights come from memory, and small pages cost a third of that.
  * Pages of 2 MiB for each matrix would waste the better part of many; in a region only the end of
  * the last one is wasted. What is given back serves the next matrix of the same size (experts of a
@@ -40,21 +40,10 @@ static void unlock(void) {
     atomic_flag_clear_explicit(&locked, memory_order_release);
 }
 
-/* Changes nothing but how fast the memory is, so it may fail. madvise(MADV_HUGEPAGE), by its number
- * because this folder includes nothing that touches the world. */
-static void ask_for_huge_pages(void *memory, size_t bytes) {
-#if defined(__linux__) && defined(__x86_64__)
-    const long madvise = 28, huge_page = 14;
-    long result;
-    __asm__ volatile("syscall"
-                     : "=a"(result)
-                     : "0"(madvise), "D"(memory), "S"(bytes), "d"(huge_page)
-                     : "rcx", "r11", "memory");
-    (void)result;
-#else
-    (void)memory;
-    (void)bytes;
-#endif
+static void (*ask_for_huge_pages)(void *memory, size_t bytes);
+
+void engine_set_huge_pages(void (*ask)(void *memory, size_t bytes)) {
+    ask_for_huge_pages = ask;
 }
 
 static struct weight_region *region_open(size_t bytes) {
@@ -68,7 +57,8 @@ static struct weight_region *region_open(size_t bytes) {
         return NULL;
     }
     region->bytes = bytes;
-    ask_for_huge_pages(region->memory, bytes);
+    if (ask_for_huge_pages != NULL)
+        ask_for_huge_pages(region->memory, bytes);
     region->next = regions;
     regions = region;
     return region;

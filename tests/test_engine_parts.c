@@ -136,7 +136,16 @@ static void impossible_options_are_refused(void **state) {
 #endif
 }
 
-/* What was given back serves the next of its size; everything is aligned and nothing overlaps. */
+static size_t asked_bytes;
+
+static void count_asked(void *memory, size_t bytes) {
+    assert_int_equal((uintptr_t)memory % ((size_t)2 << 20), 0);
+    assert_int_equal(bytes % ((size_t)2 << 20), 0);
+    asked_bytes += bytes;
+}
+
+/* What was given back serves the next of its size; everything is aligned and nothing overlaps. The host is asked
+ * for huge pages. */
 static void weights_share_regions(void **state) {
     (void)state;
     enum { PIECES = 40 };
@@ -144,6 +153,7 @@ static void weights_share_regions(void **state) {
     uint64_t total = 0;
     const size_t bytes[] = {1, 64, 100000, (size_t)3 << 20, (size_t)40 << 20};
     uint8_t *piece[PIECES];
+    engine_set_huge_pages(count_asked);
     for (size_t i = 0; i < PIECES; i++) {
         const size_t size = bytes[i % 5];
         piece[i] = weight_memory_take(size, "test", &total, &failure);
@@ -151,6 +161,8 @@ static void weights_share_regions(void **state) {
         assert_int_equal((uintptr_t)piece[i] % 64, 0);
         piece[i][0] = piece[i][size - 1] = (uint8_t)i;
     }
+    engine_set_huge_pages(NULL);
+    assert_true(asked_bytes >= (PIECES / 5) * ((size_t)40 << 20)); /* at least the large ones */
     for (size_t i = 0; i < PIECES; i++)
         assert_int_equal(piece[i][0], i);
     for (size_t i = 0; i < PIECES; i++)
@@ -163,6 +175,59 @@ static void weights_share_regions(void **state) {
     weight_memory_free(NULL, 5);
     assert_null(weight_memory_take(SIZE_MAX - 5, "test", &total, &failure));
     assert_int_equal(failure.code, ERR_TOO_LARGE);
+}
+
+/* Packed in one process, used in another with lesser instructions. */
+static void weights_travel_in_every_profile(void **state) {
+    (void)state;
+    static const enum profile PROFILES[] = {PROFILE_F32, PROFILE_BF16, PROFILE_FP8};
+    const struct model_config *config = model_config(serial.model);
+    uint8_t *image = malloc(engine_expert_image_limit(config));
+    float *rows = calloc((size_t)2 * config->hidden, sizeof *rows);
+    for (size_t p = 0; p < sizeof PROFILES / sizeof *PROFILES; p++) {
+        struct failure failure;
+        struct engine *engine[2] = {NULL, NULL};
+        struct expert_weights *weights = NULL;
+        struct engine_options options[2] = {options_for(ENGINE_EXPERT), options_for(ENGINE_EXPERT)};
+        options[0].kernels = kernels_select(PROFILES[p], ISA_BEST, &failure);
+        options[1].kernels = kernels_select(PROFILES[p], ISA_SCALAR, &failure);
+        for (int i = 0; i < 2; i++)
+            assert_int_equal(engine_open(&engine[i], serial.model, &options[i], &failure), 0);
+        assert_int_equal(engine_expert_pack(serial.model, options[0].kernels, LAYER, 2, &weights, &failure), 0);
+        engine_expert_publish(engine[0], LAYER, 2, &weights);
+        uint64_t total = 1;
+        for (uint64_t at = 0; at < total;) {
+            struct program_result result;
+            struct program read = {.kind = PROGRAM_READ, .layer = LAYER, .items = 2, .offset = at, .bytes = 4096};
+            engine_run(engine[0], &read, &result);
+            total = result.total;
+            assert_true(result.piece_bytes > 0);
+            memcpy(image + at, result.piece, result.piece_bytes);
+            at += result.piece_bytes;
+        }
+        assert_int_equal(
+            engine_expert_unpack(config, options[1].kernels, LAYER, 2, image, total, &weights, &failure), 0);
+        engine_expert_publish(engine[1], LAYER, 2, &weights);
+        for (uint32_t i = 0; i < 2 * config->hidden; i++) {
+            const float value = (float)(i * 37 % 201) / 100 - 1;
+            if (PROFILES[p] == PROFILE_F32)
+                rows[i] = value;
+            else
+                ((bf16 *)(void *)rows)[i] = bf16_from_float(value);
+        }
+        const uint32_t item_row[2] = {0, 1};
+        const struct frame_group group = {.expert = 2, .count = 2};
+        const struct program program = {.kind = PROGRAM_EXPERT, .layer = LAYER, .rows = 2, .items = 2, .groups = 1,
+                                        .group = &group, .item_row = item_row, .payload = rows};
+        struct program_result result[2];
+        for (int i = 0; i < 2; i++)
+            engine_run(engine[i], &program, &result[i]);
+        assert_memory_equal(result[0].output, result[1].output, (size_t)2 * config->hidden * sizeof(float));
+        for (int i = 0; i < 2; i++)
+            engine_close(&engine[i]);
+    }
+    free(rows);
+    free(image);
 }
 
 static void experts_come_and_go(void **state) {
@@ -350,6 +415,7 @@ int main(void) {
         cmocka_unit_test(impossible_options_are_refused),
         cmocka_unit_test(weights_share_regions),
         cmocka_unit_test(weights_travel_as_bytes),
+        cmocka_unit_test(weights_travel_in_every_profile),
         cmocka_unit_test(experts_come_and_go),
         cmocka_unit_test(an_output_depends_on_its_item_only),
         cmocka_unit_test(experts_of_prediction_layers_can_be_packed),

@@ -130,7 +130,8 @@ static const char *const functions[] = {
     "malloc_stats",
 };
 
-static const char *const streams[] = {"stdin", "stdout", "stderr"};
+/* An instruction by its name may be a system call. */
+static const char *const words[] = {"stdin", "stdout", "stderr", "__asm__", "asm"};
 
 struct exception {
     const char *file; /* a pattern as for fnmatch */
@@ -143,6 +144,11 @@ static struct exception exceptions[] = {
     {"actors/errors.c", "fprintf", "a broken assumption is told before the process ends", false},
     {"actors/errors.c", "stderr", "likewise", false},
     {"actors/errors.c", "abort", "the one place that ends the process outside main", false},
+    {"kernels/x86/*", "__asm__", "tiles, and the permission to use them", false},
+    {"kernels/numerics.c", "__asm__", "how this thread rounds", false},
+    {"kernels/cpu.c", "__asm__", "what the processor can do", false},
+    {"kernels/cuda/ptx.cuh", "asm", "instructions of the GPU", false},
+    {"bench/peak_*", "__asm__", "the fastest loop there is", false},
     {"kernels/cuda/*", "cuda_runtime.h", "kernels for GPUs, and their launches", false},
     {"kernels/cuda/ptx.cuh", "cuda.h", "the type of tensor maps", false},
     {"kernels/cuda/ptx.cuh", "tests/support/cuda_emulator_ptx.h", "likewise", false},
@@ -252,8 +258,8 @@ static void check_word(struct scan *scan, uint32_t line, const char *text, const
     if ((size_t)(end - start) >= sizeof word)
         return;
     snprintf(word, sizeof word, "%.*s", (int)(end - start), start);
-    for (size_t i = 0; i < sizeof streams / sizeof streams[0]; i++)
-        if (strcmp(word, streams[i]) == 0)
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++)
+        if (strcmp(word, words[i]) == 0)
             report(scan, line, "uses", word);
     const char *before = start, *after = end;
     while (before > text && (before[-1] == ' ' || before[-1] == '\t'))
@@ -371,6 +377,7 @@ static void the_scan_can_fail(void **state) {
         {"char a = '\"'; char *home = getenv(\"HOME\"); char b = '\"';\n", 1, 1, "getenv"},
         {"char *a = \"\\\"\"; int b = rand();\n", 1, 1, "rand"},
         {"fputs(\"x\", stderr);\n", 2, 1, "stderr"},
+        {"int a;\n__asm__ volatile(\"syscall\");\n", 1, 2, "__asm__"},
         {"// #include <time.h>\n/* rand() getenv(\"x\") */\nchar *a = \"rand()\";\n", 0, 0, ""},
         {"#include <stdio.h>\n#include <string.h>\n#include \"actors/actor.h\"\nsnprintf(a, 1, "
          "\"printf(\");\n",

@@ -1,10 +1,12 @@
 /* build/troupe: one binary for everything. Each subcommand is a row of the table. */
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "actors/host/commands.h"
 #include "actors/host/process.h"
 #include "actors/host/version.h"
+#include "engine/engine.h"
 
 static int run_coordinator(const struct options *options) {
     return process_run(ROLE_COORDINATOR, options);
@@ -106,7 +108,12 @@ static int run_command(const struct command *command, int argc, char **argv) {
     return command->run(&options);
 }
 
+static void ask_for_huge_pages(void *memory, size_t bytes) {
+    madvise(memory, bytes, MADV_HUGEPAGE); /* may be refused */
+}
+
 int main(int argc, char **argv) {
+    engine_set_huge_pages(ask_for_huge_pages);
     if (argc < 2)
         return usage(stderr);
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0)
