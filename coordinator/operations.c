@@ -482,6 +482,10 @@ static void check_time(struct coordinator *self, struct operation *operation, ui
         operation_stay(self, operation, now_ns, out);
 }
 
+static bool leaves(const struct seat *seat) {
+    return seat->draining && seat->ready && seat->introduced_epoch > 0;
+}
+
 void operations_step(struct coordinator *self, uint64_t now_ns, struct effects *out) {
     if (self->learn_until_ns != NEVER)
         return;
@@ -503,8 +507,18 @@ void operations_step(struct coordinator *self, uint64_t now_ns, struct effects *
         check_time(self, operation, now_ns, out);
     }
     for (uint32_t i = 0; i < self->seats; i++)
-        if (self->seat[i].draining && self->seat[i].ready && self->seat[i].introduced_epoch > 0)
+        if (leaves(&self->seat[i]))
             operation_step_leaving(self, &self->seat[i], now_ns, out);
+}
+
+/* When it is told to end, or told again. What was told may be lost, and a new gateway may then use it once more before it is drained
+ * again: both times must be over. */
+static uint64_t leaving_deadline(const struct coordinator *self, const struct seat *seat) {
+    if (seat->drained_ns == 0)
+        return NEVER;
+    uint64_t lingered_ns = seat->drained_ns + (uint64_t)self->settings.drain_linger_ms * 1000000u;
+    uint64_t again_ns = seat->leave_sent_ns != 0 ? seat->leave_sent_ns + 2 * self->retry_ns : 0;
+    return lingered_ns > again_ns ? lingered_ns : again_ns;
 }
 
 uint64_t operations_deadline(const struct coordinator *self) {
@@ -520,15 +534,8 @@ uint64_t operations_deadline(const struct coordinator *self) {
         if (!operation_ended(operation) && operation->phase == PHASE_PREPARE && limit_ns < deadline)
             deadline = limit_ns;
     }
-    for (uint32_t i = 0; i < self->seats; i++) {
-        const struct seat *seat = &self->seat[i];
-        uint64_t at_ns = NEVER;
-        if (seat->draining && seat->drained_ns != 0)
-            at_ns = seat->leave_sent_ns != 0
-                        ? seat->leave_sent_ns + 2 * self->retry_ns
-                        : seat->drained_ns + (uint64_t)self->settings.drain_linger_ms * 1000000u;
-        if (at_ns < deadline)
-            deadline = at_ns;
-    }
+    for (uint32_t i = 0; i < self->seats; i++)
+        if (leaves(&self->seat[i]) && leaving_deadline(self, &self->seat[i]) < deadline)
+            deadline = leaving_deadline(self, &self->seat[i]);
     return deadline;
 }

@@ -275,6 +275,11 @@ static void on_lie(void *context, struct place who) {
     life_of(context, who)->lied = true;
 }
 
+static void on_spin(void *context, struct place who) {
+    violate(context, "waiting: %s-%u asks again and again to be woken at a time that is over", role_name(who.role),
+            who.index);
+}
+
 /* ---- the end ---- */
 
 static int check_counts(const struct checkers *self, enum role role, const char *const *counts,
@@ -344,7 +349,7 @@ int checkers_open(struct checkers **ret, const struct model_config *config, stru
     self->layers = config->layers;
     self->experts = config->experts;
     self->pairs = config->layers * config->experts;
-    self->watch = (struct world_watch){self, on_effect, on_message, on_end, on_lie};
+    self->watch = (struct world_watch){self, on_effect, on_message, on_end, on_lie, on_spin};
     bool enough = true;
     for (uint32_t i = 0; i < CHECKED_EPOCHS_MAX; i++) {
         self->published[i].holder =

@@ -4,6 +4,7 @@
  *   one epoch   all first sendings of a (batch, layer) carry one epoch
  *   drain       a copy is released only when every attention actor has acknowledged an epoch without it
  *   coverage    no copy is dropped that is the last one, unless expert processes have just ended
+ *   waiting     nobody asks to be woken at a time that is over already, again and again
  *   innocence   nobody is accused of wrong rows who has given none
  *   leaks       in the end every count is back to zero, and the experts held are those of the last epoch */
 #ifndef TROUPE_SIMULATOR_CHECKERS_H

@@ -12,6 +12,7 @@
 
 #define NAME_BYTES 48
 #define COMPUTED_MAX (2 * LAYERS_MAX + 64)
+#define WOKEN_AT_ONCE_MAX 1000u
 
 struct connection {
     actor_id id;
@@ -35,6 +36,8 @@ struct node {
     struct connection peer[ACTORS_MAX]; /* by actor id, modulo the table: ids grow, few are alive */
     struct program_result computed[COMPUTED_MAX];
     uint32_t computed_first, computed_count;
+    uint64_t woken_ns; /* by its own deadline, last */
+    uint32_t woken;    /* and how often at this one time */
 };
 
 struct world {

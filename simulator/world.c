@@ -336,6 +336,16 @@ static uint64_t node_due(const struct world *self, const struct node *node) {
     return due > free_ns ? due : free_ns;
 }
 
+/* Whoever is woken so often without time passing would take a whole processor in a real process. */
+static void step_timer(struct world *self, struct node *node) {
+    const struct world_watch *watch = self->options.watch;
+    node->woken = node->woken_ns == self->now_ns ? node->woken + 1 : 1;
+    node->woken_ns = self->now_ns;
+    if (node->woken == WOKEN_AT_ONCE_MAX && watch != NULL && watch->spins != NULL)
+        watch->spins(watch->context, node_place(node));
+    step_node(self, node, &(struct event){.kind = EVENT_TIMER});
+}
+
 static void step_own_event(struct world *self, struct node *node) {
     if (!node->alive) {
         node_start(self, node);
@@ -345,7 +355,7 @@ static void step_own_event(struct world *self, struct node *node) {
         node->computed_count--;
         step_node(self, node, &(struct event){.kind = EVENT_COMPUTED, .computed = &result});
     } else {
-        step_node(self, node, &(struct event){.kind = EVENT_TIMER});
+        step_timer(self, node);
     }
 }
 

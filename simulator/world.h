@@ -14,6 +14,7 @@ struct world_watch {
     void (*message)(void *context, struct place to, const message *envelope);     /* before it is stepped */
     void (*ended)(void *context, struct place who); /* a process has crashed or left */
     void (*lied)(void *context, struct place who);  /* a fault has falsified one of its rows */
+    void (*spins)(void *context, struct place who); /* its deadline stays in the past: it is woken again and again */
 };
 
 struct world_options {

@@ -253,6 +253,32 @@ static void test_a_drained_attention_actor_ends_when_it_is_empty(void **state) {
     stage_free(&stage);
 }
 
+/* It was told to end and has not heard it; a gateway that joins then may use it, so it lingers once more. The coordinator must not look at
+ * a time that is over for that long: it would do nothing else. */
+static void test_told_in_vain_it_lingers_again_without_haste(void **state) {
+    struct stage stage;
+    struct player player[7];
+    open_troupe(&stage, player);
+    player[5] = join(&stage, ROLE_ATTENTION, "attention-1", 105);
+    settle(&stage, player, 6);
+    post(&stage, "/drain", "{\"actor\":\"attention-0\"}");
+    for (int i = 0; i < 6; i++)
+        beat(&stage, &player[i], epoch_of(&stage), 0);
+    linger(&stage);
+    assert_phase(&stage, 1, "release");
+    player[6] = join(&stage, ROLE_GATEWAY, "gateway-1", 106);
+    stage_timer(&stage, stage.now_ns + 1000 * MS); /* the newcomer has adopted nothing yet */
+    for (int i = 0; i < 7; i++)
+        beat(&stage, &player[i], epoch_of(&stage), 0);
+    uint64_t woken_ns = actor_deadline(stage.actor);
+    assert_true(woken_ns > stage.now_ns);
+    stage_clear(&stage);
+    linger(&stage);
+    stage.next[EFFECT_SEND] = 0;
+    assert_non_null(stage_sent(&stage, TROUPE__ENVELOPE__BODY_SHUTDOWN));
+    stage_free(&stage);
+}
+
 static void scaled(struct stage *stage, const struct player *supervisor, uint64_t operation, const char *name) {
     Troupe__Scaled body = TROUPE__SCALED__INIT;
     Troupe__Process process = TROUPE__PROCESS__INIT, *list[] = {&process};
@@ -474,6 +500,7 @@ int main(void) {
         cmocka_unit_test(test_a_drained_expert_gives_everything_away_and_ends),
         cmocka_unit_test(test_a_cancelled_drain_gives_the_share_back),
         cmocka_unit_test(test_a_drained_attention_actor_ends_when_it_is_empty),
+        cmocka_unit_test(test_told_in_vain_it_lingers_again_without_haste),
         cmocka_unit_test(test_scaling_up_waits_until_the_new_process_serves),
         cmocka_unit_test(test_a_process_that_never_becomes_ready_ends_the_scaling),
         cmocka_unit_test(test_a_cancelled_scaling_up_sends_away_what_it_started),

@@ -113,6 +113,7 @@ static void test_shipped_scenarios(void **state) {
                                         "submit-for-an-earlier-life",
                                         "refusal-under-a-taken-id",
                                         "drain-while-learning",
+                                        "told-to-end-in-vain",
                                         "liar",
                                         "liar-steady"};
     for (size_t i = 0; i < sizeof FILES / sizeof *FILES; i++) {
