@@ -36,6 +36,20 @@ static const struct kind {
     [FAULT_MOVE] = {"move", ABOUT_PAIR, false, false},
 };
 
+const char *fault_name(enum fault_kind kind) {
+    return KINDS[kind].name;
+}
+
+uint32_t faults_count(const struct faults *self, uint32_t ret_kind[FAULT_KINDS]) {
+    uint32_t faults = 0;
+    memset(ret_kind, 0, FAULT_KINDS * sizeof *ret_kind);
+    for (uint32_t i = 0; i < self->count; i++) {
+        ret_kind[self->list[i].kind]++;
+        faults += self->list[i].kind < FAULT_DRAIN;
+    }
+    return faults;
+}
+
 bool place_matches(struct place wanted, struct place is) {
     return wanted.role == ROLE_NONE || (wanted.role == is.role && wanted.index == is.index);
 }

@@ -87,6 +87,9 @@ static inline bool fault_is_active(const struct fault *fault, uint64_t now_ns) {
 bool fault_is_on_link(const struct fault *fault, struct place from, struct place to, bool data);
 bool place_matches(struct place wanted, struct place is);
 
+const char *fault_name(enum fault_kind kind);
+/* How many faults there are of each kind; returns how many of all but what people ask for (drain and so on). */
+uint32_t faults_count(const struct faults *self, uint32_t ret_kind[FAULT_KINDS]);
 /* One line, as above, without a newline. */
 void fault_print(const struct fault *fault, char ret[FAULT_LINE_BYTES]);
 /* Reads such a line. ERR_INVALID names what was expected and found. */

@@ -71,10 +71,14 @@ static void test_a_seed_is_the_same_run_each_time(void **state) {
 static void test_seeds_are_good(void **state) {
     (void)state;
     uint64_t faults = 0, answered = 0, hits = 0, accepted = 0, preemptions = 0;
+    uint32_t of_kind[FAULT_KINDS], in_all[FAULT_KINDS] = {0};
     for (uint64_t seed = 1; seed <= SEEDS; seed++) {
         struct report report;
         scenario_draw(&scenario, seed);
         sim_run(&sim, &scenario, NULL, NULL, &report);
+        assert_in_range(faults_count(&scenario.faults, of_kind), 5, FAULTS_MAX);
+        for (int kind = 0; kind < FAULT_KINDS; kind++)
+            in_all[kind] += of_kind[kind];
         faults += scenario.faults.count;
         answered += report.finished;
         hits += report.prefix_hits;
@@ -88,6 +92,9 @@ static void test_seeds_are_good(void **state) {
            (unsigned long long)faults, (unsigned long long)answered);
     printf("%llu tokens from prefix caches, %llu guessed tokens that were true, %llu times somebody was put back\n",
            (unsigned long long)hits, (unsigned long long)accepted, (unsigned long long)preemptions);
+    for (int kind = 0; kind < FAULT_KINDS; kind++)
+        if (in_all[kind] == 0)
+            fail_msg("no seed has a %s", fault_name((enum fault_kind)kind));
     assert_true(answered > SEEDS * 3);
     assert_true(hits > SEEDS * 10); /* sharing and guessing were not idle */
     assert_true(accepted > SEEDS / 2);

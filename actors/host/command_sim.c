@@ -30,6 +30,7 @@ struct record {
     uint64_t seed;
     bool begins;
     struct report report;
+    uint32_t faults, of_kind[FAULT_KINDS]; /* the schedule: faults proper, and of each kind */
 };
 
 static void write_all(int fd, const void *bytes, size_t size) {
@@ -222,6 +223,7 @@ static void work(const struct sim *sim, uint64_t seed, uint64_t last, uint64_t s
         write_all(fd, &record, sizeof record);
         record.begins = false;
         scenario_draw(scenario, seed);
+        record.faults = faults_count(&scenario->faults, record.of_kind);
         if (twice || seed % TWICE_EVERY == 0)
             sim_run_twice(sim, scenario, &record.report);
         else
@@ -234,7 +236,9 @@ static void work(const struct sim *sim, uint64_t seed, uint64_t last, uint64_t s
 struct sweep {
     const struct options *options;
     const struct sim *sim;
-    uint64_t last, stride, faults, counts[OUTCOMES], failed_seed, slowest_seed;
+    uint64_t last, stride, counts[OUTCOMES], failed_seed, slowest_seed;
+    uint64_t faults, of_kind[FAULT_KINDS], told; /* of the runs that came to an end, `told` of them */
+    uint32_t fewest;                             /* faults of one run */
     double slowest; /* share of the bound used */
     struct worker worker[256];
     uint32_t open;
@@ -279,14 +283,34 @@ static void take_result(struct sweep *self, uint64_t seed, const struct report *
     self->failed = true;
 }
 
+static void count_faults(struct sweep *self, const struct record *record) {
+    if (self->told++ == 0 || record->faults < self->fewest)
+        self->fewest = record->faults;
+    self->faults += record->faults;
+    for (int kind = 0; kind < FAULT_KINDS; kind++)
+        self->of_kind[kind] += record->of_kind[kind];
+}
+
+static void tell_faults(const struct sweep *self) {
+    printf("%llu faults, at least %u in each seed:", (unsigned long long)self->faults, self->fewest);
+    for (enum fault_kind kind = 0; kind < FAULT_DRAIN; kind++)
+        printf("%s %llu %s", kind > 0 ? "," : "", (unsigned long long)self->of_kind[kind], fault_name(kind));
+    printf("; operations:");
+    for (enum fault_kind kind = FAULT_DRAIN; kind < FAULT_KINDS; kind++)
+        printf("%s %llu %s", kind > FAULT_DRAIN ? "," : "", (unsigned long long)self->of_kind[kind], fault_name(kind));
+    printf("\n");
+}
+
 /* One record of a worker, or its end. */
 static void listen_to(struct sweep *self, struct worker *worker) {
     struct record record;
     if (read_all(worker->fd, &record, sizeof record)) {
         worker->running = record.begins ? record.seed : 0;
         worker->next = record.seed + self->stride;
-        if (!record.begins)
+        if (!record.begins) {
+            count_faults(self, &record);
             take_result(self, record.seed, &record.report);
+        }
         return;
     }
     int status = 0;
@@ -356,6 +380,8 @@ static int run_many(const struct options *options, const struct sim *sim, uint64
            (unsigned long long)self->counts[OUTCOME_SAFETY], (unsigned long long)self->counts[OUTCOME_LIVENESS],
            (unsigned long long)self->counts[OUTCOME_NONDETERMINISM],
            (unsigned long long)self->counts[OUTCOME_CRASH]);
+    if (self->told > 0)
+        tell_faults(self);
     if (self->slowest > 0)
         printf("slowest to finish after the faults: seed %llu, with %.0f %% of its time\n",
                (unsigned long long)self->slowest_seed, 100 * self->slowest);
