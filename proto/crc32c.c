@@ -1,5 +1,5 @@
 /* CRC32C (Castagnoli, reflected polynomial 0x82f63b78, as in iSCSI: RFC 3720) for machines without
- * an instruction for it, and the choice between that and the hardware form. */
+ * an instruction for it, and the choice between that and the hardware forms. */
 #include "proto/crc32c.h"
 
 #include <string.h>
@@ -66,10 +66,17 @@ uint32_t crc32c_shift(uint32_t reg, size_t size) {
     return reg;
 }
 
-uint32_t crc32c(uint32_t crc, const void *bytes, size_t size) {
+static uint32_t (*form)(uint32_t crc, const void *bytes, size_t size) = crc32c_portable;
+
+/* Once: three questions to the processor cost as much as a short frame. */
+__attribute__((constructor(103))) static void choose(void) {
 #if defined(__x86_64__)
+    __builtin_cpu_init();
     if (__builtin_cpu_supports("sse4.2"))
-        return crc32c_sse42(crc, bytes, size);
+        form = crc32c_avx512_runs() ? crc32c_avx512 : crc32c_sse42;
 #endif
-    return crc32c_portable(crc, bytes, size);
+}
+
+uint32_t crc32c(uint32_t crc, const void *bytes, size_t size) {
+    return form(crc, bytes, size);
 }

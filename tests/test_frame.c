@@ -333,7 +333,7 @@ static void test_crc_vectors(void **state) {
     assert_int_equal(crc32c(0, bytes, 32), 0x113fdb5c);
 }
 
-/* All forms, odd starts and lengths around every border of the three-way sum, in one piece and in
+/* All forms, odd starts and lengths around every border of the sums in parts, in one piece and in
  * two. */
 static void test_crc_forms(void **state) {
     const uint64_t seed = 5;
@@ -342,8 +342,10 @@ static void test_crc_forms(void **state) {
     uint8_t *bytes = malloc(room + 16);
     for (size_t i = 0; i < room + 16; i++)
         bytes[i] = (uint8_t)random_next(&random);
-    static const size_t SIZES[] = {0,   1,   7,   8,    9,     63,    64,    767,   768,
-                                   769, 775, 776, 1536, 12287, 12288, 12289, 13056, 40000};
+    static const size_t SIZES[] = {0,   1,   7,   8,    9,     63,    64,    767,   768,   769, 775,
+                                   776, 127, 128, 129,  191,   192,   255,   256,   319,   320, 511,
+                                   512, 513, 575, 576,  1023,  1024,  1025,  1087,  1088,  1152, 1344,
+                                   1536, 4095, 4096,    12287, 12288, 12289, 13056, 40000};
     for (size_t i = 0; i < sizeof SIZES / sizeof *SIZES; i++) {
         for (size_t start = 0; start < 9; start += 3) {
             uint32_t crc = (uint32_t)random_next(&random);
@@ -353,6 +355,8 @@ static void test_crc_forms(void **state) {
 #if defined(__x86_64__)
             if (__builtin_cpu_supports("sse4.2"))
                 assert_int_equal(crc32c_sse42(crc, bytes + start, SIZES[i]), expected);
+            if (crc32c_avx512_runs())
+                assert_int_equal(crc32c_avx512(crc, bytes + start, SIZES[i]), expected);
 #endif
             size_t cut = SIZES[i] > 0 ? random_below(&random, (uint32_t)SIZES[i]) : 0;
             assert_int_equal(
