@@ -189,10 +189,12 @@ static const char *coordinator_describe(struct actor *actor) {
         ready += self->seat[i].ready;
         orders += self->seat[i].order != ORDER_NONE;
     }
+    const char *broken = copies_broken(self);
     snprintf(self->description, sizeof self->description,
-             "epoch=%llu members=%u ready=%u orders=%u serving=%d bias=%u bias_left=%u",
+             "epoch=%llu members=%u ready=%u orders=%u serving=%d bias=%u bias_left=%u%s%s",
              (unsigned long long)self->epoch, self->seats, ready, orders, self->serving,
-             bias_number(self->bias.current), bias_left(self));
+             bias_number(self->bias.current), bias_left(self), broken != NULL ? " broken: " : "",
+             broken != NULL ? broken : "");
     return self->description;
 }
 

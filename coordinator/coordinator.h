@@ -223,7 +223,7 @@ struct coordinator {
     uint64_t *counted;          /* [pairs] totals then */
     uint64_t recent_at_ns;      /* end of the next window; 0: none has begun */
     uint64_t rebalance_at_ns;   /* by itself; 0: not set yet */
-    char description[160];
+    char description[200];
 };
 
 message coordinator_envelope(const struct coordinator *self);
@@ -270,6 +270,7 @@ void copies_learn(struct coordinator *self, struct seat *seat, const Troupe__Hel
 void copies_learn_more(struct coordinator *self, struct seat *seat, const Troupe__Hello *hello,
                        uint64_t now_ns, struct effects *out);
 void copies_learnt(struct coordinator *self, uint64_t now_ns, struct effects *out);
+const char *copies_broken(const struct coordinator *self); /* what is wrong in them; NULL: nothing */
 bool copies_complete(const struct coordinator *self); /* every pair has a ready holder */
 void copy_set_target(struct coordinator *self, struct seat *seat, uint32_t pair, bool on);
 void copy_activate(struct coordinator *self, struct seat *seat, uint32_t pair);

@@ -19,7 +19,8 @@
  * Invariants: 1. an active copy at a live process goes inactive only when every target of its pair is
  * active; 2. READY counts only for the newest order of a process; 3. everything a process was
  * told to hold is told to be dropped once it is neither active nor target there; 4. `targets`, `actives`
- * and `waiting` count the bits. */
+ * and `waiting` count the bits; 5. a pair's home is one of its targets (copies_broken looks
+ * at 4 and 5 between steps). */
 #include "coordinator/coordinator.h"
 
 #include <string.h>
@@ -247,8 +248,11 @@ static struct seat *emptiest_without(struct coordinator *self, uint32_t pair) {
 }
 
 /* Replicas at processes that are leaving go to the emptiest that has none of the pair yet, if any has
- * room; otherwise there is one less. */
-static void move_replica(struct coordinator *self, struct seat *leaving, uint32_t pair) {
+ * room; otherwise there is one less. An operation that waits for the copy there would wait in vain, and keep back the others. */
+static void move_replica(struct coordinator *self, struct seat *leaving, uint32_t pair, uint64_t now_ns,
+                         struct effects *out) {
+    if (self->owner[pair] != 0)
+        operation_supersede(self, self->owner[pair], now_ns, out);
     struct seat *best = emptiest_without(self, pair);
     copy_set_target(self, leaving, pair, false);
     if (best != NULL)
@@ -380,7 +384,7 @@ void copies_plan(struct coordinator *self, uint64_t now_ns, struct effects *out)
         struct seat *seat = &self->seat[i];
         for (uint32_t pair = 0; seat->draining && seat->targets > 0 && pair < self->pairs; pair++)
             if ((seat->copy[pair] & COPY_TARGET) != 0 && self->home[pair] != seat->id)
-                move_replica(self, seat, pair);
+                move_replica(self, seat, pair, now_ns, out);
     }
     add_replicas(self);
 }
@@ -596,4 +600,23 @@ uint64_t copies_deadline(const struct coordinator *self) {
         if (self->seat[i].role == ROLE_EXPERT && self->seat[i].trusted_at_ns < deadline)
             deadline = self->seat[i].trusted_at_ns;
     return deadline;
+}
+
+const char *copies_broken(const struct coordinator *self) {
+    for (uint32_t pair = 0; pair < self->pairs; pair++) {
+        uint32_t targets = 0, actives = 0, waiting = 0;
+        bool home = false;
+        for (uint32_t i = 0; i < self->seats; i++) {
+            uint8_t copy = self->seat[i].copy != NULL ? self->seat[i].copy[pair] : 0;
+            targets += (copy & COPY_TARGET) != 0;
+            actives += (copy & COPY_ACTIVE) != 0;
+            waiting += copy == COPY_TARGET;
+            home = home || (self->seat[i].id == self->home[pair] && (copy & COPY_TARGET) != 0);
+        }
+        if (targets != self->targets[pair] || actives != self->actives[pair] || waiting != self->waiting[pair])
+            return "copies are miscounted";
+        if (!home && self->home[pair] != 0)
+            return "a home is no target";
+    }
+    return NULL;
 }

@@ -215,6 +215,7 @@ static void settle_home(struct coordinator *self, uint32_t pair) {
             self->home[pair] = self->seat[i].id;
             return;
         }
+    self->home[pair] = 0;
 }
 
 void operation_apply(struct coordinator *self, const struct operation *operation) {
@@ -331,6 +332,8 @@ static void revert(struct coordinator *self, const struct operation *operation) 
         if (self->home[change->pair] == change->to && from != NULL)
             self->home[change->pair] = from->id;
     }
+    for (uint32_t i = 0; i < operation->changes; i++) /* whom it came from may be gone */
+        settle_home(self, operation->change[i].pair);
 }
 
 void operation_abort(struct coordinator *self, struct operation *operation, uint64_t now_ns,

@@ -168,6 +168,14 @@ static void check_accusations(struct checkers *self, struct place who, const Tro
     }
 }
 
+/* What an actor says of its own books: pages of the latent cache, at the beginning of each batch; copies of experts, with each epoch. */
+static void check_books(struct checkers *self, struct place who, const char *what) {
+    struct actor *actor = world_actor(self->world, who.role, who.index);
+    const char *broken = strstr(actor->class->describe(actor), "broken: ");
+    if (broken != NULL)
+        violate(self, "%s of %s-%u: %s", what, role_name(who.role), who.index, broken);
+}
+
 static void on_sent(struct checkers *self, struct place who, const struct effect *effect) {
     Troupe__Envelope *envelope;
     struct failure failure;
@@ -176,9 +184,10 @@ static void on_sent(struct checkers *self, struct place who, const struct effect
                 failure.text);
         return;
     }
-    if (envelope->body_case == TROUPE__ENVELOPE__BODY_COMMIT)
+    if (envelope->body_case == TROUPE__ENVELOPE__BODY_COMMIT) {
         take_commit(self, envelope->from_incarnation, envelope->commit);
-    else if (envelope->body_case == TROUPE__ENVELOPE__BODY_BIAS && who.role == ROLE_COORDINATOR &&
+        check_books(self, who, "copies");
+    } else if (envelope->body_case == TROUPE__ENVELOPE__BODY_BIAS && who.role == ROLE_COORDINATOR &&
              self->bias != NULL)
         self->bias(self->context, envelope->bias);
     else if (envelope->body_case == TROUPE__ENVELOPE__BODY_RELEASE)
@@ -237,14 +246,6 @@ static void check_unload(struct checkers *self, struct place who, uint32_t layer
     violate(self, "coverage: expert-%u drops the last copy of layer %u expert %u", who.index, layer, expert);
 }
 
-/* Pages of the latent cache, at the beginning of each batch. */
-static void check_pages(struct checkers *self, struct place who) {
-    struct actor *actor = world_actor(self->world, who.role, who.index);
-    const char *broken = strstr(actor->class->describe(actor), "broken: ");
-    if (broken != NULL)
-        violate(self, "pages of attention-%u: %s", who.index, broken);
-}
-
 static void on_effect(void *context, struct place who, const struct effect *effect) {
     struct checkers *self = context;
     if (who.role != ROLE_COORDINATOR)
@@ -254,7 +255,7 @@ static void on_effect(void *context, struct place who, const struct effect *effe
     else if (effect->kind == EFFECT_TRANSFER)
         check_first_sending(self, who, &effect->transfer.header);
     else if (effect->kind == EFFECT_COMPUTE && effect->compute.kind == PROGRAM_EMBED)
-        check_pages(self, who);
+        check_books(self, who, "pages");
     else if (effect->kind == EFFECT_UNLOAD)
         check_unload(self, who, effect->load.layer, effect->load.expert);
 }

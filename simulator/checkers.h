@@ -5,6 +5,7 @@
  *   drain       a copy is released only when every attention actor has acknowledged an epoch without it
  *   coverage    no copy is dropped that is the last one, unless expert processes have just ended
  *   waiting     nobody asks to be woken at a time that is over already, again and again
+ *   books       pages of latent caches and copies of experts are what the counts of their actor say
  *   innocence   nobody is accused of wrong rows who has given none
  *   leaks       in the end every count is back to zero, and the experts held are those of the last epoch */
 #ifndef TROUPE_SIMULATOR_CHECKERS_H

@@ -279,6 +279,46 @@ static void test_told_in_vain_it_lingers_again_without_haste(void **state) {
     stage_free(&stage);
 }
 
+static void open_with_three_experts(struct stage *stage, struct player *player) {
+    open_troupe(stage, player);
+    player[5] = join(stage, ROLE_EXPERT, "expert-2", 105);
+    go_on(stage, player, 6);
+    stage_clear(stage);
+}
+
+/* Whoever is to take a copy is drained: another one takes it, and the operation does not wait for what never comes. */
+static void test_draining_the_taker_of_a_copy(void **state) {
+    struct stage stage;
+    struct player player[6];
+    open_with_three_experts(&stage, player);
+    post(&stage, "/replicate", "{\"layer\":1,\"expert\":0,\"to\":\"expert-1\"}");
+    post(&stage, "/drain", "{\"actor\":\"expert-1\"}");
+    assert_phase(&stage, 1, "aborted");
+    assert_says(request(&stage, "GET", "/operations", NULL, 200), "superseded");
+    stage_free(&stage);
+}
+
+/* Of two copies one moves; whom it comes from ends, and whom it goes to cannot load it. The other copy is what placement looks after then,
+ * not the process that holds none. */
+static void test_a_move_between_two_that_fail_leaves_the_third(void **state) {
+    struct stage stage;
+    struct player player[6];
+    open_with_three_experts(&stage, player);
+    post(&stage, "/replicate", "{\"layer\":1,\"expert\":0,\"to\":\"expert-1\"}");
+    go_on(&stage, player, 6);
+    assert_phase(&stage, 1, "done");
+    stage_clear(&stage);
+    post(&stage, "/move", "{\"layer\":1,\"expert\":0,\"from\":\"expert-0\",\"to\":\"expert-2\"}");
+    struct event event = {.kind = EVENT_PEER_LOST};
+    event.peer.id = player[2].id;
+    event.peer.incarnation = player[2].incarnation;
+    stage_step(&stage, &event);
+    answer_order(&stage, &player[5], false);
+    assert_phase(&stage, 2, "aborted");
+    assert_null(strstr(described(&stage), "broken"));
+    stage_free(&stage);
+}
+
 static void scaled(struct stage *stage, const struct player *supervisor, uint64_t operation, const char *name) {
     Troupe__Scaled body = TROUPE__SCALED__INIT;
     Troupe__Process process = TROUPE__PROCESS__INIT, *list[] = {&process};
@@ -501,6 +541,8 @@ int main(void) {
         cmocka_unit_test(test_a_cancelled_drain_gives_the_share_back),
         cmocka_unit_test(test_a_drained_attention_actor_ends_when_it_is_empty),
         cmocka_unit_test(test_told_in_vain_it_lingers_again_without_haste),
+        cmocka_unit_test(test_draining_the_taker_of_a_copy),
+        cmocka_unit_test(test_a_move_between_two_that_fail_leaves_the_third),
         cmocka_unit_test(test_scaling_up_waits_until_the_new_process_serves),
         cmocka_unit_test(test_a_process_that_never_becomes_ready_ends_the_scaling),
         cmocka_unit_test(test_a_cancelled_scaling_up_sends_away_what_it_started),

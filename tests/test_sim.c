@@ -121,6 +121,8 @@ static void test_shipped_scenarios(void **state) {
                                         "refusal-under-a-taken-id",
                                         "drain-while-learning",
                                         "told-to-end-in-vain",
+                                        "mover-and-taker-lost",
+                                        "taker-is-drained",
                                         "liar",
                                         "liar-steady"};
     for (size_t i = 0; i < sizeof FILES / sizeof *FILES; i++) {
