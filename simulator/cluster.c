@@ -274,6 +274,9 @@ static void on_happening(struct cluster_sim *self, const struct happening *what)
     case HAPPENS_WINDOW:
         measure_window(self, (uint32_t)what->value);
         break;
+    case HAPPENS_FEED:
+        feed_tick(self);
+        break;
     case HAPPENS_END:
         self->ended = true;
         break;
@@ -323,9 +326,9 @@ static int check(const struct cluster_task *task, struct failure *failure) {
     if (task->experts_per_token > trace->experts)
         return fail(failure, ERR_INVALID, "experts_per_token: expected at most %u, found %u",
                     trace->experts, task->experts_per_token);
-    if (task->processes + task->attention + 1 > ACTORS_MAX - 2)
+    if (task->processes + task->attention + 2 > ACTORS_MAX - 2)
         return fail(failure, ERR_INVALID, "expected at most %u processes in all, found %u",
-                    ACTORS_MAX - 3, task->processes + task->attention);
+                    ACTORS_MAX - 4, task->processes + task->attention);
     if (task->span_ns / trace->windows == 0)
         return fail(failure, ERR_INVALID, "span: too short for %u windows", trace->windows);
     return 0;
@@ -357,24 +360,26 @@ static bool open_sim(struct cluster_sim *self) {
     self->last_incarnation = 1;
     self->random.state = self->task->seed;
     self->experts = self->task->processes;
-    self->processes = self->experts + self->task->attention + 1;
+    self->processes = self->experts + self->task->attention + 1 + (self->task->feed != NULL);
     self->pairs = trace->layers * trace->experts;
     self->config = (struct model_config){.layers = trace->layers,
                                          .experts = trace->experts,
                                          .moe_layer_freq = 1,
                                          .hidden = 1,
                                          .expert_width = (uint32_t)(self->task->expert_bytes / 3),
+                                         .gate.k = self->task->experts_per_token,
                                          .fp8 = true};
     self->estimate_bytes = 3 * (uint64_t)self->config.expert_width + 1;
     memset(self->seat, 0xff, sizeof self->seat);
     effects_init(&self->effects);
-    return measure_open(self) && open_coordinator(self) && processes_open(self);
+    return measure_open(self) && open_coordinator(self) && processes_open(self) && feed_open(self);
 }
 
 static void close_sim(struct cluster_sim *self) {
     for (uint32_t i = 0; i < self->count; i++)
         parcel_drop(&self->heap[i].parcel);
     free(self->heap);
+    feed_close(self);
     processes_close(self);
     measure_close(self);
     actor_destroy(&self->coordinator);

@@ -5,6 +5,10 @@
 #ifndef TROUPE_SIMULATOR_CLUSTER_H
 #define TROUPE_SIMULATOR_CLUSTER_H
 
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
 #include "actors/limits.h"
 #include "config/settings.h"
 #include "coordinator/trace.h"
@@ -47,6 +51,9 @@ struct cluster_task {
     enum cluster_policy policy;
     const struct load_trace *trace; /* borrowed */
     void (*log)(void *context, uint64_t now_ns, const char *line); /* the coordinator's log; NULL: none */
+    /* The live view's feed every `feed_ns`, which is at least the interval of a gateway's; NULL: none. keyframe: a reader can begin there. */
+    void (*feed)(void *context, uint64_t now_ns, bool keyframe, const void *events, size_t size);
+    uint64_t feed_ns;
     void *context;
 };
 

@@ -2,6 +2,7 @@
  *   cluster.c          time, what happens next, the coordinator and its effects
  *   cluster_process.c  expert, attention and sampler processes as the coordinator sees them
  *   cluster_measure.c  loads over time, figures
+ *   cluster_feed.c     the live view's feed of it
  *   cluster_file.c     the file that describes it
  *   cost.c             what things take */
 #ifndef TROUPE_SIMULATOR_CLUSTER_PARTS_H
@@ -37,6 +38,7 @@ enum happening_kind {
     HAPPENS_CHANGE,    /* change number `value` of the file begins */
     HAPPENS_UNCHANGE,  /* and ends */
     HAPPENS_WINDOW,    /* window `value` of the trace begins */
+    HAPPENS_FEED,      /* the live view's feed tells what is new */
     HAPPENS_END,
 };
 
@@ -77,10 +79,11 @@ struct cluster_sim {
     uint32_t count, capacity;
     uint64_t now_ns, begin_ns, last_number, last_incarnation; /* begin_ns: the day begins; NEVER: not yet */
     bool ended;
-    struct process *process; /* [processes]: experts, attention, one sampler */
+    struct process *process; /* [processes]: experts, attention, one sampler; with a feed: a gateway */
     uint32_t processes, experts, pairs;
     uint32_t seat[ACTORS_MAX]; /* process by actor id, modulo the table */
     struct failure refused;
+    struct cluster_feed *feed; /* NULL: none is wanted */
 
     /* measure */
     struct cost_model cost;
@@ -116,6 +119,13 @@ void process_ready(struct cluster_sim *self, uint32_t index, uint64_t operation)
 void process_loaded(struct cluster_sim *self, uint32_t index, uint32_t pair);
 void process_take(struct cluster_sim *self, uint32_t index, struct parcel *parcel);
 void process_adopt(struct cluster_sim *self, uint32_t index, struct parcel *parcel);
+
+/* cluster_feed.c: nothing happens without a feed */
+bool feed_open(struct cluster_sim *self);
+void feed_close(struct cluster_sim *self);
+void feed_commit(struct cluster_sim *self, const Troupe__Commit *commit);
+void feed_stats(struct cluster_sim *self, const Troupe__Stats *stats);
+void feed_tick(struct cluster_sim *self);
 
 /* cluster_measure.c */
 bool measure_open(struct cluster_sim *self);

@@ -35,7 +35,9 @@ bool processes_open(struct cluster_sim *self) {
         }
     for (uint32_t i = 0; index < self->processes; i++, index++) {
         struct process *process = &self->process[index];
-        process->role = i < task->attention ? ROLE_ATTENTION : ROLE_SAMPLER;
+        process->role = i < task->attention    ? ROLE_ATTENTION
+                        : i == task->attention ? ROLE_SAMPLER
+                                               : ROLE_GATEWAY;
         snprintf(process->name, sizeof process->name, "%s-%u", role_name(process->role), i);
         snprintf(process->host, sizeof process->host, "front-%u", i);
     }
@@ -334,6 +336,8 @@ static void on_commit(struct cluster_sim *self, uint32_t index, struct parcel *p
         return;
     }
     process->epoch = parcel->message->commit->epoch;
+    if (process->role == ROLE_GATEWAY)
+        feed_commit(self, parcel->message->commit);
     acknowledge(self, index);
 }
 
@@ -359,6 +363,9 @@ void process_take(struct cluster_sim *self, uint32_t index, struct parcel *parce
         break;
     case TROUPE__ENVELOPE__BODY_COMMIT:
         on_commit(self, index, parcel);
+        break;
+    case TROUPE__ENVELOPE__BODY_STATS:
+        feed_stats(self, envelope->stats);
         break;
     case TROUPE__ENVELOPE__BODY_ASSIGN:
         on_assign(self, index, envelope->assign);

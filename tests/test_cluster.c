@@ -213,11 +213,71 @@ static void test_shipped_clusters_are_read(void **state) {
     }
 }
 
+/* ---- the live view's feed ---- */
+
+struct heard {
+    uint32_t sets, keyframes, loads, repaired;
+    uint64_t last_ns, bytes;
+    bool loses;
+};
+
+static void hear(void *context, uint64_t now_ns, bool keyframe, const void *events, size_t size) {
+    struct heard *heard = context;
+    char *text = malloc(size + 1);
+    assert_non_null(text);
+    memcpy(text, events, size);
+    text[size] = 0;
+    assert_true(now_ns >= heard->last_ns); /* a keyframe comes with a set */
+    assert_int_equal(strncmp(text, "event: hello\n", 13) == 0, keyframe);
+    assert_true(size > 2 && strcmp(text + size - 2, "\n\n") == 0);
+    heard->last_ns = now_ns;
+    heard->bytes += size;
+    heard->keyframes += keyframe;
+    heard->sets += !keyframe;
+    heard->loads += !keyframe && strstr(text, "event: load\n") != NULL;
+    const char *lost = strstr(text, "\"kind\":\"lost\"");
+    heard->loses = heard->loses || (lost != NULL && strstr(lost, "\"name\":\"expert-3\"") != NULL);
+    heard->repaired += !keyframe && lost != NULL && strstr(lost, "\"replaced_ms\":null") == NULL &&
+                       strstr(lost, "\"back_ms\":null") == NULL;
+    free(text);
+}
+
+static void test_the_feed_tells_the_day(void **state) {
+    (void)state;
+    char text[2048];
+    struct cluster_task task;
+    struct cluster_report report[2];
+    struct failure failure = {0};
+    struct heard heard[2] = {{0}, {0}};
+    snprintf(text, sizeof text, "%s%s", SMALL, "at 7m lose 3 for 10s\n");
+    for (int i = 0; i < 2; i++) {
+        if (cluster_parse(&task, text, strlen(text), &failure) < 0)
+            fail_msg("%s", failure.text);
+        task.trace = &trace;
+        task.policy = CLUSTER_TROUPE;
+        task.seed = 1;
+        task.feed = hear;
+        task.feed_ns = UINT64_C(1000000000);
+        task.context = &heard[i];
+        if (cluster_run(&report[i], &task, &failure) < 0)
+            fail_msg("%s", failure.text);
+        cluster_report_free(&report[i]);
+    }
+    assert_in_range(heard[0].sets, 30 * 60, 31 * 60);
+    assert_in_range(heard[0].keyframes, heard[0].sets / 20, heard[0].sets / 20 + 1);
+    assert_in_range(heard[0].loads, heard[0].sets * 2 / 5, heard[0].sets / 2 + 1);
+    assert_true(heard[0].loses);
+    assert_int_equal(heard[0].repaired, 1);
+    assert_int_equal(report[0].hash, report[1].hash); /* the same day, told in the same words */
+    assert_int_equal(heard[0].bytes, heard[1].bytes);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_same_seed_is_the_same_day),
         cmocka_unit_test(test_policies),
         cmocka_unit_test(test_losses),
+        cmocka_unit_test(test_the_feed_tells_the_day),
         cmocka_unit_test(test_what_is_wrong_in_a_file_is_said),
         cmocka_unit_test(test_what_does_not_fit_is_said),
         cmocka_unit_test(test_shipped_clusters_are_read),

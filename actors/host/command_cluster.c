@@ -4,19 +4,44 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "actors/host/clock.h"
 #include "actors/host/commands.h"
+#include "actors/host/feed_journal.h"
 #include "actors/host/files.h"
 #include "simulator/cluster.h"
 
 #define TRACE_BYTES_MAX   ((size_t)4 << 30)
 #define CLUSTER_FILE_MAX  ((size_t)1 << 20)
+#define FEED_MIN_NS       UINT64_C(250000000) /* as a gateway tells it */
+#define FEED_SETS         2000u               /* of a longer run */
 
 static const char *const POLICIES[] = {"none", "troupe", "eplb"};
 
 static void log_line(void *context, uint64_t now_ns, const char *line) {
     fprintf(stderr, "%12.3f s  %s\n", (double)now_ns / 1e9, line);
+}
+
+static void record(void *context, uint64_t now_ns, bool keyframe, const void *events, size_t size) {
+    struct feed_journal *journal = context;
+    feed_journal_add(journal, now_ns / 1000000u, keyframe, events, size);
+    feed_journal_settle(journal);
+}
+
+static int open_journal(struct cluster_task *task, struct feed_journal **ret,
+                        const struct options *options, struct failure *failure) {
+    if (options->journal == NULL)
+        return 0;
+    if (access(options->journal, F_OK) == 0)
+        return fail(failure, ERR_STATE, "%s is there already: a simulated day goes into a new file",
+                    options->journal);
+    uint64_t bytes = (uint64_t)options->settings.journal_mib << 20;
+    int error = feed_journal_open(ret, options->journal, bytes, failure);
+    task->feed = record;
+    task->feed_ns = task->span_ns / FEED_SETS > FEED_MIN_NS ? task->span_ns / FEED_SETS : FEED_MIN_NS;
+    task->context = *ret;
+    return error;
 }
 
 static void print_line(const char *name, const struct cluster_figures *its) {
@@ -113,8 +138,14 @@ int command_cluster(const struct options *options) {
             if (strcmp(options->policy, POLICIES[i]) == 0)
                 task.policy = (enum cluster_policy)i;
         task.log = options->verbose ? log_line : NULL;
+        struct feed_journal *journal = NULL;
         uint64_t start_ns = clock_now_ns();
-        error = cluster_run(&report, &task, &failure);
+        error = open_journal(&task, &journal, options, &failure);
+        if (error == 0)
+            error = cluster_run(&report, &task, &failure);
+        if (journal != NULL && feed_journal_failed(journal, &failure))
+            error = failure.code;
+        feed_journal_close(&journal);
         double seconds = (double)(clock_now_ns() - start_ns) / 1e9;
         if (error == 0) {
             if (options->as_json)

@@ -26,9 +26,10 @@ struct feed_journal {
     sqlite3_stmt *insert;
     pthread_t thread;
     pthread_mutex_t mutex; /* of everything below */
-    pthread_cond_t news;
+    pthread_cond_t news, settled;
     struct item *first, **last;
     size_t waiting;
+    bool writing; /* an item that is not in the list any more */
     bool stop, gap; /* gap: chunks have been left out; nothing until the next keyframe */
     int error;
     char text[200];
@@ -115,10 +116,14 @@ static void *run(void *argument) {
         if (self->first == NULL)
             self->last = &self->first;
         self->waiting -= item->size;
+        self->writing = true;
         pthread_mutex_unlock(&self->mutex);
         write_item(self, item);
         free(item);
         pthread_mutex_lock(&self->mutex);
+        self->writing = false;
+        if (self->first == NULL)
+            pthread_cond_broadcast(&self->settled);
     }
     pthread_mutex_unlock(&self->mutex);
     return NULL;
@@ -156,6 +161,7 @@ int feed_journal_open(struct feed_journal **ret, const char *path, uint64_t byte
     self->last = &self->first;
     pthread_mutex_init(&self->mutex, NULL);
     pthread_cond_init(&self->news, NULL);
+    pthread_cond_init(&self->settled, NULL);
     int error = 0;
     if (sqlite3_open(path, &self->database) != SQLITE_OK)
         error = complain(self->database, path, failure);
@@ -189,6 +195,13 @@ void feed_journal_add(struct feed_journal *self, uint64_t unix_ms, bool keyframe
     pthread_mutex_unlock(&self->mutex);
 }
 
+void feed_journal_settle(struct feed_journal *self) {
+    pthread_mutex_lock(&self->mutex);
+    while (self->first != NULL || self->writing)
+        pthread_cond_wait(&self->settled, &self->mutex);
+    pthread_mutex_unlock(&self->mutex);
+}
+
 bool feed_journal_failed(struct feed_journal *self, struct failure *failure) {
     pthread_mutex_lock(&self->mutex);
     int error = self->error;
@@ -210,6 +223,7 @@ void feed_journal_close(struct feed_journal **journal) {
     sqlite3_finalize(self->insert);
     sqlite3_close(self->database);
     pthread_cond_destroy(&self->news);
+    pthread_cond_destroy(&self->settled);
     pthread_mutex_destroy(&self->mutex);
     free(self);
     *journal = NULL;

@@ -25,6 +25,8 @@ int feed_journal_open(struct feed_journal **ret, const char *path, uint64_t byte
                       struct failure *failure);
 void feed_journal_add(struct feed_journal *self, uint64_t unix_ms, bool keyframe, const void *events,
                       size_t size);
+/* Waits until all that was added is written: for who is faster than any disk. */
+void feed_journal_settle(struct feed_journal *self);
 bool feed_journal_failed(struct feed_journal *self, struct failure *failure);
 void feed_journal_close(struct feed_journal **self); /* writes what there is */
 

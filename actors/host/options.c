@@ -149,6 +149,8 @@ static const struct option_row table[] = {
     TEXT("journal", journal, "FILE", FOR_CHAOS, "SQLite file that the run is added to"),
     TEXT("journal", journal, "FILE", FOR_SERVE | FOR_GATEWAY,
          "record the live view's feed in this SQLite file, for troupe replay"),
+    TEXT("journal", journal, "FILE", FOR_SIM,
+         "with --cluster: record the live view's feed there, a new file for troupe replay"),
     TEXT("html", html, "FILE", FOR_CHAOS, "write the report there as one page"),
     FLAG("allow-faults", allow_faults, FOR_SERVE | FOR_ACTORS,
          "take faults from the run directory: for tests only"),
