@@ -94,6 +94,11 @@ static void stats(struct cluster *self, const uint64_t *rows, uint64_t age_ms) {
         fill_member(self, i, &member[i]);
         troupe__heartbeat__init(&heartbeat[i]);
         heartbeat[i].memory_bytes = 1000 + self->member[i].id;
+        if (self->member[i].role == ROLE_ATTENTION) {
+            heartbeat[i].spec_draft_tokens = 40;
+            heartbeat[i].spec_accepted_tokens = 30;
+            heartbeat[i].rows_audited = UINT64_C(5000000000);
+        }
         troupe__actor_stats__init(&actor[i]);
         actor[i].member = &member[i];
         actor[i].heartbeat = i == 0 ? NULL : &heartbeat[i]; /* not yet heard of */
@@ -271,6 +276,11 @@ static void a_listener_is_told_everything_at_once(void **state) {
     json_t *actors = read_events(cluster.rig, client, "actors");
     text = json_dumps(json_object_get(json_array_get(actors, 0), "actors"), JSON_COMPACT);
     assert_memory_equal(text, "[[9,30,2,0,0,0,0,0,0,0,0,0,0],[20,30,2,1020,", 44);
+    free(text);
+    text = json_dumps(json_object_get(json_array_get(actors, 0), "sums"), JSON_COMPACT);
+    assert_string_equal(text, "{\"cache_queries\":0,\"cache_hits\":0,\"guessed\":40,\"accepted\":30,"
+                              "\"put_back\":0,\"sent_again\":0,\"audited\":5000000000,\"differed\":0,"
+                              "\"unaudited\":0,\"quarantines\":0}");
     free(text);
     uint64_t sums[CELLS_MAX];
     sum_loads(cluster.rig, client, sums);

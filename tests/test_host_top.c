@@ -12,13 +12,14 @@
 static struct top_view view;
 static struct text screen;
 static struct failure failure;
+static struct top_look look = {.order = TOP_BY_ROWS};
 
 static int take(const char *name, const char *json) {
     return top_view_take(&view, name, json, strlen(json), &failure);
 }
 
 static void draw(uint32_t columns, uint32_t lines) {
-    top_view_write(&view, &screen, columns, lines, TOP_BY_ROWS);
+    top_view_write(&view, &screen, columns, lines, &look);
     text_append(&screen, "", 1);
     screen.size--;
 }
@@ -63,6 +64,77 @@ static void test_lines(void **state) {
     take("actors", "{\"v\":1,\"stats_age_ms\":5000,\"actors\":[]}");
     draw(200, 0);
     assert_non_null(strstr(screen.bytes, "coordinator is away"));
+}
+
+static void order_is(enum top_order order, bool reversed, const char *first, const char *second) {
+    look = (struct top_look){.order = order, .reversed = reversed};
+    draw(140, 0);
+    const char *a = strstr(screen.bytes, first), *b = strstr(screen.bytes, second);
+    if (a == NULL || b == NULL || a > b)
+        fail_msg("order %d: expected %s before %s:\n%s", (int)order, first, second, screen.bytes);
+    look = (struct top_look){.order = TOP_BY_ROWS};
+}
+
+static void test_orders(void **state) {
+    begin();
+    take("actors", "{\"v\":1,\"stats_age_ms\":5,\"actors\":[[2,30,2,5000000,4,0,0,0,0,10,1500],[3,40,1,1,4,1,2,0,0,77,0]]}");
+    order_is(TOP_BY_NAME, false, "expert-0  ", "expert-1  ");
+    order_is(TOP_BY_NAME, true, "expert-1  ", "expert-0  ");
+    order_is(TOP_BY_STATE, false, " loading ", " ready ");
+    order_is(TOP_BY_AGE, false, "expert-1  ", "expert-0  ");
+    order_is(TOP_BY_WEIGHTS, false, "expert-0  ", "expert-1  ");
+    order_is(TOP_BY_ROWS, false, "expert-1  ", "expert-0  ");
+    order_is(TOP_BY_BUSY, false, "expert-0  ", "expert-1  ");
+    draw(140, 0);
+    assert_non_null(strstr(screen.bytes, " rows* ")); /* what they are ordered by */
+}
+
+static void test_a_lost_process_is_gone_until_it_is_back(void **state) {
+    begin();
+    take("moment", "{\"v\":1,\"number\":1,\"kind\":\"lost\",\"t\":1,\"actor\":7,\"role\":\"expert\",\"name\":\"expert-9\","
+                   "\"replaced_ms\":null,\"serving_ms\":null,\"back_ms\":null}");
+    draw(140, 0);
+    assert_non_null(strstr(screen.bytes, "expert-9           expert      gone "));
+    take("moment", "{\"v\":1,\"number\":1,\"kind\":\"lost\",\"t\":1,\"actor\":7,\"role\":\"expert\",\"name\":\"expert-9\","
+                   "\"replaced_ms\":1,\"serving_ms\":1,\"back_ms\":20}");
+    draw(140, 0);
+    assert_null(strstr(screen.bytes, " gone "));
+    for (int i = 0; i < 3 * TOP_GONE; i++) { /* more than there is room for */
+        char json[200];
+        snprintf(json, sizeof json, "{\"v\":1,\"number\":%d,\"kind\":\"lost\",\"t\":1,\"name\":\"expert-%d\",\"back_ms\":null}", i + 2, i + 10);
+        take("moment", json);
+    }
+    draw(140, 0);
+    assert_int_equal(view.gones, TOP_GONE);
+    take("epoch", "{\"v\":1,\"epoch\":5,\"members\":[[2,\"expert\",\"expert-10\",\"ready\",\"1\",8,\"h\"]],\"placement\":[]}");
+    assert_int_equal(view.gones, TOP_GONE - 1); /* an epoch that has it again says so as well */
+}
+
+static void test_sums_and_scrolling(void **state) {
+    begin();
+    draw(160, 0);
+    assert_null(strstr(screen.bytes, "put back")); /* not told */
+    take("actors", "{\"v\":1,\"actors\":[],\"sums\":{\"guessed\":200,\"accepted\":150,\"cache_queries\":0,\"put_back\":3,\"sent_again\":4,"
+                   "\"audited\":70,\"differed\":1,\"quarantines\":2}}");
+    draw(160, 0);
+    assert_non_null(strstr(screen.bytes, "guesses true 75 %   prefix cache -   put back 3   sent again 4   audited 70, differed 1   "
+                                         "quarantines 2   bias version 0\n"));
+    char json[4096];
+    size_t size = (size_t)snprintf(json, sizeof json, "{\"v\":1,\"members\":[");
+    for (int i = 0; i < 40; i++)
+        size += (size_t)snprintf(json + size, sizeof json - size, "%s[%d,\"expert\",\"expert-%d\",\"ready\",\"1\",8,\"h\"]", i == 0 ? "" : ",", i + 2, i);
+    snprintf(json + size, sizeof json - size, "],\"placement\":[]}");
+    take("epoch", json);
+    look = (struct top_look){.order = TOP_BY_NAME, .first = 7};
+    draw(140, 30);
+    assert_null(strstr(screen.bytes, "expert-6  "));
+    assert_non_null(strstr(screen.bytes, "expert-7  "));
+    assert_non_null(strstr(screen.bytes, "8 to "));
+    look.first = 400; /* the last stay in sight */
+    draw(140, 30);
+    assert_non_null(strstr(screen.bytes, "expert-39  "));
+    assert_non_null(strstr(screen.bytes, " to 40 of 40\n"));
+    look = (struct top_look){.order = TOP_BY_ROWS};
 }
 
 static void test_any_size_is_kept_to(void **state) {
@@ -128,6 +200,9 @@ static int tear_down(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_lines),
+        cmocka_unit_test(test_orders),
+        cmocka_unit_test(test_a_lost_process_is_gone_until_it_is_back),
+        cmocka_unit_test(test_sums_and_scrolling),
         cmocka_unit_test(test_any_size_is_kept_to),
         cmocka_unit_test(test_nonsense_is_refused_or_ignored),
     };

@@ -4,6 +4,7 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -124,6 +125,34 @@ void events_write_epoch(struct event_feed *self, const struct event_source *sour
     end(self);
 }
 
+/* What attention actors do besides: found in the prefix cache, guessed, put back, audited; totals of
+ * those that are there. */
+static void write_sums(struct text *line, const Troupe__Stats *stats) {
+#define SUM(key, field)                                                                            \
+    { key, offsetof(Troupe__Heartbeat, field) }
+    static const struct {
+        const char *key;
+        size_t offset;
+    } SUMS[] = {SUM("cache_queries", prefix_cache_queries), SUM("cache_hits", prefix_cache_hits),
+                SUM("guessed", spec_draft_tokens),          SUM("accepted", spec_accepted_tokens),
+                SUM("put_back", preemptions),               SUM("sent_again", frames_resent),
+                SUM("audited", rows_audited),               SUM("differed", audits_differed),
+                SUM("unaudited", rows_unaudited)};
+#undef SUM
+    uint64_t quarantines = 0;
+    for (size_t s = 0; s < sizeof SUMS / sizeof SUMS[0]; s++) {
+        uint64_t sum = 0;
+        for (size_t i = 0; i < stats->n_actor; i++)
+            if (stats->actor[i]->heartbeat != NULL)
+                sum += *(const uint64_t *)((const char *)stats->actor[i]->heartbeat + SUMS[s].offset);
+        text_format(line, "%s\"%s\":", s == 0 ? ",\"sums\":{" : ",", SUMS[s].key);
+        put_number(line, sum);
+    }
+    for (size_t i = 0; i < stats->n_quarantine; i++)
+        quarantines += stats->quarantine[i]->times;
+    text_format(line, ",\"quarantines\":%" PRIu64 "}", quarantines);
+}
+
 void events_write_actors(struct event_feed *self, const struct event_source *source,
                          uint64_t now_ns) {
     const Troupe__Stats *stats = source->cluster->stats;
@@ -163,6 +192,7 @@ void events_write_actors(struct event_feed *self, const struct event_source *sou
         text_append(line, "]", 1);
     }
     text_puts(line, "]");
+    write_sums(line, stats);
     end(self);
 }
 

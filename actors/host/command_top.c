@@ -26,7 +26,7 @@ struct top {
     struct text unread, screen;
     int file;
     bool answered; /* the headers are over */
-    enum top_order order;
+    struct top_look look;
 };
 
 static int connect_to(struct top *self, const char *host, unsigned port, struct failure *failure) {
@@ -137,7 +137,7 @@ static int run_once(struct top *self, struct failure *failure) {
         if (error < 0)
             return error;
     }
-    top_view_write(&self->view, &self->screen, ONCE_COLUMNS, 0, self->order);
+    top_view_write(&self->view, &self->screen, ONCE_COLUMNS, 0, &self->look);
     fwrite(self->screen.bytes, 1, self->screen.size, stdout);
     return 0;
 }
@@ -157,10 +157,10 @@ static attr_t look_of(const char *line, size_t size) {
 }
 
 static void show(struct top *self) {
-    static const char KEYS[] = "order: n name  s state  a heartbeat  w weights  r rows  b busy     q quit";
+    static const char KEYS[] = "order: n name  s state  a heartbeat  w weights  r rows  b busy  i inverted   arrows, page keys: scroll   q quit";
     int lines, columns;
     getmaxyx(stdscr, lines, columns);
-    top_view_write(&self->view, &self->screen, (uint32_t)columns, (uint32_t)(lines > 1 ? lines - 1 : 1), self->order);
+    top_view_write(&self->view, &self->screen, (uint32_t)columns, (uint32_t)(lines > 1 ? lines - 1 : 1), &self->look);
     erase();
     const char *at = self->screen.bytes, *last = at + self->screen.size;
     for (int row = 0; row < lines - 1 && at < last; row++) {
@@ -175,6 +175,23 @@ static void show(struct top *self) {
     refresh();
 }
 
+static void scroll_by(struct top *self, int key) {
+    uint32_t first = self->look.first, page = (uint32_t)LINES / 2, all = self->view.actors + self->view.gones;
+    if (key == KEY_DOWN)
+        first++;
+    else if (key == KEY_UP)
+        first -= first > 0;
+    else if (key == KEY_NPAGE)
+        first += page;
+    else if (key == KEY_PPAGE)
+        first -= first < page ? first : page;
+    else if (key == KEY_HOME)
+        first = 0;
+    else if (key == KEY_END)
+        first = all;
+    self->look.first = first < all ? first : all;
+}
+
 /* False: the user wants to leave. */
 static bool take_keys(struct top *self) {
     static const char ORDERS[TOP_ORDERS + 1] = "nsawrb";
@@ -183,7 +200,11 @@ static bool take_keys(struct top *self) {
         if (key == 'q')
             return false;
         if (order != NULL)
-            self->order = (enum top_order)(order - ORDERS);
+            self->look = (struct top_look){.order = (enum top_order)(order - ORDERS)};
+        else if (key == 'i')
+            self->look.reversed = !self->look.reversed;
+        else
+            scroll_by(self, key);
     }
     return true;
 }

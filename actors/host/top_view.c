@@ -71,10 +71,32 @@ static int take_hello(struct top_view *self, const json_t *event, struct failure
     return 0;
 }
 
+/* By name: who comes back is another actor. */
+static void forget_gone(struct top_view *self, const char *name) {
+    for (uint32_t i = 0; i < self->gones; i++)
+        if (strcmp(self->gone[i].name, name) == 0)
+            self->gone[i--] = self->gone[--self->gones];
+}
+
+static void take_lost(struct top_view *self, const json_t *event, const char *name) {
+    forget_gone(self, name);
+    if (!json_is_null(json_object_get(event, "back_ms")) || self->gones == TOP_GONE)
+        return;
+    for (uint32_t i = 0; i < self->actors; i++)
+        if (strcmp(self->actor[i].name, name) == 0)
+            return;
+    struct top_actor *actor = &self->gone[self->gones++];
+    *actor = (struct top_actor){.id = (uint32_t)member(event, "actor")};
+    snprintf(actor->name, sizeof actor->name, "%s", name);
+    snprintf(actor->state, sizeof actor->state, "gone");
+    copy(actor->role, sizeof actor->role, json_object_get(event, "role"));
+}
+
 static void take_epoch(struct top_view *self, const json_t *event) {
     size_t i, e;
     json_t *entry, *holder;
     self->epoch = member(event, "epoch");
+    self->bias_version = member(event, "bias_version");
     self->serving = json_is_true(json_object_get(event, "serving"));
     struct top_actor *before = malloc(sizeof self->actor);
     uint32_t known = self->actors;
@@ -95,6 +117,7 @@ static void take_epoch(struct top_view *self, const json_t *event) {
         copy(actor->name, sizeof actor->name, json_array_get(entry, 2));
         copy(actor->state, sizeof actor->state, json_array_get(entry, 3));
         actor->copies = (uint32_t)element(entry, 5);
+        forget_gone(self, actor->name);
     }
     free(before);
     memset(self->held, 0, (size_t)self->layers * self->experts * sizeof *self->held);
@@ -125,10 +148,24 @@ static void take_load(struct top_view *self, const json_t *event) {
             self->balance[element(balance, i)] = json_number_value(json_array_get(balance, i + 1));
 }
 
+static void take_sums(struct top_view *self, const json_t *sums) {
+    self->sums.told = json_is_object(sums);
+    self->sums.cache_queries = member(sums, "cache_queries");
+    self->sums.cache_hits = member(sums, "cache_hits");
+    self->sums.guessed = member(sums, "guessed");
+    self->sums.accepted = member(sums, "accepted");
+    self->sums.put_back = member(sums, "put_back");
+    self->sums.sent_again = member(sums, "sent_again");
+    self->sums.audited = member(sums, "audited");
+    self->sums.differed = member(sums, "differed");
+    self->sums.quarantines = member(sums, "quarantines");
+}
+
 static void take_actors(struct top_view *self, const json_t *event) {
     size_t i;
     json_t *row;
     self->stats_age_ms = member(event, "stats_age_ms");
+    take_sums(self, json_object_get(event, "sums"));
     json_array_foreach(json_object_get(event, "actors"), i, row) {
         for (uint32_t k = 0; k < self->actors; k++) {
             struct top_actor *actor = &self->actor[k];
@@ -173,7 +210,6 @@ static void write_after(struct text *out, const char *what, const json_t *event,
         text_format(out, ", %s after %.1f ms", what, ms);
 }
 
-/* Epochs are left out: the first line tells the newest. */
 /* Scaling, draining, moving: what, how far, and how it ended. */
 static void write_operation(struct text *text, const json_t *event) {
     char what[24], about[TOP_NAME_BYTES], phase[24];
@@ -184,6 +220,7 @@ static void write_operation(struct text *text, const json_t *event) {
                 (unsigned long long)member(event, "done"), (unsigned long long)member(event, "total"));
 }
 
+/* Epochs are left out: the first line tells the newest. */
 static void take_moment(struct top_view *self, const json_t *event) {
     char kind[16], name[TOP_NAME_BYTES];
     uint64_t number = member(event, "number"), t = member(event, "t") / 1000;
@@ -210,6 +247,7 @@ static void take_moment(struct top_view *self, const json_t *event) {
         text_format(&text, "%s %s", name, kind);
     if (strcmp(kind, "lost") == 0) {
         text_format(&text, " with %llu copies", (unsigned long long)member(event, "copies"));
+        take_lost(self, event, name);
         write_after(&text, "re-placed", event, "replaced_ms");
         write_after(&text, "serving", event, "serving_ms");
         write_after(&text, "back", event, "back_ms");

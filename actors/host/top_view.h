@@ -10,8 +10,15 @@
 
 #define TOP_NAME_BYTES 64
 #define TOP_MOMENTS    16
+#define TOP_GONE       32 /* lost processes that are shown until they are back; of more, the first */
 
 enum top_order { TOP_BY_NAME, TOP_BY_STATE, TOP_BY_AGE, TOP_BY_WEIGHTS, TOP_BY_ROWS, TOP_BY_BUSY, TOP_ORDERS };
+/* What the user has chosen: the order of the processes, and how many of them are passed over. */
+struct top_look {
+    enum top_order order;
+    bool reversed;
+    uint32_t first;
+};
 
 struct top_actor {
     uint32_t id, copies;
@@ -30,7 +37,13 @@ struct top_view {
     double *balance;     /* [layers] of the last interval; negative: none */
     struct top_actor actor[ACTORS_MAX];
     uint32_t actors;
-    uint64_t epoch, stats_age_ms;
+    struct top_actor gone[TOP_GONE];
+    uint32_t gones;
+    struct {
+        bool told; /* older troupes do not */
+        uint64_t cache_queries, cache_hits, guessed, accepted, put_back, sent_again, audited, differed, quarantines;
+    } sums; /* of what attention actors have done since they began */
+    uint64_t epoch, bias_version, stats_age_ms;
     bool serving;
     double tokens_per_s, prompt_tokens_per_s, cache;
     double ttft_ms, ttft_p95_ms, tpot_ms, tpot_p95_ms; /* negative: none */
@@ -48,6 +61,6 @@ int top_view_take(struct top_view *self, const char *name, const char *json, siz
                   struct failure *failure);
 
 /* Lines that end in '\n', at most `columns` wide and, if `lines` is not 0, at most so many. */
-void top_view_write(struct top_view *self, struct text *out, uint32_t columns, uint32_t lines, enum top_order order);
+void top_view_write(struct top_view *self, struct text *out, uint32_t columns, uint32_t lines, const struct top_look *look);
 
 #endif

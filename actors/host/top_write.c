@@ -15,6 +15,26 @@ static void write_latency(struct text *out, const char *name, double ms, double 
         text_format(out, "   %s %.1f ms (p95 %.1f)", name, ms, p95_ms);
 }
 
+static void write_share(struct text *out, const char *name, uint64_t part, uint64_t whole) {
+    if (whole == 0)
+        text_format(out, "%s -", name);
+    else
+        text_format(out, "%s %.0f %%", name, 100.0 * (double)part / (double)whole);
+}
+
+static void write_sums(const struct top_view *self, struct text *out) {
+    if (!self->sums.told) {
+        text_puts(out, "\n");
+        return;
+    }
+    write_share(out, "guesses true", self->sums.accepted, self->sums.guessed);
+    write_share(out, "   prefix cache", self->sums.cache_hits, self->sums.cache_queries);
+    text_format(out, "   put back %llu   sent again %llu   audited %llu, differed %llu   quarantines %llu   bias version %llu\n",
+                (unsigned long long)self->sums.put_back, (unsigned long long)self->sums.sent_again,
+                (unsigned long long)self->sums.audited, (unsigned long long)self->sums.differed,
+                (unsigned long long)self->sums.quarantines, (unsigned long long)self->bias_version);
+}
+
 static void write_head(const struct top_view *self, struct text *out) {
     double sum = 0;
     uint32_t count = 0;
@@ -35,6 +55,7 @@ static void write_head(const struct top_view *self, struct text *out) {
         text_puts(out, "-\n");
     else
         text_format(out, "%.2f\n", sum / count);
+    write_sums(self, out);
 }
 
 /* Load over fair share, in steps of about a factor of two. */
@@ -102,12 +123,12 @@ static int descending(uint64_t a, uint64_t b) {
     return (a < b) - (a > b);
 }
 
-static enum top_order sort_order; /* qsort hands nothing to the comparison */
+static struct top_look sort_look; /* qsort hands nothing to the comparison */
 
 static int compare(const void *left, const void *right) {
-    const struct top_actor *a = left, *b = right;
+    const struct top_actor *a = *(struct top_actor *const *)left, *b = *(struct top_actor *const *)right;
     int result = 0;
-    switch (sort_order) {
+    switch (sort_look.order) {
     case TOP_BY_STATE:
         result = strcmp(a->state, b->state);
         break;
@@ -126,7 +147,9 @@ static int compare(const void *left, const void *right) {
     default:
         break;
     }
-    return result != 0 ? result : strverscmp(a->name, b->name);
+    if (result == 0)
+        result = strverscmp(a->name, b->name);
+    return sort_look.reversed ? -result : result;
 }
 
 static void write_actor(const struct top_actor *actor, struct text *out) {
@@ -141,15 +164,40 @@ static void write_actor(const struct top_actor *actor, struct text *out) {
                 (unsigned long long)actor->rows, (double)actor->busy_ms / 1e3);
 }
 
-static void write_actors(struct top_view *self, struct text *out, uint32_t room, enum top_order order) {
-    sort_order = order;
-    qsort(self->actor, self->actors, sizeof self->actor[0], compare);
-    text_format(out, "\n%-18s %-11s %-8s %9s %11s %6s %5s %13s %12s %10s\n", "process", "role", "state", "heartbeat",
-                "weights", "copies", "seqs", "cache pages", "rows", "busy");
-    for (uint32_t i = 0; i < self->actors && i < room; i++)
-        write_actor(&self->actor[i], out);
-    if (self->actors > room)
-        text_format(out, "... and %u more\n", self->actors - room);
+/* The column that they are ordered by has a mark. */
+static void write_heads(struct text *out, const struct top_look *look) {
+    static const struct {
+        const char *name;
+        int width; /* negative: to the left */
+        enum top_order order;
+    } HEADS[] = {{"process", -18, TOP_BY_NAME},   {"role", -11, TOP_ORDERS},        {"state", -8, TOP_BY_STATE},
+                 {"heartbeat", 9, TOP_BY_AGE},    {"weights", 11, TOP_BY_WEIGHTS},  {"copies", 6, TOP_ORDERS},
+                 {"seqs", 5, TOP_ORDERS},         {"cache pages", 13, TOP_ORDERS},  {"rows", 12, TOP_BY_ROWS},
+                 {"busy", 10, TOP_BY_BUSY}};
+    for (size_t i = 0; i < sizeof HEADS / sizeof HEADS[0]; i++) {
+        char name[24];
+        bool chosen = HEADS[i].order == look->order;
+        snprintf(name, sizeof name, "%s%s", HEADS[i].name, !chosen ? "" : look->reversed ? "^" : "*");
+        text_format(out, "%s%*s", i == 0 ? "\n" : " ", HEADS[i].width, name);
+    }
+    text_puts(out, "\n");
+}
+
+static void write_actors(struct top_view *self, struct text *out, uint32_t room, const struct top_look *look) {
+    struct top_actor *list[ACTORS_MAX + TOP_GONE];
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < self->actors; i++)
+        list[count++] = &self->actor[i];
+    for (uint32_t i = 0; i < self->gones; i++)
+        list[count++] = &self->gone[i];
+    sort_look = *look;
+    qsort(list, count, sizeof list[0], compare);
+    write_heads(out, look);
+    uint32_t first = count <= room ? 0 : look->first < count - room ? look->first : count - room;
+    for (uint32_t i = first; i < count && i < first + room; i++)
+        write_actor(list[i], out);
+    if (count > room)
+        text_format(out, "%u to %u of %u\n", first + 1, first + room, count);
 }
 
 /* Lines over the width are cut, whole characters kept. */
@@ -170,17 +218,18 @@ static void cut(struct text *text, uint32_t columns) {
     text->size = to;
 }
 
-void top_view_write(struct top_view *self, struct text *out, uint32_t columns, uint32_t lines, enum top_order order) {
+void top_view_write(struct top_view *self, struct text *out, uint32_t columns, uint32_t lines, const struct top_look *look) {
     uint32_t moments = self->moments < 5 ? self->moments : 5;
-    uint32_t fixed = 3 + 2 + 3 + moments + 2, room = lines == 0 ? UINT32_MAX / 2 : lines > fixed ? lines - fixed : 2;
+    uint32_t fixed = 4 + 2 + 3 + moments + 2, room = lines == 0 ? UINT32_MAX / 2 : lines > fixed ? lines - fixed : 2;
+    uint32_t all = self->actors + self->gones;
     text_clear(out);
     write_head(self, out);
-    uint32_t heat = lines == 0 ? LAYERS_MAX : self->actors < room / 2 ? room - self->actors : room / 2, routed = 0;
+    uint32_t heat = lines == 0 ? LAYERS_MAX : all < room / 2 ? room - all : room / 2, routed = 0;
     for (uint32_t l = 0; l < self->layers; l++)
         routed += self->routed[l];
     heat = heat < routed ? heat : routed;
     write_heat(self, out, columns, heat);
-    write_actors(self, out, room - heat, order);
+    write_actors(self, out, room - heat, look);
     text_puts(out, "\n");
     for (uint32_t i = self->moments - moments; i < self->moments; i++)
         text_format(out, "%s\n", self->moment[i].text);

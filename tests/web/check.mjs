@@ -6,7 +6,7 @@ import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { openBrowser } from "./browser.mjs";
-import { serveSynthetic } from "./synthetic.mjs";
+import { BUDGET_MS, inWords, measure, simulate, startReplay } from "./large.mjs";
 
 const pictures = process.argv[2];
 const sleep = ms => new Promise(done => setTimeout(done, ms));
@@ -29,6 +29,16 @@ async function startTroupe(directory) {
 }
 
 const complete = (url, prompt, tokens) => fetch(url + "/v1/completions", { method: "POST", body: JSON.stringify({ prompt, max_tokens: tokens, ignore_eos: true, temperature: 0 }) }).then(r => r.json());
+/* The most loaded cells of the heat map as they look: {cell: [red, green, blue]}, and how the cells `others` look now. */
+const hottest = (page, others = []) => page.run(`(() => {
+  const c = $("heat"), g = c.getContext("2d"), ratio = c.width / widthOf("heat"), rows = routedRows(), look = {};
+  const height = rowHeight(rows.length, 420, 5, 64), step = step_(hello.experts);
+  const at = (r, e) => [...g.getImageData((LEFT + (e + .3) * step) * ratio, (r + .3) * height * ratio, 1, 1).data].slice(0, 3);
+  const cells = rows.map((layer, r) => { const of = window_.subarray(layer * hello.experts, (layer + 1) * hello.experts); return [r, of.indexOf(Math.max(...of))]; });
+  for (const [r, e] of [...cells, ...${JSON.stringify(others)}]) look[[r, e]] = at(r, e);
+  return { cells, look };
+})()`);
+const isOrange = ([r, , b]) => r > b + 50;
 const heatPixels = page => page.run(`(() => { const c = $("heat"); return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 !== 3).join() })()`);
 // Answers of a length that is known, so that there is time to kill somebody meanwhile.
 const LONG = `window.plainFetch ||= fetch; window.fetch = (url, o) => plainFetch(url, o && o.body ? { ...o, body: JSON.stringify({ ...JSON.parse(o.body), ignore_eos: true }) } : o)`;
@@ -41,14 +51,15 @@ async function checkReal(browser, directory) {
     const page = await browser.openPage(troupe.url + "/", { height: 1000 });
     await page.until(`$("status").textContent === "serving" && $("actors").rows.length === 8`, "the page shows 8 processes that serve");
     const cold = await heatPixels(page);
-    await complete(troupe.url, "Once upon a time", 60);
+    await complete(troupe.url, "In the beginning God created the heaven and the earth.", 60);
     await sleep(1500);
-    const prose = await heatPixels(page);
-    expect("the heat map changes when there is load", prose !== cold);
-    await complete(troupe.url, [5, 5, 5, 5, 5, 5], 2);
-    await complete(troupe.url, Array(400).fill(77), 1);
+    const prose = await hottest(page);
+    expect("the heat map changes when there is load", await heatPixels(page) !== cold);
+    expect("the most loaded expert of each layer is orange", prose.cells.every(c => isOrange(prose.look[c])));
+    for (let i = 0; i < 6; i++) await complete(troupe.url, "def __init__(self, name, value=None):\n    self.name = name\n    if value is None:\n", 60);
     await sleep(1500);
-    expect("and when the load shifts", await heatPixels(page) !== prose);
+    const code = await hottest(page, prose.cells), cooled = prose.cells.filter(c => !isOrange(code.look[c]));
+    expect(`when the load shifts from prose to code, others are orange (${cooled.length} of ${prose.cells.length} that were are no more)`, cooled.length > 0 && code.cells.every(c => isOrange(code.look[c])));
     expect("balancedness has been drawn", await page.run(`balance.length > 0 && balance.every(b => b.mean > 0 && b.mean <= 1)`));
 
     expect("no buttons on the public address", await page.run(`$("controls").hidden && !hello.faults`));
@@ -59,7 +70,8 @@ async function checkReal(browser, directory) {
     await page.until(`[...document.querySelectorAll("#timeline .lost")].some(i => i.textContent.includes("expert-1 lost"))`, "the loss is on the timeline");
     const after = await page.run(`$("answer").textContent.length`);
     expect(`the chat streams while expert-1 dies (${before} characters before, ${after} when it was seen)`, after > before);
-    await page.until(`[...document.querySelectorAll("#timeline .lost")].some(i => /back \\+\\d/.test(i.textContent))`, "it is back");
+    await page.until(`[...document.querySelectorAll("#timeline .lost")].some(i => /back \\+\\d/.test(i.textContent) && !i.textContent.includes("…"))`, "it is back, and all stages of the repair are told");
+    expect("a bar shows the stages", await page.run(`document.querySelectorAll("#timeline .lost .bar i").length >= 3`));
     await page.until(`[...$("actors").rows].some(r => r.dataset.name === "expert-1" && r.dataset.state === "ready")`, "the table shows it ready");
     console.log("  " + await page.run(`document.querySelector("#timeline .lost span").textContent`));
     await page.until(`!chatting`, "the answer ends", 60000);
@@ -75,11 +87,11 @@ async function checkReal(browser, directory) {
     expect("its way: " + await page.run(`$("way-body").querySelectorAll("p")[1].textContent`), await page.run(`/steps of/.test($("way-body").textContent)`));
 
     // A process that cannot come back at once is shown as gone: stop its successor's supervisor-side restart by killing it repeatedly.
-    await page.run(`window.sawGone = false; new MutationObserver(() => { sawGone = sawGone || [...$("actors").rows].some(r => r.dataset.name === "expert-2" && r.dataset.state === "gone") }).observe($("actors"), { subtree: true, attributes: true })`);
+    await page.run(`window.looks = r => getComputedStyle(r.cells[2]).color.match(/\\d+/g).map(Number); window.sawGone = false; new MutationObserver(() => { sawGone = sawGone || [...$("actors").rows].some(r => r.dataset.name === "expert-2" && r.dataset.state === "gone" && looks(r)[0] > 1.5 * looks(r)[2]) }).observe($("actors"), { subtree: true, attributes: true })`);
     for (let i = 0; i < 3; i++) { try { process.kill(troupe.pid("expert-2"), "SIGKILL"); } catch { /* it has not been started again yet */ } await sleep(120 + 200 * i); }
-    await page.until(`sawGone`, "a killed process is shown as gone");
+    await page.until(`sawGone`, "a killed process is shown as gone, in red");
     await page.until(`[...$("actors").rows].some(r => r.dataset.name === "expert-2" && r.dataset.state === "ready")`, "and as ready again");
-    console.log("  a killed process is shown as gone, then ready");
+    expect("a killed process is shown as gone, in red, then as ready, in green", await page.run(`(([r, g, b]) => g > r)(looks([...$("actors").rows].find(r => r.dataset.name === "expert-2")))`));
 
     await page.run(`$("heat").focus()`);
     await page.key("ArrowRight"); await page.key("ArrowDown");
@@ -114,7 +126,7 @@ async function checkConsole(browser, troupe) {
   await page.run(CHAT);
   await page.until(`$("answer").textContent.length > 20`, "the chat streams here too");
   await page.run(`$("victim").value = "expert-3"; document.querySelector("[data-fault=kill]").click()`);
-  await page.until(`[...document.querySelectorAll("#timeline .lost")].some(i => i.textContent.includes("expert-3 lost") && /back \\+\\d/.test(i.textContent))`, "the button kills, and the troupe repairs itself");
+  await page.until(`[...document.querySelectorAll("#timeline .lost")].some(i => i.textContent.includes("expert-3 lost") && /back \\+\\d/.test(i.textContent) && !i.textContent.includes("…"))`, "the button kills, and the troupe repairs itself");
   console.log("  " + await page.run(`[...document.querySelectorAll("#timeline .lost span")].find(i => i.textContent.includes("expert-3 lost")).textContent`));
   await page.run(`$("scale-count").value = 5; $("scale-form").requestSubmit()`);
   await page.until(`[...epoch.member.values()].some(m => m.name === "expert-4" && m.state === "ready")`, "the scale button starts expert-4", 30000);
@@ -132,11 +144,7 @@ async function checkConsole(browser, troupe) {
 
 async function checkReplay(browser, journal) {
   console.log("the recording:");
-  const child = spawn(process.env.TROUPE || "build/troupe", ["replay", journal, "--port", "0"], { stdio: ["ignore", "pipe", "inherit"] });
-  let text = "";
-  child.stdout.on("data", data => text += data);
-  for (let i = 0; i < 100 && !/http\S+/.test(text); i++) await sleep(50);
-  const page = await browser.openPage(/http\S+/.exec(text)[0], { height: 1000 });
+  const replay = await startReplay(journal), page = await browser.openPage(replay.url, { height: 1000 });
   await page.until(`!$("replay").hidden && epoch && $("actors").rows.length > 5`, "the page shows the beginning");
   expect("the chat is not there", await page.run(`$("chat").hidden`));
   await page.run(`$("play").click()`);
@@ -152,36 +160,24 @@ async function checkReplay(browser, journal) {
   if (pictures) await page.picture(join(pictures, "replay.png"));
   expect("no complaint in the console: " + page.complaints.join("; "), page.complaints.length === 0);
   await page.close();
-  await new Promise(done => { child.once("exit", done); child.kill("SIGTERM"); });
+  await replay.stop();
 }
 
-async function checkLarge(browser) {
-  console.log("320 processes, 58 x 256 experts:");
-  const server = await serveSynthetic();
-  const page = await browser.openPage(server.url);
-  await page.until(`$("actors").rows.length === 321`, "all processes are shown");
-  await sleep(1000);
-  await page.run(`frames = { count: 0, longest: 0, total: 0 }`);
-  const times = [], begin = await page.scriptTime();
-  for (let i = 0, last = begin; i < 80; i++) { // a window of two frames at most: the feed has four events a second
-    await sleep(125);
-    const now = await page.scriptTime();
-    times.push(now - last);
-    last = now;
-  }
-  const frames = await page.run(`frames`), total = times.reduce((a, b) => a + b);
-  const text = `${frames.count} frames, processor time of scripts: ${(total / frames.count).toFixed(1)} ms a frame, most in any eighth of a second ${Math.max(...times).toFixed(1)} ms (by the clock, with all that this machine does: mean ${(frames.total / frames.count).toFixed(1)}, longest ${frames.longest.toFixed(1)} ms)`;
+async function checkLarge(browser, directory) {
+  console.log("320 processes, 58 x 256 experts, from the simulator:");
+  const replay = await startReplay(simulate(directory)), page = await browser.openPage(replay.url), m = await measure(page, 20);
   if (pictures) await page.picture(join(pictures, "large.png"));
-  expect(text, frames.count > 20 && Math.max(...times) < 50);
+  expect(inWords(m), m.frames > 20 && m.most < BUDGET_MS);
   expect("no complaint in the console: " + page.complaints.join("; "), page.complaints.length === 0);
-  server.close();
+  await page.close();
+  await replay.stop();
 }
 
 const directory = mkdtempSync(join(tmpdir(), "troupe-web-run-"));
 const browser = await openBrowser();
 try {
   await checkReal(browser, directory);
-  await checkLarge(browser);
+  await checkLarge(browser, directory);
   console.log("all is well");
 } catch (error) {
   console.error("FAILED: " + error.message);
