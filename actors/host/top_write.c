@@ -49,7 +49,7 @@ static void write_head(const struct top_view *self, struct text *out) {
     text_format(out, "%.0f tokens/s   %.0f prompt tokens/s", self->tokens_per_s, self->prompt_tokens_per_s);
     write_latency(out, "TTFT", self->ttft_ms, self->ttft_p95_ms);
     write_latency(out, "TPOT", self->tpot_ms, self->tpot_p95_ms);
-    text_format(out, "\n%llu sequences running, %llu waiting   cache %.0f %%   balancedness ",
+    text_format(out, "\nsequences: %llu running, %llu waiting   cache %.0f %%   balancedness ",
                 (unsigned long long)self->running, (unsigned long long)self->waiting, self->cache * 100);
     if (count == 0)
         text_puts(out, "-\n");
