@@ -82,10 +82,27 @@ test: deps ## build and run every test
 	@sh tests/run.sh $(BUILD)
 
 .PHONY: test-web
-test-web: deps ## the live view in headless Chromium (installs it; PICTURES=DIR keeps screenshots)
+test-web: deps ## the live view in headless Chromium, troupe top in tmux (installs them; PICTURES=DIR keeps screenshots)
+	@sh config/install-packages.sh nodejs chromium tmux
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	TROUPE=$(BUILD)/troupe node tests/web/terminal.mjs $(if $(PICTURES),$(PICTURES)/top.png)
+	TROUPE=$(BUILD)/troupe node tests/web/check.mjs $(PICTURES)
+
+.PHONY: test-metrics
+test-metrics: deps ## Prometheus' own tool on the metrics and the alerting rules (installs Debian's prometheus for it)
+	@sh config/install-packages.sh prometheus
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	@TROUPE_BUILD=$(BUILD) sh tests/promtool.sh
+
+.PHONY: bench-web bench-view
+bench-web: deps ## script time of the page with 320 processes and 58 x 256 experts from the simulator (ARGS='--seconds 30')
 	@sh config/install-packages.sh nodejs chromium
 	@$(MAKE) --no-print-directory $(BUILD)/troupe
-	TROUPE=$(BUILD)/troupe node tests/web/check.mjs $(PICTURES)
+	TROUPE=$(BUILD)/troupe node tests/web/large.mjs $(ARGS)
+
+bench-view: deps ## throughput with one page's feed open against with nobody looking, in turns (ARGS='--pairs 30 --mode traced')
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	python3 bench/view_cost.py --troupe $(BUILD)/troupe $(ARGS)
 
 .PHONY: bench
 bench: deps ## measure decode, prefill and mixed load on the demo model (MODEL=DIR for another, ARGS=... for options)

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "tests/support/gateway_rig.h"
+#include "tests/support/model_files.h"
 #include "tests/support/random.h"
 
 #include <setjmp.h>
@@ -601,6 +602,63 @@ static void recoveries_are_counted(void **state) {
     rig_close(cluster.rig);
 }
 
+/* Keys of an event, and of objects in it, that docs/live-view.md does not name as `key`. */
+static void find_undocumented(const json_t *event, const char *docs, const char *kind) {
+    const char *key;
+    json_t *value;
+    json_object_foreach((json_t *)event, key, value) {
+        char name[64];
+        snprintf(name, sizeof name, "`%s`", key);
+        bool listed = strstr(docs, name) != NULL;
+        for (const char *at = docs; !listed && (at = strstr(at, key)) != NULL; at += strlen(key)) {
+            /* as in `{count, mean}` or `"v":1` */
+            const char *before = at;
+            while (before > docs && *before != '`' && *before != '\n')
+                before--;
+            listed = *before == '`' && (at[-1] == '{' || at[-1] == ' ' || at[-1] == '"');
+        }
+        if (!listed)
+            fail_msg("docs/live-view.md says nothing of '%s' of the event '%s'", key, kind);
+        if (json_is_object(value))
+            find_undocumented(value, docs, kind);
+    }
+}
+
+static void every_key_is_documented(void **state) {
+    (void)state;
+    static const char *const NAMES[] = {"hello", "epoch", "load", "actors", "rates", "moment"};
+    struct cluster cluster;
+    open_cluster(&cluster);
+    size_t size;
+    char *docs = read_whole_file("docs/live-view.md", &size);
+    assert_non_null(docs);
+    uint64_t rows[CELLS_MAX] = {0};
+    uint64_t client = rig_http(cluster.rig, "GET", "/troupe/events", NULL, NULL);
+    rows[cluster.rig->config.experts + 1] = 7;
+    stats(&cluster, rows, 30);
+    Troupe__OperationStats operation = TROUPE__OPERATION_STATS__INIT;
+    operation.id = 3;
+    operation.kind = operation.phase = operation.about = operation.reason = "x";
+    cluster.operation = &operation;
+    stats(&cluster, rows, 30);
+    cluster.members--;
+    cluster.copies = 1;
+    commit(&cluster); /* a loss */
+    cluster.bias_version = rig_bias_id(cluster.rig, 3);
+    commit(&cluster);
+    ticks(&cluster, 1000);
+    for (size_t n = 0; n < sizeof NAMES / sizeof NAMES[0]; n++) {
+        json_t *list = read_events(cluster.rig, client, NAMES[n]), *event;
+        size_t i;
+        assert_true(json_array_size(list) > 0);
+        json_array_foreach(list, i, event)
+            find_undocumented(event, docs, NAMES[n]);
+        json_decref(list);
+    }
+    free(docs);
+    rig_close(cluster.rig);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(without_the_option_there_is_no_view),
@@ -612,6 +670,7 @@ int main(void) {
         cmocka_unit_test(nothing_is_done_for_nobody_and_little_for_somebody),
         cmocka_unit_test(rates_and_latencies_are_of_the_interval),
         cmocka_unit_test(a_loss_says_why_and_when_tokens_came_again),
+        cmocka_unit_test(every_key_is_documented),
         cmocka_unit_test(operations_are_followed_to_their_end),
         cmocka_unit_test(a_new_bias_version_is_on_the_timeline),
         cmocka_unit_test(recoveries_are_counted),
