@@ -62,7 +62,8 @@ export async function openBrowser() {
         return metrics.find(m => m.name === "ScriptDuration").value * 1000;
       },
       async key(key) {
-        for (const type of ["keyDown", "keyUp"]) await ask("Input.dispatchKeyEvent", { type, key, code: key });
+        const code = { Tab: 9, Enter: 13, Home: 36, End: 35, ArrowLeft: 37, ArrowUp: 38, ArrowRight: 39, ArrowDown: 40 }[key];
+        for (const type of ["rawKeyDown", "keyUp"]) await ask("Input.dispatchKeyEvent", { type, key, code: key, windowsVirtualKeyCode: code });
       },
       async picture(file, full = true) {
         const { cssContentSize } = await ask("Page.getLayoutMetrics");
