@@ -61,6 +61,13 @@ ready >/dev/null || fail "announced, but not ready"
 line=$(grep -A1 '^try:' "$scratch/log" | tail -n 1)
 sh -c "$line" | grep -q '"chat.completion"' || fail "the printed line gives no answer: $line"
 
+# The live view is named, and there; top says what it needs where it cannot draw.
+page=$(sed -n 's/^live view: open \(http[^ ]*\) .*/\1/p' "$scratch/log")
+curl -sf "$page" | grep -q '<title>troupe</title>' || fail "the named page is not there: $page"
+"$troupe" top --url "$url" >"$scratch/top" 2>&1 </dev/null && fail "top drew on a file"
+grep -q 'once prints plain text' "$scratch/top" || fail "top does not say what to do: $(cat "$scratch/top")"
+"$troupe" top --once --url "$url" | grep -q '^attention-0 .* ready ' || fail "top --once"
+
 # Each actor is a process of its own whose command line says what it is.
 for role in coordinator gateway attention expert sampler; do
     [ -n "$(troupe_processes "troupe $role ")" ] || fail "no process 'troupe $role'"

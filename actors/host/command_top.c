@@ -211,8 +211,8 @@ static bool take_keys(struct top *self) {
 
 static int run_screen(struct top *self, struct failure *failure) {
     setlocale(LC_CTYPE, "");
-    if (initscr() == NULL)
-        return fail(failure, ERR_STATE, "this terminal cannot be used; --once prints plain text");
+    if (!isatty(STDOUT_FILENO) || newterm(NULL, stdout, stdin) == NULL)
+        return fail(failure, ERR_STATE, "no terminal that can be drawn on (is TERM set?); --once prints plain text");
     cbreak();
     noecho();
     curs_set(0);

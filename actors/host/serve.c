@@ -374,6 +374,8 @@ static void announce(const struct serve *self) {
     if (options->admin != NULL && strchr(options->admin, '/') == NULL)
         printf("admin at http://%s/#token=%s%s\n", options->admin, options->admin_token,
                options->allow_faults ? " (faults are allowed)" : "");
+    if (strcmp(options->view, "on") == 0)
+        printf("live view: open %s/ in a browser, or run: troupe top --url %s\n", url, url);
     printf("run directory %s\ntry:\n", self->run_dir.path);
     if (self->chat)
         printf("  curl -s %s/v1/chat/completions -H 'Content-Type: application/json'%s -d "
