@@ -1,6 +1,8 @@
 /* Real processes under short plans of faults: no stream is lost, doubled or different, and the report says what was done. Plans that are
  * none are refused. */
+#include <jansson.h>
 #include <setjmp.h>
+#include <sqlite3.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -15,16 +17,16 @@
 #include <cmocka.h>
 
 /* Runs troupe chaos with the plan; returns its exit status and prints its report. */
-static int run_plan(const char *text, const char *seed, char *ret, size_t room) {
-    char plan[64], command[512];
+static int run_plan_with(const char *text, const char *seed, const char *options, char *ret, size_t room) {
+    char plan[64], command[1024];
     const char *build = getenv("TROUPE_BUILD");
     snprintf(plan, sizeof plan, "/tmp/troupe-test-plan-%d", (int)getpid());
     FILE *file = fopen(plan, "w");
     assert_non_null(file);
     fputs(text, file);
     fclose(file);
-    snprintf(command, sizeof command, "%s/troupe chaos --plan %s --seed %s 2>&1", build != NULL ? build : "build",
-             plan, seed);
+    snprintf(command, sizeof command, "%s/troupe chaos --plan %s --seed %s %s 2>&1", build != NULL ? build : "build",
+             plan, seed, options);
     FILE *pipe = popen(command, "r");
     assert_non_null(pipe);
     size_t got = fread(ret, 1, room - 1, pipe);
@@ -33,6 +35,10 @@ static int run_plan(const char *text, const char *seed, char *ret, size_t room) 
     unlink(plan);
     printf("%s", ret);
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+static int run_plan(const char *text, const char *seed, char *ret, size_t room) {
+    return run_plan_with(text, seed, "", ret, room);
 }
 
 static void assert_says(const char *report, const char *text) {
@@ -52,15 +58,71 @@ static void test_every_role_is_killed(void **state) {
     assert_says(report, "lost 0, duplicated 0, different 0");
 }
 
+/* The whole file, to be freed. */
+static char *read_whole(const char *path) {
+    FILE *file = fopen(path, "r");
+    if (file == NULL)
+        fail_msg("there is no %s", path);
+    char *text = calloc(1, 1 << 20);
+    assert_non_null(text);
+    assert_true(fread(text, 1, (1 << 20) - 1, file) > 0);
+    fclose(file);
+    unlink(path);
+    return text;
+}
+
+static void count_faults(const char *path) {
+    sqlite3 *database;
+    sqlite3_stmt *statement;
+    assert_int_equal(sqlite3_open(path, &database), SQLITE_OK);
+    static const char SQL[] = "SELECT count(*), (SELECT count(*) FROM stream), (SELECT streams FROM run) FROM fault "
+                              "WHERE text LIKE 'corrupt %' AND gap_ms > 0";
+    assert_int_equal(sqlite3_prepare_v2(database, SQL, -1, &statement, NULL), SQLITE_OK);
+    assert_int_equal(sqlite3_step(statement), SQLITE_ROW);
+    assert_int_equal(sqlite3_column_int(statement, 0), 3);
+    assert_int_equal(sqlite3_column_int(statement, 1), 8);
+    assert_int_equal(sqlite3_column_int(statement, 2), 8);
+    sqlite3_finalize(statement);
+    sqlite3_close(database);
+    unlink(path);
+}
+
+/* All of them, and the report says so in each of its forms. */
 static void test_damaged_frames_are_caught(void **state) {
     static char report[16384];
+    char stem[64], options[512], path[80];
+    unsigned long long damaged, refused;
     (void)state;
-    assert_int_equal(run_plan("streams 8\ntokens 64\nexperts 3\nknob replicas 2\nfor 4s\nwindow 3s\n"
-                              "at 0ms corrupt attention 0 share 0.01 for 3s\nat 0ms corrupt expert all share 0.01 for 3s\n"
-                              "at 0ms corrupt sampler 0 share 0.01 for 3s\n",
-                              "2", report, sizeof report),
-                     0);
+    snprintf(stem, sizeof stem, "/tmp/troupe-test-chaos-%d", (int)getpid());
+    snprintf(options, sizeof options, "--json %s.json --html %s.html --journal %s.db", stem, stem, stem);
+    assert_int_equal(
+        run_plan_with("streams 8\ntokens 64\nexperts 3\nknob replicas 2\nfor 4s\nwindow 3s\n"
+                      "at 0ms corrupt attention 0 share 0.01 for 3s\nat 0ms corrupt expert all share 0.01 for 3s\n"
+                      "at 0ms corrupt sampler 0 share 0.01 for 3s\n",
+                      "2", options, report, sizeof report),
+        0);
     assert_says(report, "corrupt expert all");
+    const char *frames = strstr(report, "frames: ");
+    assert_non_null(frames);
+    assert_int_equal(sscanf(frames, "frames: %llu damaged on the way, %llu refused", &damaged, &refused), 2);
+    assert_true(damaged > 0);
+    assert_int_equal(refused, damaged);
+    snprintf(path, sizeof path, "%s.json", stem);
+    char *text = read_whole(path);
+    json_t *root = json_loads(text, 0, NULL);
+    assert_non_null(root);
+    assert_int_equal(json_array_size(json_object_get(root, "faults")), 3);
+    assert_int_equal(json_integer_value(json_object_get(root, "frames_refused")), damaged);
+    assert_int_equal(json_integer_value(json_object_get(root, "different")), 0);
+    json_decref(root);
+    free(text);
+    snprintf(path, sizeof path, "%s.html", stem);
+    text = read_whole(path);
+    assert_says(text, "<!doctype html>");
+    assert_says(text, "corrupt expert all");
+    free(text);
+    snprintf(path, sizeof path, "%s.db", stem);
+    count_faults(path);
 }
 
 static void test_short_storm(void **state) {

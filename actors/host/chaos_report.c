@@ -37,6 +37,10 @@ void chaos_print(struct journal *journal, const struct chaos_totals *totals) {
            totals->answers, totals->lost, totals->duplicated, totals->different, totals->refused, totals->resumed);
     printf("memory of all processes %.0f -> %.0f MiB, open files %u -> %u\n", totals->resident_before_mib,
            totals->resident_after_mib, totals->files_before, totals->files_after);
+    if (totals->frames_damaged + totals->frames_false + totals->frames_refused > 0)
+        printf("frames: %llu damaged on the way, %llu refused by who received them; %llu with a wrong row\n",
+               (unsigned long long)totals->frames_damaged, (unsigned long long)totals->frames_refused,
+               (unsigned long long)totals->frames_false);
     fflush(stdout);
 }
 
@@ -53,12 +57,13 @@ int chaos_write_json(struct journal *journal, const struct chaos_totals *totals,
     json_t *faults = json_array();
     int error = journal_faults(journal, add_fault, faults, failure);
     json_t *root = json_pack(
-        "{s:s, s:I, s:i, s:f, s:f, s:f, s:f, s:i, s:i, s:i, s:i, s:i, s:i, s:o}", "plan", totals->plan, "seed",
+        "{s:s, s:I, s:i, s:f, s:f, s:f, s:f, s:i, s:i, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:o}", "plan", totals->plan, "seed",
         (json_int_t)totals->seed, "streams", (int)totals->streams, "seconds", totals->seconds, "tokens_per_s",
         totals->tokens_per_s, "steady_gap_ms", totals->steady_gap_ms, "longest_calm_gap_ms", totals->calm_gap_ms,
         "answers", (int)totals->answers, "lost", (int)totals->lost, "duplicated", (int)totals->duplicated,
         "different", (int)totals->different, "refused", (int)totals->refused, "resumed", (int)totals->resumed,
-        "faults", faults);
+        "frames_damaged", (json_int_t)totals->frames_damaged, "frames_refused", (json_int_t)totals->frames_refused,
+        "frames_with_a_wrong_row", (json_int_t)totals->frames_false, "faults", faults);
     if (error == 0 && json_dump_file(root, path, JSON_INDENT(1)) != 0)
         error = fail(failure, ERR_IO, "cannot write %s: %s", path, strerror(errno));
     json_decref(root);

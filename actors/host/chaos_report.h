@@ -12,6 +12,7 @@ struct chaos_totals {
     double steady_gap_ms, tokens_per_s, calm_gap_ms, seconds;
     double resident_before_mib, resident_after_mib;
     uint32_t files_before, files_after;
+    uint64_t frames_damaged, frames_false, frames_refused; /* by processes that ended in order */
 };
 
 void chaos_print(struct journal *journal, const struct chaos_totals *totals);

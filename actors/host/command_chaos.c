@@ -29,6 +29,7 @@
 #define GRACE_NS     60000000000u
 #define PLAN_BYTES   (1u << 20)
 #define NOTES_MAX    65536
+#define LOGS_MAX     256
 
 /* A line of a log that tells of a loss or of an epoch. */
 struct note {
@@ -53,6 +54,10 @@ struct chaos {
     uint32_t stops;
     struct note *note;
     size_t notes;
+    FILE *log[LOGS_MAX];
+    bool log_of_coordinator[LOGS_MAX];
+    uint32_t logs;
+    double stop_unix_ms; /* of the whole */
 };
 
 /* ---- processes ---- */
@@ -95,6 +100,10 @@ static void tick(void *context, uint64_t now_ns) {
 
 /* ---- what the logs say ---- */
 
+static double to_unix_ms(uint64_t ns) {
+    return (double)((int64_t)ns + clock_unix_offset_ns()) / 1e6;
+}
+
 static double unix_ms(const char *line) {
     struct tm parts = {0};
     int ms = 0;
@@ -102,6 +111,18 @@ static double unix_ms(const char *line) {
     if (rest == NULL || sscanf(rest, ".%3dZ", &ms) != 1)
         return 0;
     return (double)timegm(&parts) * 1e3 + ms;
+}
+
+/* What each process counted in its life, if it ended in order. */
+static void take_counts(struct chaos *self, const char *line) {
+    unsigned long long damaged, false_rows, refused;
+    const char *injected = strstr(line, "injected: "), *received = strstr(line, " dropped, ");
+    if (injected != NULL && sscanf(injected, "injected: %llu frames damaged, %llu with", &damaged, &false_rows) == 2) {
+        self->totals.frames_damaged += damaged;
+        self->totals.frames_false += false_rows;
+    }
+    if (received != NULL && sscanf(received, " dropped, %llu refused", &refused) == 1)
+        self->totals.frames_refused += refused;
 }
 
 static void take_line(struct chaos *self, const char *line, bool coordinator) {
@@ -116,7 +137,9 @@ static void take_line(struct chaos *self, const char *line, bool coordinator) {
     }
     for (size_t i = 0; i < sizeof losses / sizeof *losses; i++)
         note.loss = note.loss || strstr(line, losses[i]) != NULL;
-    if (note.unix_ms > 0 && (note.loss || note.members > 0) && self->notes < NOTES_MAX)
+    take_counts(self, line);
+    if (note.unix_ms > 0 && note.unix_ms < self->stop_unix_ms && (note.loss || note.members > 0) &&
+        self->notes < NOTES_MAX)
         self->note[self->notes++] = note;
 }
 
@@ -125,30 +148,34 @@ static int compare_notes(const void *a, const void *b) {
     return left->unix_ms < right->unix_ms ? -1 : left->unix_ms > right->unix_ms;
 }
 
-static void read_logs(struct chaos *self) {
+/* Whatever is written until all processes have ended can be read then, though the files are gone by that time. */
+static void open_logs(struct chaos *self) {
     DIR *directory = opendir(self->server.run_dir);
-    self->note = calloc(NOTES_MAX, sizeof *self->note);
-    ASSERT(self->note != NULL);
     for (struct dirent *entry; directory != NULL && (entry = readdir(directory)) != NULL;) {
-        char path[400], line[2048];
+        char path[400];
         size_t length = strlen(entry->d_name);
-        if (length < 4 || strcmp(entry->d_name + length - 4, ".log") != 0)
+        if (length < 4 || strcmp(entry->d_name + length - 4, ".log") != 0 || self->logs == LOGS_MAX)
             continue;
         snprintf(path, sizeof path, "%s/%s", self->server.run_dir, entry->d_name);
-        FILE *file = fopen(path, "r");
-        bool coordinator = strncmp(entry->d_name, "coordinator", 11) == 0;
-        while (file != NULL && fgets(line, sizeof line, file) != NULL)
-            take_line(self, line, coordinator);
-        if (file != NULL)
-            fclose(file);
+        self->log[self->logs] = fopen(path, "re");
+        self->log_of_coordinator[self->logs] = strncmp(entry->d_name, "coordinator", 11) == 0;
+        self->logs += self->log[self->logs] != NULL;
     }
     if (directory != NULL)
         closedir(directory);
-    qsort(self->note, self->notes, sizeof *self->note, compare_notes);
+    self->stop_unix_ms = to_unix_ms(clock_now_ns());
 }
 
-static double to_unix_ms(uint64_t ns) {
-    return (double)((int64_t)ns + clock_unix_offset_ns()) / 1e6;
+static void read_logs(struct chaos *self) {
+    char line[2048];
+    self->note = calloc(NOTES_MAX, sizeof *self->note);
+    ASSERT(self->note != NULL);
+    for (uint32_t i = 0; i < self->logs; i++) {
+        while (fgets(line, sizeof line, self->log[i]) != NULL)
+            take_line(self, line, self->log_of_coordinator[i]);
+        fclose(self->log[i]);
+    }
+    qsort(self->note, self->notes, sizeof *self->note, compare_notes);
 }
 
 /* ---- what the clients saw ---- */
@@ -333,9 +360,9 @@ static int chaos(struct chaos *self, struct options *options, struct failure *fa
         error = bench_server_start(&self->server, options, failure);
     if (error == 0)
         error = run(self, failure);
-    if (error == 0)
-        read_logs(self);
+    open_logs(self);
     bench_server_stop(&self->server);
+    read_logs(self);
     if (error == 0)
         error = record(self, journal, failure);
     if (error == 0)

@@ -38,6 +38,7 @@ struct inject {
     pthread_mutex_t mutex; /* of the table */
     struct rule rule[RULES_MAX];
     struct held *held;
+    uint64_t damaged, falsified; /* frames */
 };
 
 /* ---- rules ---- */
@@ -133,6 +134,9 @@ void inject_close(struct inject **inject) {
     close(self->file);
     unlink(self->address.sun_path);
     pthread_mutex_destroy(&self->mutex);
+    if (self->damaged + self->falsified > 0)
+        log_line(TRACE_INFO, "injected: %llu frames damaged, %llu with a wrong row", (unsigned long long)self->damaged,
+                 (unsigned long long)self->falsified);
     for (struct held *held; (held = self->held) != NULL;) {
         self->held = held->next;
         held_free(&held);
@@ -195,13 +199,17 @@ enum injected inject_message(struct inject *self) {
 
 enum injected inject_frame(struct inject *self, struct outgoing *frame) {
     struct rule rule;
-    if (strikes(self, FAULT_CORRUPT, &rule))
+    if (strikes(self, FAULT_CORRUPT, &rule)) {
         frame->flip_after = 1 + random_next(&rule.random) % (8 * frame->bytes);
+        self->damaged++;
+    }
     if (frame->header.kind == FRAME_COMBINE) { /* one bit of one row */
         uint64_t row_bits = 8 * (uint64_t)frame->header.row_bytes;
         uint32_t row = strikes_row(self, FAULT_LIE, frame->header.items, &rule);
-        if (row < frame->header.items)
+        if (row < frame->header.items) {
             frame->flip_before = 1 + 8 * frame->rows_offset + row * row_bits + random_next(&rule.random) % row_bits;
+            self->falsified++;
+        }
     }
     return fate(self);
 }
