@@ -170,12 +170,11 @@ static void learn(struct coordinator *self, uint64_t now_ns, struct effects *out
     effects_trace(out, TRACE_WARNING, "there was a coordinator before; learning from its members");
 }
 
-static void send_rejoin(struct coordinator *self, const message *envelope, uint64_t now_ns,
+static void send_rejoin(const struct coordinator *self, const message *envelope,
                         struct effects *out) {
     const char *address = envelope->heartbeat->control_address;
     if (address[0] == '\0')
         return;
-    learn(self, now_ns, out);
     Troupe__Rejoin rejoin = TROUPE__REJOIN__INIT;
     rejoin.incarnation = envelope->from_incarnation;
     message answer = coordinator_envelope(self);
@@ -190,7 +189,8 @@ static void send_rejoin(struct coordinator *self, const message *envelope, uint6
 void membership_rejoin(struct coordinator *self, struct seat *seat, const message *envelope,
                        uint64_t now_ns, struct effects *out) {
     seat->heard_ns = now_ns;
-    send_rejoin(self, envelope, now_ns, out);
+    learn(self, now_ns, out);
+    send_rejoin(self, envelope, out);
 }
 
 /* The seat of somebody who has been a member before. */
@@ -256,14 +256,19 @@ void membership_on_stranger(struct coordinator *self, const message *envelope, u
     const struct ghost *ghost = find_ghost(self, envelope->from_incarnation);
     effects_trace(out, TRACE_WARNING, "ignored %s of actor %u, %s", wire_name(envelope),
                   envelope->from, ghost != NULL ? "which was removed" : "which is no member");
-    bool asks = envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT ||
-                envelope->body_case == TROUPE__ENVELOPE__BODY_HELLO;
-    if (ghost != NULL && asks)
+    bool beats = envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT;
+    bool follows_another =
+        beats && envelope->heartbeat->coordinator_incarnation != self->identity.incarnation;
+    if (beats && (ghost == NULL || follows_another)) {
+        /* a ghost that follows another coordinator hears no refusal of this one before it has said HELLO to it */
+        if (ghost == NULL)
+            learn(self, now_ns, out);
+        send_rejoin(self, envelope, out);
+    } else if (ghost != NULL && (beats || envelope->body_case == TROUPE__ENVELOPE__BODY_HELLO)) {
         /* not under its own id: that may be somebody else's by now, and the connection ends at once */
         send_refused(self, self->last_id + 1, ghost->incarnation, ghost->control_address,
                      "removed from the troupe after missed heartbeats; start again to join", out);
-    else if (envelope->body_case == TROUPE__ENVELOPE__BODY_HEARTBEAT)
-        send_rejoin(self, envelope, now_ns, out);
+    }
 }
 
 /* ---- HELLO ---- */

@@ -442,6 +442,30 @@ void faults_draw(struct faults *ret, const struct fault_field *field, struct ran
     }
 }
 
+static void roll(struct faults *ret, enum role role, uint32_t count, uint64_t *at_ns, uint64_t pause_ns,
+                 struct random *random) {
+    for (uint32_t i = 0; i < count && ret->count < FAULTS_MAX; i++, *at_ns += pause_ns) {
+        struct fault *end = add(ret, FAULT_CRASH, *at_ns);
+        end->from = (struct place){role, i};
+        end->for_ns = draw_time(random, 1 * MS, 50 * MS);
+    }
+}
+
+void faults_draw_rolling(struct faults *ret, const struct fault_field *field, struct random *random) {
+    const struct {
+        enum role role;
+        uint32_t count;
+    } ROLES[] = {{ROLE_EXPERT, field->experts},  {ROLE_ATTENTION, field->attention}, {ROLE_SAMPLER, field->samplers},
+                 {ROLE_GATEWAY, 1},              {ROLE_COORDINATOR, 1}};
+    const uint32_t roles = sizeof ROLES / sizeof *ROLES;
+    uint64_t at_ns = draw_time(random, 0, field->until_ns / 2);
+    uint64_t pause_ns = draw_time(random, 5 * MS, 120 * MS); /* some end before the one before is back */
+    uint32_t only = (uint32_t)random_between(random, 0, roles);
+    for (uint32_t i = 0; i < roles; i++)
+        if (only == roles || only == i)
+            roll(ret, ROLES[i].role, ROLES[i].count, &at_ns, pause_ns, random);
+}
+
 void faults_draw_lies(struct faults *ret, const struct fault_field *field, struct random *random) {
     uint32_t liar = (uint32_t)random_between(random, 0, field->experts - 1);
     for (uint64_t lies = random_between(random, 1, 3); lies > 0 && ret->count < FAULTS_MAX; lies--) {

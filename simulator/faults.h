@@ -112,6 +112,8 @@ void faults_draw_operations(struct faults *ret, const struct fault_field *field,
 /* The request to the coordinator's admin interface; false: it is none of these faults. */
 #define FAULT_BODY_BYTES 128u
 bool fault_request(const struct fault *fault, const char **ret_path, char ret_body[FAULT_BODY_BYTES]);
+/* Adds a rolling restart: every process of one role, or of all, ends and is started again, one after the other. */
+void faults_draw_rolling(struct faults *ret, const struct fault_field *field, struct random *random);
 /* Adds lies of one expert process, for clusters that audit everything. */
 void faults_draw_lies(struct faults *ret, const struct fault_field *field, struct random *random);
 

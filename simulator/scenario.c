@@ -134,6 +134,14 @@ static void draw_weights(struct scenario *ret, uint64_t seed) {
         ret->settings.load_bytes_per_second = random_between(random, 300000, 10000000);
 }
 
+/* Likewise. */
+static void draw_rolling(struct scenario *ret, const struct fault_field *field) {
+    struct random mixed = {ret->seed ^ 0x726f6c6c696eu};
+    struct random drawn = {random_next(&mixed)};
+    if (random_chance(&drawn, 0.15))
+        faults_draw_rolling(&ret->faults, field, &drawn);
+}
+
 void scenario_draw(struct scenario *ret, uint64_t seed) {
     struct random mixed = {seed ^ 0x74726f757065u}; /* neighbouring states would give one shifted sequence */
     struct random drawn = {random_next(&mixed)}, *random = &drawn;
@@ -166,6 +174,7 @@ void scenario_draw(struct scenario *ret, uint64_t seed) {
     faults_draw(&ret->faults, &field, random);
     draw_audit(ret, &field);
     draw_operations(ret, &field);
+    draw_rolling(ret, &field);
     faults_prepare(&ret->faults, seed);
     draw_weights(ret, seed);
 }

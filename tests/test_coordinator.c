@@ -363,6 +363,32 @@ static void test_missed_heartbeats_count_as_loss(void **state) {
     stage_free(&stage);
 }
 
+/* It was welcomed by an earlier coordinator when this one had given it up already: it would not hear a refusal of somebody whom it does not
+ * follow, so it is asked for a HELLO first, and that is refused. */
+static void test_who_follows_an_earlier_coordinator_too_late_hears_that_it_is_removed(void **state) {
+    struct stage stage;
+    struct player player[5];
+    open_troupe(&stage, player);
+    struct event event = {.kind = EVENT_PEER_LOST};
+    event.peer.id = player[2].id;
+    event.peer.incarnation = player[2].incarnation;
+    stage_step(&stage, &event);
+    stage_clear(&stage);
+    Troupe__Heartbeat beat = TROUPE__HEARTBEAT__INIT;
+    beat.coordinator_incarnation = stage.identity.incarnation + 1;
+    beat.control_address = "there";
+    message envelope = envelope_of(&player[2]);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
+    envelope.heartbeat = &beat;
+    stage_message(&stage, &envelope);
+    assert_non_null(stage_sent(&stage, TROUPE__ENVELOPE__BODY_REJOIN));
+    stage_clear(&stage);
+    say_hello(&stage, &player[2], "fingerprint", "f32", 0);
+    assert_non_null(stage_sent(&stage, TROUPE__ENVELOPE__BODY_REFUSED));
+    assert_described(&stage, "members=4");
+    stage_free(&stage);
+}
+
 static void test_a_coordinator_that_was_stopped_blames_nobody(void **state) {
     struct stage stage;
     struct player player[5];
@@ -620,6 +646,7 @@ int main(void) {
         cmocka_unit_test(test_who_missed_an_epoch_is_told_again),
         cmocka_unit_test(test_a_lost_expert_is_replaced_by_the_others),
         cmocka_unit_test(test_missed_heartbeats_count_as_loss),
+        cmocka_unit_test(test_who_follows_an_earlier_coordinator_too_late_hears_that_it_is_removed),
         cmocka_unit_test(test_a_coordinator_that_was_stopped_blames_nobody),
         cmocka_unit_test(test_a_restarted_process_replaces_its_former_self),
         cmocka_unit_test(test_a_new_process_takes_over_without_a_gap),

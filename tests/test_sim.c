@@ -123,6 +123,7 @@ static void test_shipped_scenarios(void **state) {
                                         "told-to-end-in-vain",
                                         "mover-and-taker-lost",
                                         "taker-is-drained",
+                                        "welcome-of-a-dead-coordinator",
                                         "liar",
                                         "liar-steady"};
     for (size_t i = 0; i < sizeof FILES / sizeof *FILES; i++) {
