@@ -234,6 +234,16 @@ static int read_fault(struct scenario *ret, const char *line, bool *faults_given
     return fault_parse(&ret->faults.list[ret->faults.count++], line, failure);
 }
 
+/* What is not printed from what it came to is printed as it was said. */
+static int keep_line(struct scenario *ret, const char *line, struct failure *failure) {
+    size_t used = strlen(ret->given), length = strlen(line);
+    if (used + length + 2 > sizeof ret->given)
+        return fail(failure, ERR_INVALID, "expected at most %zu characters of knobs, found more", sizeof ret->given - 1);
+    memcpy(ret->given + used, line, length);
+    memcpy(ret->given + used + length, "\n", 2);
+    return 0;
+}
+
 static int read_line(struct scenario *ret, char *line, bool *faults_given, struct failure *failure) {
     char word[16] = "";
     int length = 0;
@@ -264,10 +274,14 @@ static int read_line(struct scenario *ret, char *line, bool *faults_given, struc
         ret->apart = true;
         return 0;
     }
-    if (strcmp(word, "requests") == 0)
-        return read_count(value, ret->requests, &ret->requests, failure);
-    if (strcmp(word, "knob") == 0)
-        return read_knob(ret, value, failure);
+    if (strcmp(word, "requests") == 0) {
+        int result = read_count(value, ret->requests, &ret->requests, failure);
+        return result < 0 ? result : keep_line(ret, line, failure);
+    }
+    if (strcmp(word, "knob") == 0) {
+        int result = read_knob(ret, value, failure);
+        return result < 0 ? result : keep_line(ret, line, failure);
+    }
     if (strcmp(word, "at") == 0)
         return read_fault(ret, line, faults_given, failure);
     if (strcmp(line, "no faults") == 0) {
@@ -279,7 +293,7 @@ static int read_line(struct scenario *ret, char *line, bool *faults_given, struc
         ret->delay_min_ns = ret->delay_max_ns = 100 * US;
         ret->frame_delay_min_ns = ret->frame_delay_max_ns = 20 * US;
         ret->loss = ret->duplicate = ret->frame_loss = 0;
-        return 0;
+        return keep_line(ret, line, failure);
     }
     return fail(failure, ERR_INVALID,
                 "expected seed, attention, experts, samplers, fileless, apart, 'all files', requests, "
@@ -325,6 +339,7 @@ void scenario_print(const struct scenario *self, char ret[SCENARIO_TEXT_BYTES]) 
         put(&out, "fileless %u\n", self->fileless);
     if (self->apart)
         put(&out, "apart\n");
+    put(&out, "%s", self->given);
     put(&out, "# model %u in %s, %u requests, heartbeat %u ms x %u, row deadline %u ms, poll %u ms\n",
         self->model, self->f32 ? "f32" : "bf16", self->requests, self->settings.heartbeat_ms,
         self->settings.heartbeat_misses, self->settings.row_deadline_ms, self->settings.poll_ms);

@@ -20,7 +20,8 @@
 
 #define REQUESTS_DRAWN_MAX 10u
 #define REQUEST_BODY_BYTES 1536u
-#define SCENARIO_TEXT_BYTES (FAULTS_MAX * FAULT_LINE_BYTES + 1024u)
+#define SCENARIO_GIVEN_BYTES 1024u
+#define SCENARIO_TEXT_BYTES (FAULTS_MAX * FAULT_LINE_BYTES + SCENARIO_GIVEN_BYTES + 1024u)
 
 struct scenario_request {
     char body[REQUEST_BODY_BYTES];
@@ -44,12 +45,13 @@ struct scenario {
     struct scenario_request request[REQUESTS_DRAWN_MAX];
     uint32_t requests;
     struct faults faults;
+    char given[SCENARIO_GIVEN_BYTES]; /* the lines of its file about knobs, the network and requests */
 };
 
 void scenario_draw(struct scenario *ret, uint64_t seed);
 /* ERR_INVALID names the line, what was expected and what was found. */
 int scenario_parse(struct scenario *ret, const char *text, size_t size, struct failure *failure);
-/* As a file that scenario_parse reads: the seed and the faults, with what the seed means as comments. */
+/* As a file that scenario_parse reads: the seed, what a file said beside it, and the faults, with what the seed means as comments. */
 void scenario_print(const struct scenario *self, char ret[SCENARIO_TEXT_BYTES]);
 /* When the last fault is over. */
 uint64_t scenario_calm_ns(const struct scenario *self);

@@ -50,6 +50,17 @@ static void test_a_printed_scenario_is_the_same_run(void **state) {
         sim_run(&sim, &again, NULL, NULL, &second);
         assert_true(first.hash == second.hash);
     }
+    static const char OTHER[] = "seed 3\nrequests 2\nknob heartbeat_ms 77\nnetwork quiet\nat 90ms crash sampler 0 for 30ms\n";
+    struct report first, second;
+    struct failure failure = {0};
+    assert_int_equal(scenario_parse(&scenario, OTHER, strlen(OTHER), &failure), 0);
+    scenario_print(&scenario, text);
+    assert_int_equal(scenario_parse(&again, text, strlen(text), &failure), 0);
+    sim_run(&sim, &scenario, NULL, NULL, &first);
+    sim_run(&sim, &again, NULL, NULL, &second);
+    assert_true(first.hash == second.hash);
+    assert_int_equal(again.settings.heartbeat_ms, 77);
+    assert_int_equal(again.requests, 2);
     free(text);
 }
 
