@@ -1,10 +1,15 @@
 /* What has been lately: rows per (layer, expert) and the speed of each expert process, in windows that decay.
  * A window is an eighth of load_half_life_ms; at its end all that is remembered is multiplied by the eighth root
  * of a half, then what came in it is added. What came since then counts whole. So plans follow the traffic, and
- * a morning's load is forgotten by noon.
+ * a morning's load is forgotten by noon. A layer whose shares in a window are of another kind than what it
+ * remembers (another domain of text) forgets at once.
  *
  * Totals come from heartbeats (statistics.c); a process that was started again begins at zero. */
 #include "coordinator/coordinator.h"
+
+#include <math.h>
+
+#include "coordinator/trace.h"
 
 #define WINDOWS_PER_HALF_LIFE 8u
 #define DECAY                 0.91700404320467122 /* 2^(-1/8) */
@@ -27,12 +32,36 @@ static void rolling_set(struct rolling *self, uint64_t total) {
     self->total = total;
 }
 
-static void roll_all(struct coordinator *self) {
-    for (uint32_t pair = 0; pair < self->pairs; pair++) {
-        uint64_t total = statistics_load(self, pair);
-        self->recent[pair] = self->recent[pair] * DECAY + (double)(total - self->counted[pair]);
-        self->counted[pair] = total;
+/* Rows drawn at random from unchanged shares differ from them by about 0.4 x sqrt(experts / rows); rows of one
+ * prompt are alike, so that real windows differ up to three times as much. */
+static bool jumped(const double *past, const double *window, uint32_t experts) {
+    double before = 0, now = 0, change = 0;
+    for (uint32_t e = 0; e < experts; e++) {
+        before += past[e];
+        now += window[e];
     }
+    if (before <= 0 || now <= 0)
+        return false;
+    for (uint32_t e = 0; e < experts; e++)
+        change += fabs(window[e] / now - past[e] / before) / 2;
+    return change > FORECAST_JUMP + 3 * 0.4 * sqrt(experts / now);
+}
+
+static void roll_layer(struct coordinator *self, uint32_t first) {
+    double window[EXPERTS_MAX];
+    for (uint32_t e = 0; e < self->config.experts; e++) {
+        uint64_t total = statistics_load(self, first + e);
+        window[e] = (double)(total - self->counted[first + e]);
+        self->counted[first + e] = total;
+    }
+    double keep = jumped(&self->recent[first], window, self->config.experts) ? 0 : DECAY;
+    for (uint32_t e = 0; e < self->config.experts; e++)
+        self->recent[first + e] = self->recent[first + e] * keep + window[e];
+}
+
+static void roll_all(struct coordinator *self) {
+    for (uint32_t first = 0; first < self->pairs; first += self->config.experts)
+        roll_layer(self, first);
     for (uint32_t i = 0; i < self->seats; i++) {
         roll(&self->seat[i].rows);
         roll(&self->seat[i].busy_ns);

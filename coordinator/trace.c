@@ -9,7 +9,6 @@
 #include "model/weights.h"
 
 #define NEWEST_WEIGHT 0.7  /* of the newest window; measured in docs/planner.md */
-#define JUMP          0.25 /* half the sum of |change of share| that makes a layer forget */
 
 static int check_shape(const struct tensor *tensor, const char *file, struct failure *failure) {
     if (tensor == NULL)
@@ -100,7 +99,7 @@ static void observe_layer(double *forecast, const double *window, uint32_t exper
     double scale = old > 0 ? total / old : 0;
     for (uint32_t e = 0; e < experts; e++)
         change += fabs(window[e] - forecast[e] * scale) / total / 2;
-    double weight = change > JUMP ? 1 : NEWEST_WEIGHT;
+    double weight = change > FORECAST_JUMP ? 1 : NEWEST_WEIGHT;
     for (uint32_t e = 0; e < experts; e++)
         forecast[e] = weight * window[e] + (1 - weight) * scale * forecast[e];
 }

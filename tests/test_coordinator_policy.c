@@ -90,6 +90,37 @@ static void test_loads_of_late_decide(void **state) {
     stage_free(&stage);
 }
 
+static double balancedness_before(struct stage *stage) {
+    const char *before = strstr(request(stage, "POST", "/rebalance", "{\"dry_run\":true}", 200),
+                                "\"balancedness_before\":");
+    assert_non_null(before);
+    return strtod(before + 22, NULL);
+}
+
+/* Another kind of traffic is not averaged with the one before: a window of it decides. A few rows are not taken for that. */
+static void test_another_kind_of_traffic_is_noticed_at_once(void **state) {
+    for (int few = 0; few < 2; few++) {
+        struct stage stage;
+        struct player player[5];
+        open_stage(&stage);
+        stage.settings.load_half_life_ms = 80000; /* windows of 10 s */
+        fill_troupe(&stage, player);
+        for (uint32_t expert = 0; expert < 4; expert++)
+            route(&stage, &player[1], 1, expert, 10 * (uint64_t)HOT);
+        wait_ms(&stage, player, 5, 10100);
+        assert_true(balancedness_before(&stage) > 0.99);
+        uint64_t more = few ? 10 : HOT; /* a tenth of what went before */
+        route(&stage, &player[1], 1, 2, 10 * (uint64_t)HOT + more);
+        route(&stage, &player[1], 1, 3, 10 * (uint64_t)HOT + more);
+        wait_ms(&stage, player, 5, 10000);
+        if (few)
+            assert_true(balancedness_before(&stage) > 0.99);
+        else
+            assert_true(balancedness_before(&stage) < 0.76); /* layer 1: 0.5, layer 2: 1; averaged: 0.97 */
+        stage_free(&stage);
+    }
+}
+
 /* Three equally hot experts at one process; the other computes a row in a fourth of the time. */
 static void test_a_fast_process_is_given_more(void **state) {
     struct stage stage;
@@ -197,6 +228,7 @@ int main(void) {
         cmocka_unit_test(test_rebalancing_keeps_replicas),
         cmocka_unit_test(test_even_loads_and_no_interval_are_left_alone),
         cmocka_unit_test(test_loads_of_late_decide),
+        cmocka_unit_test(test_another_kind_of_traffic_is_noticed_at_once),
         cmocka_unit_test(test_a_fast_process_is_given_more),
         cmocka_unit_test(test_capacity_bounds_what_a_fast_process_is_given),
         cmocka_unit_test(test_scaling_keeps_to_its_limits),

@@ -275,6 +275,10 @@ int command_plan(const struct options *options) {
                 "troupe plan: expected --load FILE and --processes P; see troupe plan --help\n");
         return 2;
     }
+    if (strcmp(options->policy, "none") == 0) {
+        fprintf(stderr, "troupe plan: --policy: expected troupe or eplb, found 'none'\n");
+        return 2;
+    }
     static struct job job;
     job = (struct job){.options = options};
     int code = read_lists(&job, &failure);
