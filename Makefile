@@ -275,7 +275,7 @@ bench-planner: $(BUILD)/tests/bench/planner ## the placement planner against EPL
 .PHONY: study-shift
 study-shift: $(BUILD)/troupe $(BUILD)/tests/study/shift ## balance of the live demo model while the text's domain changes (TEXT=DIR, ROUNDS=N, PROCESSES=N, SPARE=N)
 	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/study/shift models/demo $(or $(TEXT),../shared/text) $(or $(OUT),docs/shift.svg) \
-	  $(or $(ROUNDS),7) $(or $(PROCESSES),4) $(or $(SPARE),8)
+	  $(or $(ROUNDS),6) $(or $(PROCESSES),4) $(or $(SPARE),8)
 
 .PHONY: bench-balance
 bench-balance: $(BUILD)/troupe $(BUILD)/tests/bench/balance_cost ## throughput with statistics and automatic rebalancing against without, in turn (PAIRS=N, STREAMS=N)
