@@ -20,6 +20,7 @@ struct scratch {
     uint32_t row_before[ROW_WORDS]; /* rows of the part in the words before */
     struct dispatch_item *item;     /* [items_max]: the other side of each sort */
     uint32_t *count;                /* [keys_max + 1] */
+    struct replica_use use;
     uint32_t keys_max, destinations_max;
 };
 
@@ -44,12 +45,15 @@ int dispatch_plan_init(struct dispatch_plan *self, uint32_t items_max, uint32_t 
     size_t n = max_u32(items_max, 1);
     scratch->item = calloc(n, sizeof *scratch->item);
     scratch->count = calloc((size_t)scratch->keys_max + 1, sizeof *scratch->count);
+    scratch->use.slot = calloc(REPLICA_SLOTS_MAX, sizeof *scratch->use.slot); /* few pages are touched */
+    scratch->use.expert = calloc(EXPERTS_MAX, sizeof *scratch->use.expert);
     self->item = calloc(n, sizeof *self->item);
     self->part = calloc(n, sizeof *self->part);
     self->group = calloc(n, sizeof *self->group);
     self->row = calloc(n, sizeof *self->row);
     self->item_row = calloc(n, sizeof *self->item_row);
-    if (scratch->item == NULL || scratch->count == NULL || self->item == NULL ||
+    if (scratch->item == NULL || scratch->count == NULL || scratch->use.slot == NULL ||
+        scratch->use.expert == NULL || self->item == NULL ||
         self->part == NULL || self->group == NULL || self->row == NULL || self->item_row == NULL) {
         dispatch_plan_free(self);
         return ERR_NO_MEMORY;
@@ -62,6 +66,8 @@ void dispatch_plan_free(struct dispatch_plan *self) {
     if (scratch != NULL) {
         free(scratch->item);
         free(scratch->count);
+        free(scratch->use.slot);
+        free(scratch->use.expert);
         free(scratch);
     }
     free(self->item);
@@ -158,6 +164,15 @@ static void cut_parts(struct dispatch_plan *self, uint32_t part_items_max) {
     }
 }
 
+/* All stamps of before count no more. */
+static void begin_use(struct replica_use *use) {
+    if (++use->now != 0)
+        return;
+    memset(use->slot, 0, REPLICA_SLOTS_MAX * sizeof *use->slot);
+    memset(use->expert, 0, EXPERTS_MAX * sizeof *use->expert);
+    use->now = 1;
+}
+
 void dispatch_plan_build(struct dispatch_plan *self, const struct placement *placement,
                          uint32_t layer, const struct dispatch_item *items, uint32_t count,
                          const uint8_t *alive, uint32_t *level, const uint32_t *cost,
@@ -175,17 +190,15 @@ void dispatch_plan_build(struct dispatch_plan *self, const struct placement *pla
         ascending = ascending && items[i].row >= row_max;
         row_max = max_u32(row_max, items[i].row);
     }
+    begin_use(&scratch->use);
     struct dispatch_item *start = ascending ? self->item : scratch->item;
     for (uint32_t i = 0; i < count; i++) {
         start[i] = items[i];
-        uint32_t destination = replica_choose(placement, layer, items[i].expert, alive, level, cost);
+        uint32_t destination =
+            replica_take(placement, layer, items[i].expert, alive, level, cost, &scratch->use);
         start[i].destination = destination;
-        if (destination == UINT32_MAX) {
-            self->waiting++;
-        } else {
-            ASSERT(destination < destinations);
-            level[destination] += cost != NULL ? cost[destination] : REPLICA_COST;
-        }
+        self->waiting += destination == UINT32_MAX;
+        ASSERT(destination == UINT32_MAX || destination < destinations);
     }
     if (!ascending)
         sort_items(scratch, scratch->item, self->item, count, BY_ROW, row_max + 1, destinations);

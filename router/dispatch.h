@@ -3,6 +3,7 @@
 #ifndef TROUPE_DISPATCH_H
 #define TROUPE_DISPATCH_H
 
+#include "actors/limits.h"
 #include "proto/frame.h"
 #include "router/gate.h"
 
@@ -21,6 +22,23 @@ struct placement {
 #define REPLICA_COST_MAX (16u * REPLICA_COST)
 uint32_t replica_choose(const struct placement *placement, uint32_t layer, uint32_t expert,
                         const uint8_t *alive, const uint32_t *level, const uint32_t *cost);
+
+/* A second replica reads the expert's weights once more, which takes about as long as so many rows of it: with fewer
+ * rows than that a batch keeps to one replica. */
+#define REPLICA_OPEN 8u
+
+/* Which replicas the experts of one batch have been given to so far: stamps of entries of placement->holder, from the layer's first
+ * one on, and of experts. A stamp counts if it is `now`. */
+struct replica_use {
+    uint32_t now;
+    uint32_t *slot;   /* [REPLICA_SLOTS_MAX] */
+    uint32_t *expert; /* [EXPERTS_MAX] */
+};
+#define REPLICA_SLOTS_MAX (EXPERTS_MAX * REPLICAS_MAX)
+/* The same for an item of a batch, which it notes in `use` and adds to the level. */
+uint32_t replica_take(const struct placement *placement, uint32_t layer, uint32_t expert,
+                      const uint8_t *alive, uint32_t *level, const uint32_t *cost,
+                      struct replica_use *use);
 
 /* One row of one expert that must be computed: `slot` is its place in the row's top-k list. */
 struct dispatch_item {

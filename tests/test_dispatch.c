@@ -30,34 +30,39 @@ static void a_replica_is_the_least_loaded_live_holder(void **state) {
 }
 
 /* Items of expert 1, at destinations 0 and 1: shares follow the costs, a queue counts as water that is there already, and nobody ends
- * an item later than the others would have begun it. */
+ * an item later than the others would have begun it. Few items stay together: a second replica costs as much as 8 of them. */
 static void replicas_are_filled_like_water(void **state) {
     (void)state;
     static const struct {
         uint32_t level[2], cost[2], items, share[2];
     } cases[] = {
-        {{0, 0}, {16, 16}, 10, {5, 5}},
-        {{0, 0}, {16, 48}, 16, {12, 4}}, /* three times as slow */
-        {{0, 0}, {64, 16}, 5, {1, 4}},
-        {{80, 0}, {16, 16}, 9, {2, 7}}, /* five items wait already */
+        {{0, 0}, {16, 16}, 9, {9, 0}},
+        {{0, 0}, {16, 16}, 10, {9, 1}},
+        {{0, 0}, {16, 16}, 100, {54, 46}},
+        {{0, 0}, {16, 48}, 160, {126, 34}}, /* three times as slow, 8 of its items are 24 of the other's */
+        {{0, 0}, {64, 16}, 97, {13, 84}},
+        {{80, 0}, {16, 16}, 13, {0, 13}}, /* five items wait already */
+        {{80, 0}, {16, 16}, 53, {20, 33}},
         {{0, 0}, {256, 16}, 3, {0, 3}},
     };
     const uint8_t alive[3] = {1, 1, 1};
     for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
         uint32_t level[3] = {cases[c].level[0], cases[c].level[1], 0};
         const uint32_t cost[3] = {cases[c].cost[0], cases[c].cost[1], 16};
-        struct dispatch_item items[16];
+        struct dispatch_item items[160];
         struct dispatch_plan plan;
         uint32_t share[3] = {0};
         for (uint32_t i = 0; i < cases[c].items; i++)
             items[i] = (struct dispatch_item){.row = i, .expert = 1};
-        assert_int_equal(dispatch_plan_init(&plan, 16, 3), 0);
-        dispatch_plan_build(&plan, &SMALL, 0, items, cases[c].items, alive, level, cost, 3, 100);
+        assert_int_equal(dispatch_plan_init(&plan, 160, 3), 0);
+        dispatch_plan_build(&plan, &SMALL, 0, items, cases[c].items, alive, level, cost, 3, 160);
         for (uint32_t i = 0; i < plan.parts; i++)
             share[plan.part[i].destination] += plan.part[i].items;
         assert_int_equal(share[0], cases[c].share[0]);
         assert_int_equal(share[1], cases[c].share[1]);
-        assert_int_equal(level[0], cases[c].level[0] + share[0] * cost[0]);
+        bool both = share[0] > 0 && share[1] > 0, first_is_0 = cases[c].level[0] + cost[0] <= cases[c].level[1] + cost[1];
+        assert_int_equal(level[0], cases[c].level[0] + (share[0] + (both && !first_is_0 ? REPLICA_OPEN : 0)) * cost[0]);
+        assert_int_equal(level[1], cases[c].level[1] + (share[1] + (both && first_is_0 ? REPLICA_OPEN : 0)) * cost[1]);
         dispatch_plan_free(&plan);
     }
 }
@@ -77,10 +82,10 @@ static void a_plan_written_out(void **state) {
     assert_int_equal(plan.items, 6);
     assert_int_equal(plan.waiting, 1);
     assert_int_equal(plan.parts, 2);
-    /* destination 0: row 7's experts 1 (a tie) and 0, row 5's 0; destination 1: row 2's expert 1
-     * and row 5's 2 */
-    static const uint32_t rows[] = {5, 7, 7, 2, 5, 2}, experts[] = {0, 0, 1, 1, 2, 3},
-                          item_row[] = {0, 1, 1, 0, 1};
+    /* destination 0: row 7's experts 1 (a tie) and 0, row 2's expert 1 (where row 7's is) and row 5's 0;
+     * destination 1: row 5's 2 */
+    static const uint32_t rows[] = {5, 7, 2, 7, 5, 2}, experts[] = {0, 0, 1, 1, 2, 3},
+                          item_row[] = {1, 2, 0, 2, 0};
     for (int i = 0; i < 6; i++) {
         assert_int_equal(plan.item[i].row, rows[i]);
         assert_int_equal(plan.item[i].expert, experts[i]);
@@ -89,16 +94,16 @@ static void a_plan_written_out(void **state) {
     }
     assert_int_equal(plan.item[5].destination, UINT32_MAX);
     assert_int_equal(plan.part[0].destination, 0);
-    assert_int_equal(plan.part[0].items, 3);
+    assert_int_equal(plan.part[0].items, 4);
     assert_int_equal(plan.part[0].groups, 2);
-    assert_int_equal(plan.part[0].rows, 2);
+    assert_int_equal(plan.part[0].rows, 3);
     assert_int_equal(plan.part[1].destination, 1);
-    assert_int_equal(plan.part[1].first_item, 3);
-    assert_int_equal(plan.part[1].rows, 2);
+    assert_int_equal(plan.part[1].first_item, 4);
+    assert_int_equal(plan.part[1].rows, 1);
     assert_int_equal(plan.group[0].expert, 0);
     assert_int_equal(plan.group[0].count, 2);
-    assert_int_equal(load[0], 3 * REPLICA_COST);
-    assert_int_equal(load[1], 2 * REPLICA_COST);
+    assert_int_equal(load[0], 4 * REPLICA_COST);
+    assert_int_equal(load[1], 1 * REPLICA_COST);
     dispatch_plan_free(&plan);
 }
 
@@ -241,14 +246,25 @@ static void every_plan_keeps_its_invariants(void **state) {
         dispatch_plan_build(&plan, &placement, layer, items, count, c.alive, load, NULL, c.destinations,
                             part_max);
         check_plan(&plan, &placement, layer, &c, items, count, part_max);
-        for (uint32_t p = 0; p < plan.parts; p++)
-            before[plan.part[p].destination] += plan.part[p].items * REPLICA_COST;
-        assert_memory_equal(before, load, c.destinations * sizeof *load);
+        /* what was added: items, and second replicas of experts */
+        uint32_t added = 0, wanted = 0, replicas[64] = {0}, last[64];
+        memset(last, 0xff, sizeof last);
+        for (uint32_t i = 0; i < count - plan.waiting; i++) { /* by destination, then expert */
+            uint32_t expert = plan.item[i].expert;
+            replicas[expert] += last[expert] != plan.item[i].destination;
+            last[expert] = plan.item[i].destination;
+        }
+        for (uint32_t e = 0; e < c.experts; e++)
+            wanted += replicas[e] > 1 ? (replicas[e] - 1) * REPLICA_OPEN * REPLICA_COST : 0;
+        wanted += (count - plan.waiting) * REPLICA_COST;
+        for (uint32_t d = 0; d < c.destinations; d++)
+            added += load[d] - before[d];
+        assert_int_equal(added, wanted);
     }
     dispatch_plan_free(&plan);
 }
 
-/* Two replicas of everything: neither gets more than one item more than the other. */
+/* Two replicas of everything: neither is given more than a second replica costs. */
 static void replicas_share_the_load(void **state) {
     (void)state;
     uint32_t first[9], holder[16];
@@ -265,8 +281,14 @@ static void replicas_share_the_load(void **state) {
     struct dispatch_plan plan;
     assert_int_equal(dispatch_plan_init(&plan, 101, 2), 0);
     dispatch_plan_build(&plan, &placement, 0, items, 101, alive, load, NULL, 2, FRAME_ITEMS_MAX);
-    assert_int_equal(load[0], 51 * REPLICA_COST);
-    assert_int_equal(load[1], 50 * REPLICA_COST);
+    uint32_t items_at[2] = {0, 0}, groups = 0;
+    for (uint32_t i = 0; i < plan.parts; i++) {
+        items_at[plan.part[i].destination] += plan.part[i].items;
+        groups += plan.part[i].groups;
+    }
+    assert_in_range(items_at[0], 50 - REPLICA_OPEN, 51 + REPLICA_OPEN);
+    assert_int_equal(groups, 4); /* of 3 experts, one is at both */
+    assert_in_range(load[0] + load[1], 101 * REPLICA_COST, (101 + REPLICA_OPEN) * REPLICA_COST);
     dispatch_plan_free(&plan);
 }
 

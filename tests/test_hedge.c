@@ -251,7 +251,7 @@ static void test_both_lost_rows_go_on_with_the_next_epoch(void **state) {
  * late one again. */
 static void test_hedges_may_go_to_several(void **state) {
     struct stage stage;
-    open_stage(&stage, (actor_id[]){30, 31, 32}, 3, 1);
+    open_stage(&stage, (actor_id[]){30, 31, 30, 32}, 4, 1); /* experts 0 and 3, at 30, have replicas at 31 and 32 */
     submit(&stage, 1, 1);
     struct effect frame[3], late = {0};
     uint32_t frames = 0;

@@ -3,7 +3,7 @@
  * pair of rounds gives a ratio of tokens/s; their median is the figure, with the quartiles beside it. Processor time per token says the same
  * with less noise where the machine has other work.
  *
- * usage: balance_cost MODEL [PAIRS [STREAMS]] */
+ * usage: balance_cost MODEL [PAIRS [STREAMS [ARGUMENTS]]], the last: of the troupe with both, in place of its usual ones */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +17,7 @@
 #define TOKENS      96u
 #define PROMPT      24u /* tokens */
 
-static const char *const arguments[] = {
+static const char *arguments[] = {
     "--experts 4 --threads 1 --load-statistics 0",
     "--experts 4 --threads 1 --rebalance-interval-ms 1000 --rebalance-spare 8 --rebalance-threshold 0.9",
 };
@@ -97,6 +97,8 @@ int main(int argc, char **argv) {
     struct cluster cluster[2];
     uint32_t pairs = argc > 2 ? (uint32_t)strtoul(argv[2], NULL, 10) : 20;
     uint32_t streams = argc > 3 ? (uint32_t)strtoul(argv[3], NULL, 10) : 32;
+    if (argc > 4)
+        arguments[1] = argv[4];
     if (argc < 2 || pairs < 4 || pairs > PAIRS_MAX || streams < 1 || streams > STREAMS_MAX)
         die("usage: balance_cost MODEL [PAIRS [STREAMS]]");
     for (int i = 0; i < 2; i++) {
