@@ -42,8 +42,8 @@ struct attention_slot {
 
 /* Work space of MLA; n: rows of the batch, b: rows of a block. */
 struct mla_work {
-    float *q_low;                    /* [n, activation_stride(q_lora)] */
-    void *q_low_norm;                /* [n, activation_stride(q_lora)] */
+    float *q_low;                    /* [n, sums_stride(q_lora)] */
+    void *q_low_norm;                /* [n, row_stride(q_lora)] */
     float *q;                        /* [n, heads * (nope + rope)] */
     float *kv;                       /* [n, kv_lora + rope] */
     void *q_expanded;                /* [n, heads, expanded_stride] */

@@ -19,8 +19,8 @@ size_t mla_work_layout(const struct engine *self, struct mla_work *ret, uint8_t 
     const size_t n = self->batch_rows, b = min_u32(self->batch_rows, ABSORBED_BLOCK);
     const size_t heads = c->heads, activation = self->kernels->activation_bytes;
     struct layout layout = {base, 0};
-    ret->q_low = layout_take(&layout, n * activation_stride(c->q_lora), sizeof(float));
-    ret->q_low_norm = layout_take(&layout, n * activation_stride(c->q_lora), activation);
+    ret->q_low = layout_take(&layout, n * sums_stride(c->q_lora), sizeof(float));
+    ret->q_low_norm = layout_take(&layout, n * row_stride(c->q_lora), activation);
     ret->q = layout_take(&layout, n * heads * (c->nope + c->rope), sizeof(float));
     ret->kv = layout_take(&layout, n * (c->kv_lora + c->rope), sizeof(float));
     ret->q_expanded = layout_take(&layout, n * heads * a->expanded_stride, activation);
@@ -207,10 +207,10 @@ static void absorb_key_heads(void *argument, uint32_t first, uint32_t end, int p
     const size_t nope_stride = activation_stride(self->config->nope);
     (void)part;
     for (uint32_t h = first; h < end; h++)
-        self->kernels->matmul_latent(&job->weights->w_uk[h].matrix,
-                              activation_at(self->kernels, job->work->q_nope, h * nope_stride),
-                              heads * nope_stride, job->block_rows, job->work->q_wide + h * stride,
-                              heads * stride, &PARALLEL_SERIAL);
+        self->kernels->matmul_latent(
+            &job->weights->w_uk[h].matrix,
+            activation_at(self->kernels, job->work->q_nope, h * nope_stride), heads * nope_stride,
+            job->block_rows, job->work->q_wide + h * stride, heads * stride, &PARALLEL_SERIAL);
 }
 
 static void absorb_value_heads(void *argument, uint32_t first, uint32_t end, int part) {
@@ -220,10 +220,11 @@ static void absorb_value_heads(void *argument, uint32_t first, uint32_t end, int
     const size_t latent_stride = activation_stride(self->config->kv_lora);
     (void)part;
     for (uint32_t h = first; h < end; h++)
-        self->kernels->matmul_latent(&job->weights->w_uv[h].matrix,
-                              activation_at(self->kernels, job->work->latent, h * latent_stride),
-                              heads * latent_stride, job->block_rows, job->work->values + h * v,
-                              heads * v, &PARALLEL_SERIAL);
+        self->kernels->matmul_latent(
+            &job->weights->w_uv[h].matrix,
+            activation_at(self->kernels, job->work->latent, h * latent_stride),
+            heads * latent_stride, job->block_rows, job->work->values + h * v, heads * v,
+            &PARALLEL_SERIAL);
 }
 
 /* q_wide, whole with its padding, to activations. */
@@ -291,12 +292,12 @@ static void project_queries(const struct engine *self, const struct attention_la
                         work->q, q_width, &self->parallel);
         return;
     }
-    const size_t low_stride = activation_stride(c->q_lora);
+    const size_t low_stride = sums_stride(c->q_lora), norm_stride = row_stride(c->q_lora);
     kernels->matmul(&weights->q_a.matrix, slot->normed, self->hidden_stride, slot->rows,
                     work->q_low, low_stride, &self->parallel);
     rows_norm(self, work->q_low, low_stride, weights->q_a_norm, slot->rows, c->q_lora,
-              work->q_low_norm, low_stride);
-    kernels->matmul(&weights->q_b.matrix, work->q_low_norm, low_stride, slot->rows, work->q,
+              work->q_low_norm, norm_stride);
+    kernels->matmul(&weights->q_b.matrix, work->q_low_norm, norm_stride, slot->rows, work->q,
                     q_width, &self->parallel);
 }
 

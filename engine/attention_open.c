@@ -206,7 +206,7 @@ int attention_open(struct engine *self, const struct engine_options *options,
                              rope_softmax_factor(&c->rope_parameters));
     a->expanded_stride = activation_stride(c->nope) + activation_stride(c->rope);
     a->absorbed_stride = cache_stride(c->kv_lora, c->rope);
-    a->attended_stride = activation_stride((size_t)c->heads * c->v);
+    a->attended_stride = row_stride((size_t)c->heads * c->v);
     a->embedding = model_weight(self->model, W_EMBED, 0);
     int error = set_gate(self, options, failure);
     if (error == 0)

@@ -125,7 +125,7 @@ int draft_open(struct engine *self, uint32_t steps, struct failure *failure) {
     self->attention->draft = d;
     d->layer = self->config->layers;
     d->steps = steps;
-    d->joined_stride = activation_stride(2 * (size_t)self->hidden);
+    d->joined_stride = row_stride(2 * (size_t)self->hidden);
     struct layout layout = {NULL, 0};
     lay_out(self, d, &layout);
     d->memory =

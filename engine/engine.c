@@ -25,7 +25,7 @@ int engine_open(struct engine **ret, const struct model *model,
     self->parallel = options->parallel;
     self->batch_rows = options->batch_rows;
     self->hidden = self->config->hidden;
-    self->hidden_stride = activation_stride(self->hidden);
+    self->hidden_stride = row_stride(self->hidden);
     numerics_enter();
     int error = 0;
     switch (self->role) {

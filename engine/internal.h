@@ -73,8 +73,8 @@ int mlp_open(struct mlp *ret, const struct kernels *kernels, const struct weight
 void mlp_close(struct mlp *self);
 
 struct mlp_work {
-    float *gate, *up; /* [rows, activation_stride(width)] */
-    void *inner;      /* [rows, activation_stride(width)] activations */
+    float *gate, *up; /* [rows, sums_stride(width)] */
+    void *inner;      /* [rows, row_stride(width)] activations */
 };
 void mlp_work_layout(struct mlp_work *ret, struct layout *layout, const struct kernels *kernels,
                      uint32_t rows, uint32_t width);

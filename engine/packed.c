@@ -51,10 +51,9 @@ void mlp_close(struct mlp *self) {
 
 void mlp_work_layout(struct mlp_work *ret, struct layout *layout, const struct kernels *kernels,
                      uint32_t rows, uint32_t width) {
-    size_t n = rows * activation_stride(width);
-    ret->gate = layout_take(layout, n, sizeof(float));
-    ret->up = layout_take(layout, n, sizeof(float));
-    ret->inner = layout_take(layout, n, kernels->activation_bytes);
+    ret->gate = layout_take(layout, rows * sums_stride(width), sizeof(float));
+    ret->up = layout_take(layout, rows * sums_stride(width), sizeof(float));
+    ret->inner = layout_take(layout, rows * row_stride(width), kernels->activation_bytes);
 }
 
 struct silu_job {
@@ -65,21 +64,23 @@ struct silu_job {
 
 static void silu_rows(void *argument, uint32_t first, uint32_t end, int part) {
     const struct silu_job *job = argument;
-    size_t stride = activation_stride(job->width), start = first * stride;
+    const size_t stride = sums_stride(job->width), inner_stride = row_stride(job->width);
     (void)part;
-    job->kernels->silu_mul(job->work->gate + start, job->work->up + start, stride, end - first,
-                           job->width, activation_at(job->kernels, job->work->inner, start),
-                           stride);
+    job->kernels->silu_mul(job->work->gate + first * stride, job->work->up + first * stride, stride,
+                           end - first, job->width,
+                           activation_at(job->kernels, job->work->inner, first * inner_stride),
+                           inner_stride);
 }
 
 void mlp_run(const struct mlp *self, const struct kernels *kernels, const void *x, size_t x_stride,
              uint32_t rows, const struct mlp_work *work, float *y, size_t y_stride,
              const struct parallel *parallel) {
     uint32_t width = self->gate.matrix.n;
-    size_t stride = activation_stride(width);
+    const size_t stride = sums_stride(width);
     kernels->matmul(&self->gate.matrix, x, x_stride, rows, work->gate, stride, parallel);
     kernels->matmul(&self->up.matrix, x, x_stride, rows, work->up, stride, parallel);
     struct silu_job job = {kernels, work, width};
     rows_run(parallel, rows, 2 * (size_t)width, silu_rows, &job);
-    kernels->matmul(&self->down.matrix, work->inner, stride, rows, y, y_stride, parallel);
+    kernels->matmul(&self->down.matrix, work->inner, row_stride(width), rows, y, y_stride,
+                    parallel);
 }

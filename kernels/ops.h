@@ -150,6 +150,10 @@ void scratch_free(void);
 
 /* Elements from one activation row to the next: width rounded up to 32. */
 size_t activation_stride(size_t width);
+/* The same for rows that products read many of, and floats from one row of sums to the next: at least activation_stride(width), and an
+ * odd number of cache lines, because rows a power of two apart would fight for a few places of the first-level cache. */
+size_t row_stride(size_t width);
+size_t sums_stride(size_t width);
 /* Elements of one position in the latent cache: kv_lora rounded up to 32 plus rope rounded up to 32 (rope starts at the first). */
 size_t cache_stride(uint32_t kv_lora, uint32_t rope);
 

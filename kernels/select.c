@@ -215,6 +215,13 @@ size_t dtype_bytes(enum dtype dtype) {
 size_t activation_stride(size_t width) {
     return (width + 31) / 32 * 32;
 }
+size_t row_stride(size_t width) {
+    const size_t lines = activation_stride(width) / 32; /* of BF16 */
+    return (lines | 1) * 32;
+}
+size_t sums_stride(size_t width) {
+    return activation_stride(width) + 16;
+}
 
 size_t cache_stride(uint32_t kv_lora, uint32_t rope) {
     return activation_stride(kv_lora) + activation_stride(rope);

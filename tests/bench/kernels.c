@@ -102,7 +102,7 @@ struct product {
 static void product_once(void *argument) {
     struct product *it = argument;
     const struct matrix *w = &it->matrix[it->at++ % it->copies];
-    bench.kernels->matmul(w, it->x, activation_stride(w->k), it->rows, it->y, w->n,
+    bench.kernels->matmul(w, it->x, row_stride(w->k), it->rows, it->y, sums_stride(w->n),
                           &bench.parallel);
 }
 
@@ -139,8 +139,8 @@ static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
         it.matrix[i] = it.matrix[0];
         it.matrix[i].data = memory + i * bytes;
     }
-    it.x = filled(activation_stride(k) * most * sizeof(bf16), DTYPE_BF16);
-    it.y = malloc((size_t)n * most * sizeof(float));
+    it.x = filled(row_stride(k) * most * sizeof(bf16), DTYPE_BF16);
+    it.y = malloc(sums_stride(n) * most * sizeof(float));
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         it.rows = rows[i];
         const double seconds = measure(product_once, &it);
