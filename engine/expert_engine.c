@@ -1,6 +1,7 @@
 /* The expert engine: routed experts as pure functions of their weights. It holds no request state;
  * a frame's rows go in, one output per item comes out, each depending on its own row and expert
  * only. */
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -8,14 +9,10 @@
 
 /* Items of one expert that are computed together: bounds the work space; large enough to make the
  * weights' way from memory cheap. */
-#define CHUNK 64
+#define CHUNK    64
+#define WORK_MAX 64 /* threads that take groups: bits of experts.taken */
 
-struct group_place {
-    uint32_t first; /* item */
-    uint32_t part;  /* thread that takes the group */
-};
-
-/* A thread's own work space. */
+/* A work space: of whoever works on a group, one at a time. */
 struct expert_work {
     void *x; /* [CHUNK, hidden_stride] activations */
     struct mlp_work mlp;
@@ -26,14 +23,14 @@ struct experts {
     uint32_t layers;
     uint8_t *memory;          /* work spaces */
     struct expert_work *work; /* [threads] */
+    _Atomic uint64_t taken;   /* of these, a bit each */
     void *output;             /* [items, hidden] float */
     size_t output_bytes;
     uint32_t items; /* of the last program */
-    void *chunk; /* what is read of packed weights */
+    void *chunk;    /* what is read of packed weights */
     size_t chunk_bytes;
-    void *group;    /* struct group_place [groups] */
+    void *group_first; /* uint32_t [groups]: each one's first item */
     size_t group_bytes;
-    uint32_t *part_items; /* [threads] */
 };
 
 static size_t work_layout(const struct engine *self, struct expert_work *ret,
@@ -49,7 +46,7 @@ static int grow(struct engine *self, uint32_t items, uint32_t groups, struct fai
     int error = memory_grow(&x->output, &x->output_bytes, items, self->hidden * sizeof(float),
                             "expert outputs", &self->memory_bytes, failure);
     return error != 0 ? error
-                      : memory_grow(&x->group, &x->group_bytes, groups, sizeof(struct group_place),
+                      : memory_grow(&x->group_first, &x->group_bytes, groups, sizeof(uint32_t),
                                     "groups of a frame", &self->memory_bytes, failure);
 }
 
@@ -71,7 +68,6 @@ int experts_open(struct engine *self, struct failure *failure) {
         {(void **)&x->held, (size_t)x->layers * c->experts, sizeof *x->held},
         {(void **)&x->memory, threads, bytes},
         {(void **)&x->work, threads, sizeof *x->work},
-        {(void **)&x->part_items, threads, sizeof *x->part_items},
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         *parts[i].ret = memory_take(parts[i].count, parts[i].size, "work space of experts",
@@ -91,8 +87,7 @@ void experts_close(struct engine *self) {
         return;
     for (size_t i = 0; x->held != NULL && i < (size_t)x->layers * self->config->experts; i++)
         engine_expert_free(&x->held[i]);
-    void *const parts[] = {x->held,  x->memory, x->work,      x->output,
-                           x->group, x->chunk,  x->part_items};
+    void *const parts[] = {x->held, x->memory, x->work, x->output, x->group_first, x->chunk};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         memory_free(parts[i]);
     free(x);
@@ -162,7 +157,8 @@ bool engine_expert_held(const struct engine *self, uint32_t layer, uint32_t expe
            *held_at(self, layer, expert) != NULL;
 }
 
-const struct expert_weights *experts_held(const struct engine *self, uint32_t layer, uint32_t expert) {
+const struct expert_weights *experts_held(const struct engine *self, uint32_t layer,
+                                          uint32_t expert) {
     return engine_expert_held(self, layer, expert) ? *held_at(self, layer, expert) : NULL;
 }
 
@@ -182,8 +178,8 @@ static void run_group(const struct engine *self, const struct program *program, 
     const struct expert_weights *weights =
         *held_at(self, program->layer, program->group[group].expert);
     for (uint32_t done = 0; done < program->group[group].count; done += CHUNK) {
-        const struct group_place *place = (const struct group_place *)x->group + group;
-        uint32_t first = place->first + done, rows = program->group[group].count - done;
+        uint32_t first = ((const uint32_t *)x->group_first)[group] + done,
+                 rows = program->group[group].count - done;
         rows = rows < CHUNK ? rows : CHUNK;
         for (uint32_t i = 0; i < rows; i++) {
             const uint8_t *row = (const uint8_t *)program->payload;
@@ -201,25 +197,37 @@ struct expert_job {
     const struct program *program;
 };
 
+/* A work space that nobody has: there is one for each thread that may run. */
+static uint32_t take_work(struct experts *x) {
+    uint64_t taken = atomic_load(&x->taken), bit;
+    do {
+        bit = ~taken & (taken + 1);
+        ASSERT(bit != 0);
+    } while (!atomic_compare_exchange_weak(&x->taken, &taken, taken | bit));
+    return (uint32_t)__builtin_ctzll(bit);
+}
+static void give_work(struct experts *x, uint32_t index) {
+    atomic_fetch_and(&x->taken, ~((uint64_t)1 << index));
+}
+
 static void run_part(void *argument, int part, int parts) {
     const struct expert_job *job = argument;
-    const struct experts *x = job->engine->experts;
-    const struct group_place *place = x->group;
+    struct experts *x = job->engine->experts;
     (void)parts;
-    for (uint32_t g = 0; g < job->program->groups; g++)
-        if (place[g].part == (uint32_t)part)
-            run_group(job->engine, job->program, g, &x->work[part], &PARALLEL_SERIAL);
+    const uint32_t work = take_work(x);
+    run_group(job->engine, job->program, (uint32_t)part, &x->work[work], &PARALLEL_SERIAL);
+    give_work(x, work);
 }
 
 /* Checks the groups, notes where each begins; returns the largest one's items. */
 static uint32_t measure_groups(const struct engine *self, const struct program *program) {
-    struct group_place *place = self->experts->group;
+    uint32_t *group_first = self->experts->group_first;
     uint32_t items = 0, largest = 0;
     for (uint32_t g = 0; g < program->groups; g++) {
         uint32_t count = program->group[g].count;
         ASSERT(engine_expert_held(self, program->layer, program->group[g].expert));
         ASSERT(count <= program->items - items);
-        place[g].first = items;
+        group_first[g] = items;
         items += count;
         largest = count > largest ? count : largest;
     }
@@ -229,24 +237,8 @@ static uint32_t measure_groups(const struct engine *self, const struct program *
     return largest;
 }
 
-/* Gives each group, in order, to the thread with the fewest items. */
-static void share_groups(const struct engine *self, const struct program *program) {
-    struct experts *x = self->experts;
-    struct group_place *place = x->group;
-    const uint32_t threads = (uint32_t)self->parallel.width;
-    memset(x->part_items, 0, threads * sizeof *x->part_items);
-    for (uint32_t g = 0; g < program->groups; g++) {
-        uint32_t best = 0;
-        for (uint32_t t = 1; t < threads; t++)
-            if (x->part_items[t] < x->part_items[best])
-                best = t;
-        place[g].part = best;
-        x->part_items[best] += program->group[g].count;
-    }
-}
-
-/* Threads take whole groups where no group is more than a thread's share, else they work inside
- * each product together. Either way a row's bits are the same. */
+/* Threads take whole groups, whoever is free the next one, where no group is more than a thread's
+ * share, else they work inside each product together. Either way a row's bits are the same. */
 void experts_run(struct engine *self, const struct program *program, struct program_result *ret) {
     struct experts *x = self->experts;
     uint32_t threads = (uint32_t)self->parallel.width;
@@ -258,10 +250,9 @@ void experts_run(struct engine *self, const struct program *program, struct prog
     uint32_t largest = measure_groups(self, program);
     x->items = program->items;
     ret->output = x->output;
-    if (threads > 1 && (uint64_t)largest * threads <= program->items) {
-        share_groups(self, program);
+    if (threads > 1 && threads <= WORK_MAX && (uint64_t)largest * threads <= program->items) {
         struct expert_job job = {self, program};
-        self->parallel.run(self->parallel.pool, run_part, &job, (int)threads);
+        self->parallel.run(self->parallel.pool, run_part, &job, (int)program->groups);
         return;
     }
     for (uint32_t g = 0; g < program->groups; g++)

@@ -29,7 +29,7 @@ static void mark(void *argument, int part, int parts) {
 }
 
 /* Every part of every job runs exactly once, whatever the number of threads, jobs following each
- * other at once. */
+ * other at once, inside of pool_begin and pool_end and outside. */
 static void test_every_part_once(void **state) {
     for (int width = 1; width <= 5; width += 2) {
         struct pool *pool;
@@ -40,9 +40,13 @@ static void test_every_part_once(void **state) {
             static struct job job;
             job.parts = round % 7 == 0 ? 0 : round % 11 == 0 ? 1000 : 1 + round % 9;
             memset((void *)job.done, 0, sizeof job.done);
+            if (round % 5 == 0)
+                pool_begin(pool);
             parallel.run(parallel.pool, mark, &job, job.parts);
             for (int part = 0; part < job.parts; part++)
                 assert_int_equal(job.done[part], 1);
+            if (round % 5 == 3)
+                pool_end(pool);
         }
         pool_close(&pool);
         assert_null(pool);

@@ -6,8 +6,10 @@
  * finds the ticket used up, or the ticket of the next job, which it may join as well.
  *
  * The products of a layer follow each other within microseconds, and waking a thread takes tens of
- * them. So whoever waits looks again for a moment before it sleeps, giving its processor away at
- * every look to whoever can use it. */
+ * them: a product of a megabyte of weights would be over before help arrives. So whoever waits
+ * looks again for a moment before it sleeps, giving its processor away at every look to whoever can
+ * use it; while a program runs (pool_begin) it looks until the program ends, and if the last one
+ * had jobs, sleepers are woken when the next one begins, not when its first job comes. */
 #include "actors/host/pool.h"
 
 #include <pthread.h>
@@ -32,15 +34,18 @@ struct pool {
     _Alignas(64) _Atomic uint32_t jobs; /* workers sleep on this */
     _Atomic uint32_t sleepers;
     _Atomic uint32_t stop;
+    _Atomic uint32_t busy;                   /* between pool_begin and pool_end */
+    uint32_t jobs_before;                    /* when that began */
+    bool worth;                              /* there were jobs the last time */
     _Alignas(64) _Atomic uint32_t remaining; /* parts not yet done; the caller sleeps on this */
     _Atomic uint32_t caller_sleeps;
 };
 
 #define LOOK_NS 40000u /* about what a sleep and a wake-up cost */
 
-/* Waits until *word is no longer `value`, but no longer than LOOK_NS. */
-static void look_for_a_while(_Atomic uint32_t *word, uint32_t value) {
-    const uint64_t start = clock_now_ns();
+/* Waits until *word is no longer `value`, but no longer than LOOK_NS after *busy has become 0. */
+static void look_for_a_while(_Atomic uint32_t *word, uint32_t value, _Atomic uint32_t *busy) {
+    uint64_t start = clock_now_ns();
     do {
         for (int i = 0; i < 16; i++) {
             if (atomic_load_explicit(word, memory_order_relaxed) != value)
@@ -48,6 +53,8 @@ static void look_for_a_while(_Atomic uint32_t *word, uint32_t value) {
             __builtin_ia32_pause();
         }
         sched_yield();
+        if (atomic_load_explicit(busy, memory_order_relaxed))
+            start = clock_now_ns();
     } while (clock_now_ns() - start < LOOK_NS);
 }
 
@@ -77,7 +84,7 @@ static void *worker(void *argument) {
             return NULL;
         }
         take_parts(self);
-        look_for_a_while(&self->jobs, seen);
+        look_for_a_while(&self->jobs, seen, &self->busy);
         atomic_fetch_add(&self->sleepers, 1);
         futex_wait(&self->jobs, seen, UINT64_MAX, 0);
         atomic_fetch_sub(&self->sleepers, 1);
@@ -102,13 +109,31 @@ static void run(void *pool, void (*task)(void *argument, int part, int parts), v
     take_parts(self);
     uint32_t left;
     for (int looks = 0; looks < parts && (left = atomic_load(&self->remaining)) != 0; looks++)
-        look_for_a_while(&self->remaining, left);
+        look_for_a_while(&self->remaining, left, &self->busy);
     if (atomic_load(&self->remaining) == 0)
         return;
     atomic_store(&self->caller_sleeps, 1);
     while ((left = atomic_load(&self->remaining)) != 0)
         futex_wait(&self->remaining, left, UINT64_MAX, 0);
     atomic_store(&self->caller_sleeps, 0);
+}
+
+void pool_begin(struct pool *self) {
+    if (self->threads == 0)
+        return;
+    self->jobs_before = atomic_load_explicit(&self->jobs, memory_order_relaxed);
+    if (!self->worth)
+        return;
+    atomic_store(&self->busy, 1);
+    if (atomic_load(&self->sleepers) > 0)
+        futex_wake(&self->jobs, self->threads, 0);
+}
+
+void pool_end(struct pool *self) {
+    if (self->threads == 0)
+        return;
+    self->worth = atomic_load_explicit(&self->jobs, memory_order_relaxed) != self->jobs_before;
+    atomic_store(&self->busy, 0);
 }
 
 int pool_open(struct pool **ret, int width, struct failure *failure) {

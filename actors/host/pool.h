@@ -13,6 +13,11 @@ int pool_open(struct pool **ret, int width, struct failure *failure);
 void pool_close(struct pool **self);
 struct parallel pool_parallel(struct pool *self);
 
+/* Between these two calls jobs follow each other: threads look for the next one instead of going to sleep, and those
+ * that sleep are woken at once if jobs came in the last such time. */
+void pool_begin(struct pool *self);
+void pool_end(struct pool *self);
+
 /* Processors that this process may run on, 1 to 1024. */
 int pool_processors(void);
 

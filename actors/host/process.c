@@ -173,7 +173,9 @@ static void carry_compute(struct process *self, const struct effect *effect) {
         inject_compute(self->inject, &effect->compute);
     uint32_t at = (self->computed_first + self->computed_count++) % COMPUTED_MAX;
     uint64_t began_ns = clock_now_ns();
+    pool_begin(self->pool);
     engine_run(self->engine, &effect->compute, &self->computed[at]);
+    pool_end(self->pool);
     self->computed[at].began_ns = began_ns;
     self->computed[at].ended_ns = clock_now_ns();
 }
