@@ -36,6 +36,9 @@ int memory_grow(void **block, size_t *capacity_bytes, size_t count, size_t size,
                 uint64_t *total, struct failure *failure);
 void memory_free(void *block);
 
+/* Changes nothing but how fast the memory is. */
+void memory_ask_huge_pages(void *memory, size_t bytes);
+
 /* Memory of packed weights (engine/weight_memory.c): 64-byte aligned, not cleared, in huge pages
  * where the system has them. Any thread. Freed with the bytes that were asked for. */
 void *weight_memory_take(size_t bytes, const char *what, uint64_t *total, struct failure *failure);

@@ -1,10 +1,28 @@
-/* Memory of engines: zeroed, aligned for vectors and tiles, counted. */
+/* Memory of engines: zeroed, aligned for vectors and tiles, counted. Large blocks (the latent
+ * cache, work spaces) ask for huge pages: rows of many sequences lie far apart, and small pages end
+ * the processor's reading ahead every few of them. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "engine/internal.h"
 
-#define ALIGN 64
+#define ALIGN      64
+#define SMALL_PAGE ((uintptr_t)4096)
+#define HUGE_WORTH                                                                                 \
+    ((size_t)4 << 20) /* two huge pages: at least one of them lies whole in any such block */
+
+static void (*ask_for_huge_pages)(void *memory, size_t bytes);
+
+void engine_set_huge_pages(void (*ask)(void *memory, size_t bytes)) {
+    ask_for_huge_pages = ask;
+}
+
+void memory_ask_huge_pages(void *memory, size_t bytes) {
+    const uintptr_t begin = ((uintptr_t)memory + SMALL_PAGE - 1) & ~(SMALL_PAGE - 1);
+    const uintptr_t end = ((uintptr_t)memory + bytes) & ~(SMALL_PAGE - 1);
+    if (ask_for_huge_pages != NULL && begin < end)
+        ask_for_huge_pages((uint8_t *)memory + (begin - (uintptr_t)memory), end - begin);
+}
 
 void *memory_take(size_t count, size_t size, const char *what, uint64_t *total,
                   struct failure *failure) {
@@ -24,6 +42,8 @@ void *memory_take(size_t count, size_t size, const char *what, uint64_t *total,
      * one. */
     uint8_t *block = (uint8_t *)(((uintptr_t)raw + ALIGN) & ~(uintptr_t)(ALIGN - 1));
     memcpy(block - sizeof raw, &raw, sizeof raw);
+    if (bytes >= HUGE_WORTH)
+        memory_ask_huge_pages(block, bytes);
     *total += bytes;
     return block;
 }

@@ -40,12 +40,6 @@ static void unlock(void) {
     atomic_flag_clear_explicit(&locked, memory_order_release);
 }
 
-static void (*ask_for_huge_pages)(void *memory, size_t bytes);
-
-void engine_set_huge_pages(void (*ask)(void *memory, size_t bytes)) {
-    ask_for_huge_pages = ask;
-}
-
 static struct weight_region *region_open(size_t bytes) {
     bytes = bytes < REGION_BYTES ? REGION_BYTES : (bytes + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
     struct weight_region *region = calloc(1, sizeof *region);
@@ -57,8 +51,7 @@ static struct weight_region *region_open(size_t bytes) {
         return NULL;
     }
     region->bytes = bytes;
-    if (ask_for_huge_pages != NULL)
-        ask_for_huge_pages(region->memory, bytes);
+    memory_ask_huge_pages(region->memory, bytes);
     region->next = regions;
     regions = region;
     return region;

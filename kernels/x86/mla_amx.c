@@ -7,7 +7,7 @@
 #include "kernels/x86/mla_avx512.h"
 
 /* Multiplications that are worth waking another thread for. */
-enum { PART_WORK_MIN = 16 << 20 };
+enum { PART_WORK_MIN = 2 << 20 };
 
 static void run_worthwhile(const struct parallel *parallel,
                            void (*task)(void *argument, int part, int parts), void *argument,
@@ -37,8 +37,9 @@ struct absorbed {
     size_t ret_stride;
 };
 
-/* Queries [begin, end) of rows x heads, all of one page table. */
-static void absorbed_run(const struct absorbed *job, size_t begin, size_t end) {
+/* Queries [begin, end) of rows x heads, all of one page table; `after`: the first page of whoever
+ * comes next, or NULL. */
+static void absorbed_run(const struct absorbed *job, size_t begin, size_t end, const bf16 *after) {
     const struct mla_shape *shape = job->shape;
     const size_t stride = cache_stride(shape->kv_lora, shape->rope);
     const uint32_t blocks = (uint32_t)(stride / BLOCK_INPUTS);
@@ -67,7 +68,8 @@ static void absorbed_run(const struct absorbed *job, size_t begin, size_t end) {
         const bf16 *page = pages[b];
         const struct amx_block block = {b,      {page, NULL}, {stride, 0}, {blocks, 0},
                                         values, chunks,       shape->scale};
-        amx_values_pack(values, chunks, page, stride, mla_visible(last, b), shape->kv_lora);
+        const bf16 *next = b < last / PAGE_TOKENS ? pages[b + 1] : after;
+        amx_values_pack(values, chunks, page, stride, mla_visible(last, b), shape->kv_lora, next);
         for (uint32_t s = 0; s < count; s++)
             amx_attend(&sets[s], &block);
     }
@@ -92,7 +94,7 @@ static void absorbed_task(void *argument, int part, int parts) {
         for (next = i + 1; next < limit; next++)
             if (job->rows->pages[next / heads] != job->rows->pages[i / heads])
                 break;
-        absorbed_run(job, i, next);
+        absorbed_run(job, i, next, next < end ? job->rows->pages[next / heads][0] : NULL);
     }
 }
 

@@ -47,9 +47,9 @@ void amx_attend_leave(void);
 void amx_queries_finish(const struct amx_queries *self, uint32_t query, uint32_t n, bf16 *ret);
 
 /* Values [64, stride] into ret; rows from `count` on are taken as zero, columns from `width` too.
- */
+ * Meanwhile asks for the 64 rows at `next` (NULL: none), which will be wanted next. */
 void amx_values_pack(bf16 *ret, uint32_t chunks, const bf16 *rows, size_t stride, uint32_t count,
-                     uint32_t width);
+                     uint32_t width, const bf16 *next);
 /* The same from floats, rounded to BF16. */
 void amx_values_pack_float(bf16 *ret, uint32_t chunks, const float *rows, size_t stride,
                            uint32_t count, uint32_t width);

@@ -43,9 +43,12 @@ static bf16 *values_at(bf16 *values, uint32_t chunks, uint32_t pair, uint32_t ch
 }
 
 void amx_values_pack(bf16 *ret, uint32_t chunks, const bf16 *rows, size_t stride, uint32_t count,
-                     uint32_t width) {
+                     uint32_t width, const bf16 *next) {
+    const size_t pair_bytes = 2 * stride * sizeof *rows;
     for (uint32_t pair = 0; pair < PAGE_TOKENS / 2; pair++) {
         const bf16 *first = rows + 2 * pair * stride, *second = first + stride;
+        for (size_t line = 0; next != NULL && line < pair_bytes; line += 64)
+            _mm_prefetch((const uint8_t *)next + pair * pair_bytes + line, _MM_HINT_T1);
         const bool has_first = 2 * pair < count, has_second = 2 * pair + 1 < count;
         for (uint32_t c = 0; c < chunks; c++) {
             const __mmask16 lanes = first_lanes(width - 16 * c);
