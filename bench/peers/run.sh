@@ -12,7 +12,7 @@ bench-1b-fp8) peer=${peer:-q8_0} ;;
 *) peer=${peer:-bf16} ;;
 esac
 case $name in
-bench-1b*) serve="--experts 2 --threads 2 --batch-tokens 512 --prefill-chunk 512" ;; # the fastest of what was tried on 2 processors
+bench-1b*) serve="--experts 1 --threads 2 --batch-tokens 512 --prefill-chunk 512" ;; # the fastest of what was tried on 2 processors
 *) serve= ;;
 esac
 if [ ! -d "$model" ]; then
