@@ -279,7 +279,7 @@ study-shift: $(BUILD)/troupe $(BUILD)/tests/study/shift ## balance of the live d
 
 .PHONY: bench-balance
 bench-balance: $(BUILD)/troupe $(BUILD)/tests/bench/balance_cost ## throughput with statistics and automatic rebalancing against without, in turn (PAIRS=N, STREAMS=N)
-	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/bench/balance_cost models/demo $(or $(PAIRS),20) $(or $(STREAMS),32)
+	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/bench/balance_cost models/demo $(or $(PAIRS),20) $(or $(STREAMS),32) $(if $(ARGS),"$(ARGS)")
 
 format: ## clang-format every source
 	clang-format -i $(filter-out $(BUILD)/%,$(shell git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh'))

@@ -16,6 +16,8 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -50,13 +52,36 @@ static int ctl(const struct cluster *cluster, const char *words, char *ret, size
     return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
+/* What the admin interface says of a path: asked here, because a process for each question would take time from those
+ * whose gaps are measured. */
+static bool admin(const struct cluster *cluster, const char *path, char *ret, size_t room) {
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    char line[256];
+    size_t got = 0;
+    snprintf(address.sun_path, sizeof address.sun_path, "%.80s/admin.sock", cluster->run_dir);
+    int size = snprintf(line, sizeof line, "GET %s HTTP/1.1\r\nHost: troupe\r\nConnection: close\r\n\r\n", path);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (connect(fd, (struct sockaddr *)&address, sizeof address) == 0 && write(fd, line, (size_t)size) == size)
+        for (ssize_t more; got < room - 1 && (more = read(fd, ret + got, room - 1 - got)) > 0;)
+            got += (size_t)more;
+    close(fd);
+    ret[got] = 0;
+    const char *body = strstr(ret, "\r\n\r\n");
+    if (strncmp(ret, "HTTP/1.1 200", 12) != 0 || body == NULL)
+        return false;
+    memmove(ret, body + 4, strlen(body + 4) + 1);
+    return true;
+}
+
 /* Waits until no operation is under way; false: one was aborted, or half a minute was not enough. */
 static bool settled(const struct cluster *cluster) {
     static char text[1 << 18];
     for (int i = 0; i < 600; i++) {
         bool busy = false;
-        if (ctl(cluster, "operations --json", text, sizeof text) != 0)
+        if (!admin(cluster, "/operations", text, sizeof text)) {
+            fprintf(stderr, "GET /operations: %s\n", text);
             return false;
+        }
         json_t *answer = json_loads(text, 0, NULL), *operation;
         size_t index;
         json_array_foreach(json_object_get(answer, "operations"), index, operation) {
@@ -543,6 +568,25 @@ static struct usage measure(const struct cluster *cluster) {
     return usage;
 }
 
+/* Actors that still hold an epoch before the newest one; -1: nobody answers. */
+static int behind(const struct cluster *cluster, long long *ret_epoch) {
+    static char text[1 << 18];
+    if (!admin(cluster, "/status", text, sizeof text))
+        return -1;
+    json_t *status = json_loads(text, 0, NULL), *actor;
+    *ret_epoch = json_integer_value(json_object_get(status, "epoch"));
+    json_decref(status);
+    if (!admin(cluster, "/actors", text, sizeof text))
+        return -1;
+    json_t *answer = json_loads(text, 0, NULL), *list = json_object_get(answer, "actors");
+    int count = json_array_size(list) > 0 ? 0 : -1;
+    size_t index;
+    json_array_foreach(list, index, actor)
+        count += json_integer_value(json_object_get(actor, "epoch")) != *ret_epoch;
+    json_decref(answer);
+    return count;
+}
+
 static void run_cycles(uint32_t cycles) {
     struct cluster cluster;
     char text[4096];
@@ -570,6 +614,9 @@ static void run_cycles(uint32_t cycles) {
     printf("%u cycles: processes %u -> %u, resident %llu -> %llu KiB, descriptors %u -> %u, shared memory %u -> %u, sockets %u -> %u\n",
            cycles, before.processes, after.processes, (unsigned long long)before.kib,
            (unsigned long long)after.kib, before.files, after.files, before.segments, after.segments, before.sockets, after.sockets);
+    long long epoch = 0;
+    int left = behind(&cluster, &epoch);
+    printf("epoch %lld, held by all but %d\n", epoch, left);
     printf("resident KiB: supervisor %llu -> %llu", (unsigned long long)before.supervisor_kib,
            (unsigned long long)after.supervisor_kib);
     for (size_t i = 0; i < ROLES_COUNT; i++)
@@ -578,6 +625,7 @@ static void run_cycles(uint32_t cycles) {
     printf("\n");
     ctl(&cluster, "status", text, sizeof text);
     printf("%s", text);
+    assert_int_equal(left, 0);
     assert_int_equal(before.processes, after.processes);
     assert_int_equal(before.segments, after.segments);
     assert_int_equal(before.sockets, after.sockets);

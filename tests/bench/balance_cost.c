@@ -1,7 +1,8 @@
 /* make bench-balance: what statistics and automatic rebalancing cost. Two troupes of the same model stay up, one with both, one with neither (no row is
  * counted, nothing is planned); rounds of streams go to one and to the other in turn, so that what disturbs the machine falls on both. Each
  * pair of rounds gives a ratio of tokens/s; their median is the figure, with the quartiles beside it. Processor time per token says the same
- * with less noise where the machine has other work.
+ * with less noise where the machine has other work. Spare slots are not part of it: what replicas cost on a machine where all
+ * processes share few cores, and gain where they do not, is another question; ARGUMENTS can ask it.
  *
  * usage: balance_cost MODEL [PAIRS [STREAMS [ARGUMENTS]]], the last: of the troupe with both, in place of its usual ones */
 #include <stdio.h>
@@ -19,7 +20,7 @@
 
 static const char *arguments[] = {
     "--experts 4 --threads 1 --load-statistics 0",
-    "--experts 4 --threads 1 --rebalance-interval-ms 1000 --rebalance-spare 8 --rebalance-threshold 0.9",
+    "--experts 4 --threads 1 --rebalance-interval-ms 1000 --rebalance-threshold 0.9",
 };
 
 static void die(const char *what) {
