@@ -51,6 +51,14 @@ status 404 -X POST -d '{"fault":"kill expert 1"}' $public/fault
 status 404 -X POST -d '{"stop":true}' $public/troupe/journal
 status 404 -X POST -d '{"role":"experts","count":3}' $public/scale
 says '"text_completion"' -H "$bearer" -d '{"prompt":[5,6,7],"max_tokens":3}' $admin/v1/completions
+# Headers that just fill what the relay has room for; a stream with ids, gone on with.
+for size in $(seq 8120 8130); do
+    says '"object"' -H "$bearer" -H "X-Request-Id: $(printf "%0${size}d" 7)" -d '{"prompt":[5,6,7],"max_tokens":1}' $admin/v1/completions
+done
+ids() { curl -s -m 20 -H "$bearer" -H 'X-Request-Id: gone-on' -H 'X-Stream-Resume: 1' -d '{"prompt":[5,6,7],"max_tokens":6,"ignore_eos":true,"stream":true}' "$@" $admin/v1/completions; }
+last=$(ids | sed -n 's/^id: //p' | sed -n 2p)
+[ -n "$last" ] || fail "no ids in a stream over the admin address"
+[ "$(ids -H "Last-Event-ID: $last" | grep -c '^id: ')" -lt "$(ids | grep -c '^id: ')" ] || fail "a stream went on as if nothing had been seen"
 says 'is no statement' -H "$bearer" -d '{"fault":"hurt expert 1"}' $admin/fault
 says 'say which expert' -H "$bearer" -d '{"fault":"kill expert all"}' $admin/fault
 says 'inflicted' -H "$bearer" -d '{"fault":"kill expert 1"}' $admin/fault
@@ -58,6 +66,10 @@ says '"text_completion"' -H "$bearer" -H 'X-Request-Id: after-the-fault' -d '{"p
 says '"experts_ms"' -H "$bearer" $admin/troupe/requests/after-the-fault
 says '"kind":"lost"' -m 1 -N -H "$bearer" $admin/troupe/events
 says 'being written already' -H "$bearer" -d '{"file":"/tmp/another"}' $admin/troupe/journal
+kill -9 "$(cat "$work/run/gateway.pid")" # the next one goes on with the journal
+sleep 0.5
+says '"text_completion"' --retry 20 --retry-all-errors --retry-delay 1 -H "$bearer" -d '{"prompt":[5,6,7],"max_tokens":3}' $admin/v1/completions
+sleep 0.5
 "$build"/troupe ctl journal stop --run-dir "$work/run" >"$work/ctl.log" 2>&1 || fail "ctl journal stop"
 "$build"/troupe ctl journal start "$work/second" --run-dir "$work/run" >"$work/ctl.log" 2>&1 || fail "ctl journal start"
 "$build"/troupe ctl journal start "$work/third" --run-dir "$work/run" >"$work/ctl.log" 2>&1 && fail "a second journal was begun"
@@ -74,6 +86,7 @@ url=$(sed -n 's/.* at \(http[^ ]*\)/\1/p' "$work/replay.log")
 says '<title>troupe</title>' "${url}"
 says 'event: replay' -m 1 -N "${url}troupe/events"
 says '"kind":"lost"' -m 1 -N "${url}troupe/events?at=99999999999999&speed=0"
+[ "$(curl -s -m 8 -N "${url}troupe/events?speed=1000" | grep -o '"gateway":"[0-9a-f]*"' | sort -u | wc -l)" = 2 ] || fail "the second gateway's beginning is not replayed"
 says 'replay_end' -m 5 -N "${url}troupe/events?speed=1000"
 status 404 "${url}metrics"
 kill $replay

@@ -4,8 +4,8 @@
  *   GET /troupe/events?at=T  the feed as it was at Unix millisecond T, with what led to it, then on as it
  *                            went, `speed` times as fast (0: it stands still). An event `replay` comes first
  *
- * Each listener has its own place in the file. Keyframes other than its first are left out: it knows
- * everything already. */
+ * Each listener has its own place in the file. Keyframes other than its first are left out, as it knows
+ * everything already; but the first of a gateway that was started again is a new beginning. */
 #include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
@@ -32,6 +32,7 @@ struct viewer {
     uint64_t at_ms, began_ns;
     double speed;
     bool ended, whole; /* whole: the keyframe has been sent */
+    char gateway[32];  /* as its hello named it */
 };
 
 struct replay {
@@ -114,6 +115,32 @@ static void fail_viewer(struct viewer *viewer, const struct failure *failure) {
     viewer->client = 0;
 }
 
+/* Of the gateway that wrote a keyframe; empty: it does not say. */
+static void read_gateway(char ret[32], const struct feed_chunk *chunk) {
+    static const char KEY[] = "\"gateway\":\"";
+    const char *line = memchr(chunk->events, '\n', chunk->size), *end;
+    ret[0] = 0;
+    end = line == NULL ? NULL : memchr(line + 1, '\n', chunk->size - (size_t)(line + 1 - chunk->events));
+    const char *at = end == NULL ? NULL : memmem(line, (size_t)(end - line), KEY, sizeof KEY - 1);
+    for (size_t i = 0; at != NULL && i < 31; i++) {
+        const char *from = at + sizeof KEY - 1 + i;
+        if (from >= end || *from == '"')
+            break;
+        ret[i] = *from;
+        ret[i + 1] = 0;
+    }
+}
+
+static bool is_news(struct viewer *viewer, const struct feed_chunk *chunk) {
+    char gateway[32];
+    if (!chunk->keyframe)
+        return true;
+    read_gateway(gateway, chunk);
+    bool same = viewer->whole && strcmp(gateway, viewer->gateway) == 0;
+    memcpy(viewer->gateway, gateway, sizeof gateway);
+    return !same;
+}
+
 /* Sends what is due. Returns when the next chunk is, NEVER: nothing waits. */
 static uint64_t advance(struct viewer *viewer) {
     struct failure failure;
@@ -139,7 +166,7 @@ static uint64_t advance(struct viewer *viewer) {
                 return due_ns;
         }
         viewer->next = chunk.id + 1;
-        if (!chunk.keyframe || !viewer->whole)
+        if (is_news(viewer, &chunk))
             answer(viewer->client, 0, NULL, NULL, chunk.events, chunk.size, false);
         viewer->whole = true;
     }

@@ -116,11 +116,12 @@ static void *run(void *argument) {
     return NULL;
 }
 
+/* One that has no room is left out; the empty line after them always has. */
 static void put_header(char **at, size_t *room, const char *name, const char *value) {
     if (value == NULL || strpbrk(value, "\r\n") != NULL)
         return;
     int size = snprintf(*at, *room, "%s: %s\r\n", name, value);
-    if ((size_t)size >= *room)
+    if ((size_t)size + 3 > *room)
         return;
     *at += size;
     *room -= (size_t)size;
@@ -136,10 +137,12 @@ static void write_question(struct relay *relay, const struct http_request *reque
     at += size;
     room -= (size_t)size;
     snprintf(length, sizeof length, "%zu", request->body_bytes);
+    put_header(&at, &room, "Content-Length", length);
     put_header(&at, &room, "X-Request-Id", request->request_id);
     put_header(&at, &room, "traceparent", request->traceparent);
     put_header(&at, &room, "X-Troupe-Trace", request->trace);
-    put_header(&at, &room, "Content-Length", length);
+    put_header(&at, &room, "X-Stream-Resume", request->stream_resume);
+    put_header(&at, &room, "Last-Event-ID", request->last_event_id);
     ASSERT(room > 2 && whole > room);
     memcpy(at, "\r\n", 2);
     memcpy(at + 2, request->body, request->body_bytes);

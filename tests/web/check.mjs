@@ -144,9 +144,55 @@ async function checkReal(browser, directory) {
       expect(`${name}: no complaint in the console: ` + other.complaints.join("; "), other.complaints.length === 0);
       await other.close();
     }
+    await checkCutOff(browser, troupe, troupe.url + "/", "public");
+    await checkCutOff(browser, troupe, troupe.console, "admin");
     await checkConsole(browser, troupe);
   } finally { await troupe.stop(); }
   await checkReplay(browser, troupe.journal);
+}
+
+/* The gateway dies in the middle of an answer: the page finds the next one, and the answer goes on, with the same text as without. */
+async function checkCutOff(browser, troupe, url, name) {
+  const page = await browser.openPage(url, { height: 1000 });
+  await page.until(`$("status").textContent === "serving"`, "serving");
+  await page.run(CHAT);
+  await page.until(`$("answer").textContent.length > 200`, "the chat streams");
+  await page.run(`window.statuses = new Set(); new MutationObserver(() => statuses.add($("status").textContent)).observe($("status"), { childList: true, characterData: true, subtree: true })`);
+  process.kill(troupe.pid("gateway"), "SIGKILL");
+  await page.until(`statuses.has("no connection") && $("status").textContent === "serving"`, "the page says that the connection is lost, and comes back");
+  await page.until(`!chatting`, "the answer ends", 90000);
+  const said = await page.run(`$("chat-says").textContent`), id = await page.run(`lastId`);
+  expect(`${name}: an answer goes on when its gateway is killed: ${said}`, /cut off [1-9]/.test(said));
+  const shown = await page.run(`[...document.querySelectorAll("#answer .said, #answer .thought")].map(n => n.textContent).join("")`);
+  const body = { messages: [{ role: "user", content: "Tell me about rivers." }], stream: true, max_tokens: 1500, ignore_eos: true };
+  const whole = await fetch(troupe.url + "/v1/chat/completions", { method: "POST", body: JSON.stringify(body), headers: { "X-Request-Id": id.replace("chatcmpl-", ""), "X-Stream-Resume": "1" } }).then(r => r.text());
+  const text = whole.split("\n").filter(l => l.startsWith("data: {")).map(l => JSON.parse(l.slice(6)).choices[0]?.delta.content || "").join("");
+  expect(`${name}: with the very text that comes without that (${text.length} characters)`, text.length > 1000 && text === shown);
+  const other = page.complaints.filter(c => !/Failed to load resource/.test(c)); // the browser itself notes that a connection was lost
+  expect(`${name}: no complaint in the console but of the lost connection: ` + other.join("; "), other.length === 0);
+  await page.close();
+}
+
+/* A gateway with a key: the page asks for it. */
+async function checkKey(browser) {
+  console.log("with an API key:");
+  const child = spawn(process.env.TROUPE || "build/troupe", ["serve", "--model", "models/demo", "--port", "0", "--in-process", "--threads", "1", "--api-key", "the-key"], { stdio: ["ignore", "pipe", "inherit"] });
+  process.once("exit", () => child.kill("SIGKILL"));
+  let text = "";
+  child.stdout.on("data", data => text += data);
+  for (let i = 0; i < 200 && !/^Ctrl-C/m.test(text); i++) await sleep(100);
+  const page = await browser.openPage(/^live view: open (http\S+)/m.exec(text)[1]);
+  await page.until(`!$("key-form").hidden && $("status").textContent === "needs a key"`, "the page asks for a key");
+  await page.run(`$("key").value = "another"; $("key-form").requestSubmit()`);
+  await sleep(500);
+  expect("a wrong one is not taken", await page.run(`!$("key-form").hidden && !hello`));
+  await page.run(`$("key").value = "the-key"; $("key-form").requestSubmit()`);
+  await page.until(`$("key-form").hidden && $("status").textContent === "serving"`, "the right one is");
+  await page.run(`$("tokens").value = 8; $("send").click()`);
+  await page.until(`!chatting && $("answer").textContent.length > 5`, "and the chat has it too");
+  expect("the key is asked for, and used by the chat too", true);
+  await page.close();
+  await new Promise(done => { child.once("exit", done); child.kill("SIGTERM"); });
 }
 
 /* The admin address: buttons for all that, and the recording of it afterwards. */
@@ -177,12 +223,15 @@ async function checkConsole(browser, troupe) {
 async function checkReplay(browser, journal) {
   console.log("the recording:");
   const replay = await startReplay(journal), page = await browser.openPage(replay.url, { height: 1000 });
+  // The gateway that began the recording was killed later: what each told is there.
   await page.until(`!$("replay").hidden && epoch && $("actors").rows.length > 5`, "the page shows the beginning");
   expect("the chat is not there, nor are the buttons", await page.run(`$("chat").hidden && $("controls").hidden`));
   await page.run(`$("play").click()`);
   await page.until(`want && want.speed === 0`, "it can be stopped");
   await page.run(`$("scrub").value = replaying.to; $("scrub").dispatchEvent(new Event("input")); $("scrub").dispatchEvent(new Event("change"))`);
   await page.until(`feedTime >= replaying.to - 2000 && [...document.querySelectorAll("#timeline .lost")].some(i => i.textContent.includes("expert-3 lost"))`, "at its end all faults are on the timeline");
+  const gateways = await page.run(`new Set([...moments.values()].map(m => m.gateway)).size`);
+  expect(`of ${gateways} gateways, one after the other`, gateways >= 2 && await page.run(`[...$("actors").rows].every(r => r.dataset.state !== "gone")`));
   expect("and a history of balancedness", await page.run(`balance.length > 2 && history.length > 10`));
   await page.run(`$("scrub").focus()`);
   await page.key("Home");
@@ -209,6 +258,7 @@ const directory = mkdtempSync(join(tmpdir(), "troupe-web-run-"));
 const browser = await openBrowser();
 try {
   await checkReal(browser, directory);
+  await checkKey(browser);
   await checkLarge(browser, directory);
   console.log("all is well");
 } catch (error) {

@@ -31,6 +31,7 @@ export function simulate(directory) {
 
 export async function startReplay(journal) {
   const child = spawn(TROUPE, ["replay", journal, "--port", "0"], { stdio: ["ignore", "pipe", "inherit"] });
+  process.once("exit", () => child.kill("SIGKILL")); // whatever fails
   let text = "";
   child.stdout.on("data", data => text += data);
   for (let i = 0; i < 200 && !/http\S+/.test(text); i++) await new Promise(done => setTimeout(done, 50));
