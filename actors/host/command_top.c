@@ -20,6 +20,7 @@
 #define ONCE_RATES   2    /* events of rates to wait for: the first interval may be empty */
 #define TIMEOUT_MS   5000 /* without any event, which come four times a second */
 #define ONCE_COLUMNS 120
+#define AGAIN_MS     300  /* between attempts to reach a gateway that is away */
 
 struct top {
     struct top_view view;
@@ -27,6 +28,7 @@ struct top {
     int file;
     bool answered; /* the headers are over */
     struct top_look look;
+    const char *away; /* why there is no connection; NULL: there is one */
 };
 
 static int connect_to(struct top *self, const char *host, unsigned port, struct failure *failure) {
@@ -170,8 +172,10 @@ static void show(struct top *self) {
         mvaddnstr(row, 0, at, (int)size);
         at += size + 1;
     }
-    attrset(A_REVERSE);
-    mvaddnstr(lines - 1, 0, KEYS, columns);
+    attrset(self->away != NULL ? COLOR_PAIR(BAD) | A_REVERSE : A_REVERSE);
+    mvaddnstr(lines - 1, 0, self->away != NULL ? self->away : KEYS, columns);
+    if (self->away != NULL)
+        addnstr("; trying again     q quit", columns);
     refresh();
 }
 
@@ -209,7 +213,28 @@ static bool take_keys(struct top *self) {
     return true;
 }
 
-static int run_screen(struct top *self, struct failure *failure) {
+/* A gateway that was seen and is away comes again. Positive: it answers; 0: the user wants to leave. */
+static int come_again(struct top *self, const struct options *options, const struct failure *why) {
+    struct failure failure;
+    self->away = why->text;
+    for (int error = -1; error < 0;) {
+        if (self->file >= 0)
+            close(self->file);
+        self->file = -1;
+        self->unread.size = 0;
+        self->answered = false;
+        if (!take_keys(self))
+            return 0;
+        show(self);
+        struct pollfd keys = {.fd = STDIN_FILENO, .events = POLLIN};
+        poll(&keys, 1, AGAIN_MS);
+        error = ask(self, options, &failure);
+    }
+    self->away = NULL;
+    return 1;
+}
+
+static int run_screen(struct top *self, const struct options *options, struct failure *failure) {
     setlocale(LC_CTYPE, "");
     if (!isatty(STDOUT_FILENO) || newterm(NULL, stdout, stdin) == NULL)
         return fail(failure, ERR_STATE, "no terminal that can be drawn on (is TERM set?); --once prints plain text");
@@ -229,6 +254,9 @@ static int run_screen(struct top *self, struct failure *failure) {
         if (self->view.layers > 0)
             show(self);
         error = wait_and_read(self, true, failure);
+        if (error < 0 && self->view.layers > 0 && (failure->code == ERR_STATE || failure->code == ERR_IO) &&
+            (error = come_again(self, options, failure)) == 0)
+            break;
     }
     endwin();
     return error < 0 ? error : 0;
@@ -239,7 +267,7 @@ int command_top(const struct options *options) {
     struct failure failure;
     int error = ask(&self, options, &failure);
     if (error == 0)
-        error = options->once ? run_once(&self, &failure) : run_screen(&self, &failure);
+        error = options->once ? run_once(&self, &failure) : run_screen(&self, options, &failure);
     if (error < 0)
         fprintf(stderr, "troupe top: %s\n", failure.text);
     if (self.file >= 0)

@@ -40,7 +40,6 @@ const hottest = (page, others = []) => page.run(`(() => {
 })()`);
 const isOrange = ([r, , b]) => r > b + 50;
 const heatPixels = page => page.run(`(() => { const c = $("heat"); return [...c.getContext("2d").getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 !== 3).join() })()`);
-// Answers of a length that is known, so that there is time to kill somebody meanwhile.
 /* WCAG contrast of every colour of text with the ground that it stands on. */
 const contrasts = page => page.run(`(() => {
   const style = getComputedStyle(document.documentElement), rgb = n => [1, 3, 5].map(i => parseInt(style.getPropertyValue("--" + n).trim().padEnd(4).replace(/^#(.)(.)(.)\\s*$/, "#$1$1$2$2$3$3").slice(i, i + 2), 16) / 255);
@@ -65,8 +64,8 @@ async function expectTabs(page, name) {
   const must = ["theme", "heat", "place", "answer", "prompt", "tokens", "send", "epochs"].filter(id => ![...reached].some(r => r === id));
   expect(`${name}: Tab reaches ${reached.size} controls, each with an outline${must.length ? ", but not " + must.join() : ""}`, must.length === 0 && ![...reached].some(r => r.includes("without outline")));
 }
-const LONG = `window.plainFetch ||= fetch; window.fetch = (url, o) => plainFetch(url, o && o.body ? { ...o, body: JSON.stringify({ ...JSON.parse(o.body), ignore_eos: true }) } : o)`;
-const CHAT = LONG + `; $("prompt").value = "Tell me about rivers."; $("tokens").value = 1500; $("send").click()`;
+// An answer of a length that is known, so that there is time to kill somebody meanwhile.
+const CHAT = `$("endless").checked = true; $("prompt").value = "Tell me about rivers."; $("tokens").value = 1500; $("send").click()`;
 
 async function checkReal(browser, directory) {
   console.log("a real troupe:");

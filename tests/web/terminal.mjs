@@ -9,7 +9,7 @@ import { openBrowser } from "./browser.mjs";
 const TROUPE = process.env.TROUPE || "build/troupe", COLUMNS = 124, LINES = 34;
 const sleep = ms => new Promise(done => setTimeout(done, ms));
 const directory = mkdtempSync(join(tmpdir(), "troupe-terminal-")), run = join(directory, "run");
-const tmux = (...words) => execFileSync("tmux", ["-S", join(directory, "tmux"), "-f", "/dev/null", ...words], { encoding: "utf8" });
+const tmux = (...words) => execFileSync("tmux", ["-S", join(directory, "tmux"), "-f", "/dev/null", ...words], { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] });
 const screen = (...more) => tmux("capture-pane", "-p", "-t", "top", ...more);
 const expect = (what, truth) => { if (!truth) throw new Error(what + "\n" + screen()); console.log("  " + what); };
 async function until(what, truth, timeout = 15000) {
@@ -68,6 +68,9 @@ try {
   const gone = screen("-e");
   await until("and as back", () => /expert-1 lost with .*back after/.test(screen()) && /expert-1 .* ready/.test(screen()));
   await answer;
+  process.kill(+readFileSync(join(run, "gateway.pid"), "utf8"), "SIGKILL");
+  await until("a gateway that is away is said to be", () => /the gateway has closed the connection; trying again/.test(screen()));
+  await until("and found again", () => /order: n name/.test(screen()) && /7 processes/.test(screen()));
   if (process.argv[2]) await takePicture(process.argv[2], /expert-1 .* gone/.test(gone) ? gone : screen("-e"));
   tmux("resize-window", "-t", "top", "-x", "70", "-y", "16");
   await until("a small window is kept to", () => /\bquit|order:/.test(screen()) && screen().split("\n").every(l => l.length <= 70));
