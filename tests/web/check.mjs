@@ -97,7 +97,7 @@ async function checkReal(browser, directory) {
     expect("a bar shows the stages", await page.run(`document.querySelectorAll("#timeline .lost .bar i").length >= 2`));
     await page.until(`[...$("actors").rows].some(r => r.dataset.name === "expert-1" && r.dataset.state === "ready")`, "the table shows it ready");
     console.log("  " + await page.run(`document.querySelector("#timeline .lost span").textContent`));
-    await page.until(`!chatting`, "the answer ends", 60000);
+    await page.until(`!chatting`, "the answer ends", 180000);
     expect("the answer has not failed: " + await page.run(`$("chat-says").textContent`), await page.run(`!$("chat-says").textContent.includes("failed")`));
     expect("a mark stands in the answer where the process died", await page.run(`document.querySelectorAll("#answer mark").length > 0`));
 
@@ -135,7 +135,7 @@ async function checkReal(browser, directory) {
       const other = await browser.openPage(troupe.url + "/", options);
       await other.until(`$("status").textContent === "serving"`, name);
       await other.run(CHAT);
-      await other.until(`!chatting`, "the answer ends", 60000);
+      await other.until(`!chatting`, "the answer ends", 180000);
       await sleep(700);
       await expectContrast(other, name);
       expect(`${name}: nothing is wider than the window`, await other.run(`document.documentElement.scrollWidth <= innerWidth`));
@@ -159,7 +159,7 @@ async function checkCutOff(browser, troupe, url, name) {
   await page.run(`window.statuses = new Set(); new MutationObserver(() => statuses.add($("status").textContent)).observe($("status"), { childList: true, characterData: true, subtree: true })`);
   process.kill(troupe.pid("gateway"), "SIGKILL");
   await page.until(`statuses.has("no connection") && $("status").textContent === "serving"`, "the page says that the connection is lost, and comes back");
-  await page.until(`!chatting`, "the answer ends", 90000);
+  await page.until(`!chatting`, "the answer ends", 180000);
   const said = await page.run(`$("chat-says").textContent`), id = await page.run(`lastId`);
   expect(`${name}: an answer goes on when its gateway is killed: ${said}`, /cut off [1-9]/.test(said));
   const shown = await page.run(`[...document.querySelectorAll("#answer .said, #answer .thought")].map(n => n.textContent).join("")`);
@@ -210,7 +210,7 @@ async function checkConsole(browser, troupe) {
   await page.until(`[...document.querySelectorAll("#timeline .operation")].some(i => /scale experts to 5 — done/.test(i.textContent))`, "the operation is on the timeline", 30000);
   await page.run(`$("victim").value = "attention-0"; document.querySelector("[data-fault=stop]").click()`);
   await page.until(`$("controls-say").textContent.includes("inflicted")`, "a process is stopped for a while");
-  await page.until(`!chatting`, "the answer ends", 90000);
+  await page.until(`!chatting`, "the answer ends", 180000);
   expect("the answer has not failed: " + await page.run(`$("chat-says").textContent`), await page.run(`!$("chat-says").textContent.includes("failed")`));
   if (pictures) { await page.run(`showWay()`); await sleep(300); await page.picture(join(pictures, "console.png")); }
   const wrong = await fetch(new URL("/fault", troupe.console), { method: "POST", body: JSON.stringify({ fault: "kill expert 0" }) });
