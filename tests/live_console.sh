@@ -61,6 +61,9 @@ last=$(ids | sed -n 's/^id: //p' | sed -n 2p)
 [ "$(ids -H "Last-Event-ID: $last" | grep -c '^id: ')" -lt "$(ids | grep -c '^id: ')" ] || fail "a stream went on as if nothing had been seen"
 says 'is no statement' -H "$bearer" -d '{"fault":"hurt expert 1"}' $admin/fault
 says 'say which expert' -H "$bearer" -d '{"fault":"kill expert all"}' $admin/fault
+"$build"/troupe ctl fault "slow expert 0 for 1s by 5ms" --run-dir "$work/run" || fail "ctl fault"
+wait_for "$work/run/expert-0.log" 'injected fault: slow'
+"$build"/troupe ctl fault "hurt expert 0" --run-dir "$work/run" 2>/dev/null && fail "ctl fault took what is none"
 says 'inflicted' -H "$bearer" -d '{"fault":"kill expert 1"}' $admin/fault
 says '"text_completion"' -H "$bearer" -H 'X-Request-Id: after-the-fault' -d '{"prompt":[5,6,7],"max_tokens":8}' $admin/v1/completions
 says '"experts_ms"' -H "$bearer" $admin/troupe/requests/after-the-fault

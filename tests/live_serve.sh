@@ -73,6 +73,8 @@ for role in coordinator gateway attention expert sampler; do
     [ -n "$(troupe_processes "troupe $role ")" ] || fail "no process 'troupe $role'"
 done
 "$troupe" ctl status --run-dir "$run" >"$scratch/status" || fail "ctl status"
+"$troupe" ctl fault "kill expert 1" --run-dir "$run" >"$scratch/refused" 2>&1 && fail "a fault, though nobody has allowed any"
+grep -q 'start the troupe with --allow-faults' "$scratch/refused" || fail "no reason why there are no faults: $(cat "$scratch/refused")"
 [ -z "$(find "$run" -name '*.control' -newer "$scratch/status")" ] || fail "ctl has left its socket"
 grep -q 'expert-2 .*ready' "$scratch/status" || fail "ctl status does not show expert-2: $(cat "$scratch/status")"
 run_id=$(ls /dev/shm | sed -n "s/^troupe-\([0-9a-f]*\)-$(cat "$run/expert-0.pid")-.*/\1/p" | head -n 1)
