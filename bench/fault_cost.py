@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """What it costs to be ready for faults: processor time of all processes of a troupe per token, with and without checksums, hedging and
-frequent heartbeats, side by side. Every round measures each setting once, in an order that turns; medians of the rounds are compared, and the
-spread of the rounds says how far they can be trusted. Processor time rather than wall time: it hardly depends on what else the machine does.
+frequent heartbeats, side by side. Every round measures each setting once, in an order that turns. `paired` is the median of the rounds' own
+ratios (so what the machine does for longer than a round is in both), and `between` the 90 % interval of that median, by order statistics; `cost`
+compares the medians of all rounds. Processor time rather than wall time: it hardly depends on what else the machine does.
 
 usage: bench/fault_cost.py --troupe build/troupe [--rounds 9] [--model DIR] [--figure decode-32] [--audit] [--only "all on,all off"]"""
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import tempfile
@@ -33,6 +35,16 @@ def measure(arguments, figure, model, knobs):
     return cpu, result["tokens_per_s"]
 
 
+def interval(values, chance=0.9):
+    """Where the median of what these were drawn from lies with this chance, whatever its distribution."""
+    values, count, below, at = sorted(values), len(values), 0.0, 0
+    while at < count // 2 and below + math.comb(count, at) / 2**count <= (1 - chance) / 2:
+        below += math.comb(count, at) / 2**count
+        at += 1
+    at = max(at - 1, 0)
+    return values[at], values[count - 1 - at]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--troupe", default="build/troupe")
@@ -54,13 +66,14 @@ def main():
     base = names[0] if arguments.audit and not arguments.only else names[-1]
     zero = statistics.median(cpu for cpu, _ in found[base])
     print(f"{arguments.figure}, {arguments.rounds} rounds; processor time of all processes, us a token")
-    print(f"{'':12} {'median':>8} {'lowest':>8} {'highest':>8} {'cost':>7} {'paired':>8} {'tokens/s':>9}")
+    print(f"{'':12} {'median':>8} {'lowest':>8} {'highest':>8} {'cost':>7} {'paired':>8} {'between':>16} {'tokens/s':>9}")
     for name in names:
         cpu = [value for value, _ in found[name]]
         middle = statistics.median(cpu)
-        paired = statistics.median(here / there for (here, _), (there, _) in zip(found[name], found[base]))
+        ratios = [here / there for (here, _), (there, _) in zip(found[name], found[base])]
+        paired, (low, high) = statistics.median(ratios), interval(ratios)
         rate = statistics.median(value for _, value in found[name])
-        print(f"{name:12} {middle:8.1f} {min(cpu):8.1f} {max(cpu):8.1f} {100 * (middle / zero - 1):6.1f}% {100 * (paired - 1):7.1f}% {rate:9.0f}")
+        print(f"{name:12} {middle:8.1f} {min(cpu):8.1f} {max(cpu):8.1f} {100 * (middle / zero - 1):6.1f}% {100 * (paired - 1):7.1f}% {100 * (low - 1):7.1f} {100 * (high - 1):6.1f}% {rate:9.0f}")
 
 
 if __name__ == "__main__":
