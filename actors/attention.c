@@ -46,6 +46,32 @@ static void fill_loads(struct attention *self, Troupe__Heartbeat *heartbeat, str
     heartbeat->n_load_layer = heartbeat->n_load_expert = heartbeat->n_load_rows = count;
 }
 
+/* What each expert process has still to answer, and how long its answers take. */
+static void fill_answers(const struct attention *self, Troupe__Heartbeat *heartbeat, struct effects *out) {
+    const struct flight *flight = &self->batch.flight;
+    const uint32_t count = self->settings.load_statistics ? self->destinations : 0;
+    uint32_t *list = effects_alloc(out, 4 * ((size_t)count + 1) * sizeof *list);
+    heartbeat->peer = list;
+    heartbeat->peer_queue = list + count;
+    heartbeat->peer_p50_us = list + 2 * (size_t)count;
+    heartbeat->peer_p99_us = list + 3 * (size_t)count;
+    for (uint32_t i = 0; i < count; i++) {
+        const struct latency *latency = &self->destination[i].latency;
+        heartbeat->peer[i] = self->destination[i].id;
+        heartbeat->peer_queue[i] = 0;
+        heartbeat->peer_p50_us[i] = (uint32_t)(latency_quantile_ns(latency, 0.5) / 1000);
+        heartbeat->peer_p99_us[i] = (uint32_t)(latency_quantile_ns(latency, 0.99) / 1000);
+    }
+    for (uint32_t i = 0; i < flight->parts && count > 0; i++) {
+        const struct part *part = &flight->part[i];
+        uint32_t at = part->state == PART_SENT ? dispatch_destination(self, part->to) : UINT32_MAX;
+        if (at != UINT32_MAX)
+            heartbeat->peer_queue[at] += part->count;
+    }
+    heartbeat->n_peer = heartbeat->n_peer_queue = count;
+    heartbeat->n_peer_p50_us = heartbeat->n_peer_p99_us = count;
+}
+
 static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effects *out) {
     Troupe__Heartbeat heartbeat = TROUPE__HEARTBEAT__INIT;
     heartbeat.state = self->member.draining ? TROUPE__ACTOR_STATE__STATE_DRAINING
@@ -69,6 +95,7 @@ static void send_heartbeat(struct attention *self, uint64_t now_ns, struct effec
     heartbeat.frames_stale = self->frames_stale;
     bias_table_beat(&self->bias, &heartbeat, out);
     fill_loads(self, &heartbeat, out);
+    fill_answers(self, &heartbeat, out);
     audit_fill_heartbeat(self, &heartbeat, out);
     member_heartbeat(&self->member, &heartbeat, now_ns, out);
 }

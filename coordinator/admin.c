@@ -96,6 +96,10 @@ static json_t *describe_actor(const struct coordinator *self, const struct seat 
         json_object_set_new(json, "capacity", json_integer(seat->capacity));
         json_object_set_new(json, "fetched_bytes", json_integer((json_int_t)beat->fetched_bytes));
         json_object_set_new(json, "given_bytes", json_integer((json_int_t)beat->given_bytes));
+        struct answers answers = statistics_answers(self, seat->id);
+        json_object_set_new(json, "queue", json_integer(answers.queue));
+        json_object_set_new(json, "answer_p50_us", json_integer(answers.p50_us));
+        json_object_set_new(json, "answer_p99_us", json_integer(answers.p99_us));
     } else if (seat->role == ROLE_ATTENTION) {
         json_object_set_new(json, "sequences_running", json_integer(beat->sequences_running));
         json_object_set_new(json, "sequences_waiting", json_integer(beat->sequences_waiting));

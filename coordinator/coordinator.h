@@ -44,6 +44,13 @@ struct rolling {
     double recent;
 };
 
+/* Of an expert process, as attention actors see it: items not answered yet, and how long answers took of late (a histogram that
+ * forgets, actors/latency.h; 0: not known). */
+struct answers {
+    actor_id from;
+    uint32_t queue, p50_us, p99_us;
+};
+
 /* A member as the coordinator knows it. */
 struct seat {
     actor_id id;
@@ -65,6 +72,8 @@ struct seat {
     Troupe__Heartbeat heartbeat; /* the last one, without its lists */
     bool has_heartbeat;
     uint64_t *load; /* [pairs] attention: rows routed, running totals */
+    struct answers *answers; /* [answering] attention: of those it sends rows to; owned */
+    uint32_t answering;
     struct bias_held bias; /* gateway, attention */
 
     /* expert */
@@ -385,6 +394,9 @@ void admin_on_request(struct coordinator *self, const struct http_request *reque
 uint64_t statistics_load(const struct coordinator *self, uint32_t pair); /* rows since start */
 void statistics_take_loads(struct coordinator *self, struct seat *seat,
                            const Troupe__Heartbeat *heartbeat);
+void statistics_take_answers(struct seat *seat, const Troupe__Heartbeat *heartbeat);
+/* By all attention actors: the sum of the queues, the slowest of the quantiles. */
+struct answers statistics_answers(const struct coordinator *self, actor_id from);
 void statistics_forget(struct coordinator *self, const struct seat *seat);
 void statistics_send(struct coordinator *self, uint64_t now_ns, struct effects *out);
 /* recent.c */

@@ -57,6 +57,7 @@ static void seat_free(struct seat *seat) {
     free(seat->load);
     free(seat->assigned);
     free(seat->copy);
+    free(seat->answers);
 }
 
 void membership_free(struct coordinator *self) {
@@ -583,6 +584,7 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
         heartbeat->epoch > seat->foreign_epoch)
         seat->acknowledged_epoch = heartbeat->epoch;
     statistics_take_loads(self, seat, heartbeat);
+    statistics_take_answers(seat, heartbeat);
     recent_take(seat, heartbeat);
     bias_on_heartbeat(self, seat, heartbeat, now_ns, out);
     seat->has_heartbeat = true;
@@ -590,6 +592,10 @@ void membership_on_heartbeat(struct coordinator *self, struct seat *seat,
     seat->heartbeat.n_load_layer = seat->heartbeat.n_load_expert = seat->heartbeat.n_load_rows = 0;
     seat->heartbeat.load_layer = seat->heartbeat.load_expert = NULL;
     seat->heartbeat.load_rows = NULL;
+    seat->heartbeat.n_peer = seat->heartbeat.n_peer_queue = 0;
+    seat->heartbeat.n_peer_p50_us = seat->heartbeat.n_peer_p99_us = 0;
+    seat->heartbeat.peer = seat->heartbeat.peer_queue = NULL;
+    seat->heartbeat.peer_p50_us = seat->heartbeat.peer_p99_us = NULL;
     seat->heartbeat.n_accusation = 0;
     seat->heartbeat.accusation = NULL;
     seat->heartbeat.n_bias_version = seat->heartbeat.n_bias_users = 0;

@@ -24,6 +24,36 @@ void statistics_take_loads(struct coordinator *self, struct seat *seat,
     }
 }
 
+void statistics_take_answers(struct seat *seat, const Troupe__Heartbeat *heartbeat) {
+    if (seat->role != ROLE_ATTENTION)
+        return;
+    free(seat->answers);
+    seat->answering = 0;
+    seat->answers = calloc(heartbeat->n_peer + 1, sizeof *seat->answers);
+    for (size_t i = 0; seat->answers != NULL && i < heartbeat->n_peer; i++)
+        seat->answers[seat->answering++] =
+            (struct answers){heartbeat->peer[i], heartbeat->peer_queue[i], heartbeat->peer_p50_us[i],
+                             heartbeat->peer_p99_us[i]};
+}
+
+static uint32_t larger(uint32_t a, uint32_t b) {
+    return a > b ? a : b;
+}
+
+struct answers statistics_answers(const struct coordinator *self, actor_id from) {
+    struct answers all = {.from = from};
+    for (uint32_t i = 0; i < self->seats; i++)
+        for (uint32_t j = 0; j < self->seat[i].answering; j++) {
+            const struct answers *its = &self->seat[i].answers[j];
+            if (its->from != from)
+                continue;
+            all.queue += its->queue;
+            all.p50_us = larger(all.p50_us, its->p50_us);
+            all.p99_us = larger(all.p99_us, its->p99_us);
+        }
+    return all;
+}
+
 void statistics_forget(struct coordinator *self, const struct seat *seat) {
     for (uint32_t i = 0; seat->load != NULL && i < self->pairs; i++)
         self->load_of_gone[i] += seat->load[i];

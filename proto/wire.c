@@ -119,6 +119,10 @@ static const struct check HEARTBEAT[] = {
     EACH_BELOW(Troupe__Heartbeat, load_expert, EXPERTS_MAX),
     SAME(Troupe__Heartbeat, bias_users, bias_version),
     COUNT(Troupe__Heartbeat, bias_version, BIAS_VERSIONS_HELD_MAX),
+    SAME(Troupe__Heartbeat, peer_queue, peer),
+    SAME(Troupe__Heartbeat, peer_p50_us, peer),
+    SAME(Troupe__Heartbeat, peer_p99_us, peer),
+    COUNT(Troupe__Heartbeat, peer, ACTORS_MAX),
 };
 static const struct check BIAS[] = {
     NOT_ZERO(Troupe__Bias, version),

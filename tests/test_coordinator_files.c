@@ -32,6 +32,20 @@ static void lose(struct stage *stage, const struct player *player) {
     stage_step(stage, &event);
 }
 
+static void test_another_configuration_is_refused(void **state) {
+    struct stage stage;
+    struct player player = {.role = ROLE_EXPERT, .incarnation = 9, .name = "expert-0"};
+    open_stage(&stage);
+    stage.identity.config_fingerprint = "hash";
+    create(&stage);
+    say_hello(&stage, &player, "", "f32", 0); /* without weights, and of another config.json */
+    const message *refused = stage_sent(&stage, TROUPE__ENVELOPE__BODY_REFUSED);
+    assert_non_null(refused);
+    assert_says(refused->refused->reason, "config.json has the hash hash");
+    assert_described(&stage, "members=0");
+    stage_free(&stage);
+}
+
 /* ---- placement ---- */
 
 static void test_what_needs_a_file_goes_where_one_is(void **state) {
@@ -331,6 +345,7 @@ static void test_everything_is_served_as_long_as_somebody_has_a_file(void **stat
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_another_configuration_is_refused),
         cmocka_unit_test(test_what_needs_a_file_goes_where_one_is),
         cmocka_unit_test(test_first_the_file_then_the_others),
         cmocka_unit_test(test_a_small_process_with_a_file_feeds_the_others),

@@ -492,6 +492,34 @@ static void test_cancelling_a_rebalance(void **state) {
 
 /* ---- recording ---- */
 
+/* Queues and quantiles of each expert process, by what attention actors say. */
+static void test_how_long_answers_take_is_told(void **state) {
+    struct stage stage;
+    struct player player[6];
+    open_troupe(&stage, player);
+    player[5] = join(&stage, ROLE_ATTENTION, "attention-1", 105);
+    for (uint32_t i = 0; i < 2; i++) {
+        Troupe__Heartbeat body = TROUPE__HEARTBEAT__INIT;
+        uint32_t peer[2] = {player[2].id, 77}, queue[2] = {3 + i, 9}, p50[2] = {900 - i, 1}, p99[2] = {2000 + i, 1};
+        body.epoch = epoch_of(&stage);
+        body.coordinator_incarnation = stage.identity.incarnation;
+        body.n_peer = body.n_peer_queue = body.n_peer_p50_us = body.n_peer_p99_us = 2;
+        body.peer = peer;
+        body.peer_queue = queue;
+        body.peer_p50_us = p50;
+        body.peer_p99_us = p99;
+        message envelope = envelope_of(&player[i == 0 ? 1 : 5]);
+        envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
+        envelope.heartbeat = &body;
+        stage_message(&stage, &envelope);
+        stage_message(&stage, &envelope); /* the newest counts, not the sum of all */
+    }
+    const char *text = request(&stage, "GET", "/actors", NULL, 200);
+    assert_says(text, "\"queue\":7,\"answer_p50_us\":900,\"answer_p99_us\":2001");
+    assert_says(text, "\"queue\":0,\"answer_p50_us\":0,\"answer_p99_us\":0"); /* expert-1 */
+    stage_free(&stage);
+}
+
 static void test_loads_are_recorded_in_windows(void **state) {
     struct stage stage;
     struct player player[5];
@@ -549,6 +577,7 @@ int main(void) {
         cmocka_unit_test(test_a_process_that_joins_and_falls_silent_holds_nothing_up_for_long),
         cmocka_unit_test(test_rebalancing_parts_hot_experts),
         cmocka_unit_test(test_cancelling_a_rebalance),
+        cmocka_unit_test(test_how_long_answers_take_is_told),
         cmocka_unit_test(test_loads_are_recorded_in_windows),
     };
     return cmocka_run_group_tests_name("operations", tests, NULL, NULL);

@@ -300,12 +300,25 @@ static void test_the_usual_time_sets_the_measure(void **state) {
         }
     }
     submit(&stage, 20, 1);
-    next_frame(&stage, FRAME_DISPATCH);
-    next_frame(&stage, FRAME_DISPATCH);
+    struct effect frame[2] = {next_frame(&stage, FRAME_DISPATCH)};
+    frame[1] = next_frame(&stage, FRAME_DISPATCH);
     stage_timer(&stage, stage.now_ns + FLOOR - 1);
     assert_no_frame(&stage);
     stage_timer(&stage, stage.now_ns + 1);
     next_frame(&stage, FRAME_DISPATCH);
+    /* the next heartbeat tells of it */
+    stage_clear(&stage);
+    stage_timer(&stage, stage.now_ns + (uint64_t)stage.settings.heartbeat_ms * MS);
+    const message *sent = stage_sent(&stage, TROUPE__ENVELOPE__BODY_HEARTBEAT);
+    assert_non_null(sent);
+    assert_int_equal(sent->heartbeat->n_peer, 3); /* nothing was sent to 32 */
+    assert_int_equal(sent->heartbeat->peer_queue[2] + sent->heartbeat->peer_p99_us[2], 0);
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(sent->heartbeat->peer[i], 30 + i);
+        assert_in_range(sent->heartbeat->peer_p50_us[i], 1000, 2500);
+        assert_in_range(sent->heartbeat->peer_p99_us[i], 1000, 2500);
+        assert_true(sent->heartbeat->peer_queue[i] >= frame[i].transfer.header.items);
+    }
     stage_free(&stage);
 }
 

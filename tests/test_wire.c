@@ -316,6 +316,7 @@ LIE(refused_long, s->refused.reason = LONG_TEXT)
 LIE(welcome_id, s->welcome.id = 0)
 LIE(heartbeat_state, s->heartbeat.state = 6)
 LIE(heartbeat_parallel, s->heartbeat.n_load_rows = 2)
+LIE(heartbeat_answers, s->heartbeat.peer_queue = LAYERS; s->heartbeat.n_peer_queue = 2)
 LIE(heartbeat_layer, s->heartbeat.load_layer = BIG_LAYERS)
 LIE(heartbeat_expert, s->heartbeat.load_expert = BIG_EXPERTS)
 LIE(heartbeat_users, s->heartbeat.n_bias_users = 1)
@@ -392,6 +393,7 @@ static void test_lies(void **state) {
         C(HEARTBEAT, heartbeat_state, CORRUPT, "Heartbeat.state"),
         C(HEARTBEAT, heartbeat_parallel, CORRUPT,
           "load_rows: expected 3 entries as in load_layer, found 2"),
+        C(HEARTBEAT, heartbeat_answers, CORRUPT, "peer_queue: expected 0 entries as in peer, found 2"),
         C(HEARTBEAT, heartbeat_layer, CORRUPT, "load_layer: expected less than 256, found 256"),
         C(HEARTBEAT, heartbeat_expert, CORRUPT, "load_expert: expected less than 1024, found 1024"),
         C(HEARTBEAT, heartbeat_users, CORRUPT, "bias_users: expected 2 entries as in bias_version"),

@@ -206,16 +206,22 @@ static void print_operations(const json_t *answer) {
 static void print_actors(const json_t *answer) {
     size_t index;
     json_t *actor;
-    printf("%5s  %-14s %-12s %-9s %12s %8s %10s %9s  %s\n", "actor", "name", "role", "state", "heartbeat", "epoch",
-           "memory", "copies", "address");
+    printf("%5s  %-14s %-12s %-9s %12s %8s %10s %9s %6s %15s  %s\n", "actor", "name", "role", "state", "heartbeat",
+           "epoch", "memory", "copies", "queue", "p50/p99 of rows", "address");
     json_array_foreach(json_object_get(answer, "actors"), index, actor) {
-        char copies[48] = "";
+        char copies[48] = "", queue[24] = "", answers[48] = "";
         if (json_object_get(actor, "copies") != NULL)
             snprintf(copies, sizeof copies, "%lld/%lld", number_of(actor, "copies_held"), number_of(actor, "copies"));
-        printf("%5lld  %-14s %-12s %-9s %9.0f ms %8lld %7.0f MB %9s  %s\n", number_of(actor, "id"),
+        if (json_object_get(actor, "queue") != NULL)
+            snprintf(queue, sizeof queue, "%lld", number_of(actor, "queue"));
+        if (number_of(actor, "answer_p99_us") > 0)
+            snprintf(answers, sizeof answers, "%.1f/%.1f ms", (double)number_of(actor, "answer_p50_us") / 1e3,
+                     (double)number_of(actor, "answer_p99_us") / 1e3);
+        printf("%5lld  %-14s %-12s %-9s %9.0f ms %8lld %7.0f MB %9s %6s %15s  %s\n", number_of(actor, "id"),
                text_of(actor, "name"), text_of(actor, "role"), text_of(actor, "state"),
                json_number_value(json_object_get(actor, "heartbeat_age_ms")), number_of(actor, "epoch"),
-               (double)number_of(actor, "memory_bytes") / 1e6, copies, text_of(actor, "address"));
+               (double)number_of(actor, "memory_bytes") / 1e6, copies, queue, answers,
+               text_of(actor, "address"));
     }
 }
 
