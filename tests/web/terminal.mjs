@@ -67,11 +67,11 @@ try {
   await until("a killed process is shown as lost, in red", () => /\x1b\[[0-9;]*31m.*expert-1 lost with/.test(screen("-e")));
   const gone = screen("-e");
   await until("and as back", () => /expert-1 lost with .*back after/.test(screen()) && /expert-1 .* ready/.test(screen()));
+  if (process.argv[2]) await takePicture(process.argv[2], /expert-1 .* gone/.test(gone) ? gone : screen("-e"));
   await answer;
   process.kill(+readFileSync(join(run, "gateway.pid"), "utf8"), "SIGKILL");
   await until("a gateway that is away is said to be", () => /the gateway has closed the connection; trying again/.test(screen()));
   await until("and found again", () => /order: n name/.test(screen()) && /7 processes/.test(screen()));
-  if (process.argv[2]) await takePicture(process.argv[2], /expert-1 .* gone/.test(gone) ? gone : screen("-e"));
   tmux("resize-window", "-t", "top", "-x", "70", "-y", "16");
   await until("a small window is kept to", () => /\bquit|order:/.test(screen()) && screen().split("\n").every(l => l.length <= 70));
   tmux("send-keys", "-t", "top", "q");
