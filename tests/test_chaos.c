@@ -125,6 +125,21 @@ static void test_damaged_frames_are_caught(void **state) {
     count_faults(path);
 }
 
+/* More than a troupe takes: it says 429 or 503 with Retry-After, which the clients insist on, and whatever it took is answered. */
+static void test_refusals_are_in_order(void **state) {
+    static char report[16384];
+    unsigned refused = 0;
+    (void)state;
+    assert_int_equal(run_plan("streams 8\ntokens 32\nexperts 2\nknob max_waiting 1\nknob max_sequences 2\nfor 2s\nwindow 1s\n"
+                              "at 500ms kill attention 0\n",
+                              "6", report, sizeof report),
+                     0);
+    const char *answers = strstr(report, "refused in order ");
+    assert_non_null(answers);
+    assert_int_equal(sscanf(answers, "refused in order %u", &refused), 1);
+    assert_true(refused > 0);
+}
+
 static void test_short_storm(void **state) {
     static char report[32768];
     (void)state;
@@ -193,6 +208,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_plans_are_checked),     cmocka_unit_test(test_every_role_is_killed),
         cmocka_unit_test(test_damaged_frames_are_caught), cmocka_unit_test(test_short_storm),
+        cmocka_unit_test(test_refusals_are_in_order),
         cmocka_unit_test(test_a_lie_is_seen),         cmocka_unit_test(test_an_audit_lets_no_lie_pass),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

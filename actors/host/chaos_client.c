@@ -35,6 +35,7 @@ struct connection {
     uint64_t last_ns; /* of the last piece, or of the question */
     char id[48], last_event[32];
     int status;
+    bool retry_after; /* the head says when to come again */
     char *line;
     size_t line_bytes;
     enum { READ_HEAD, READ_SIZE, READ_CHUNK, READ_CHUNK_END } reading;
@@ -91,6 +92,7 @@ static void open_connection(struct connection *self) {
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     self->file = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
     self->status = 0;
+    self->retry_after = false;
     self->reading = READ_HEAD;
     self->failed = false;
     self->line_bytes = self->frame_bytes = 0;
@@ -163,6 +165,7 @@ static void take_frame_line(struct connection *self) {
     if (self->reading == READ_HEAD) {
         if (self->status == 0)
             sscanf(self->frame_line, "HTTP/1.1 %3d", &self->status);
+        self->retry_after = self->retry_after || strncasecmp(self->frame_line, "Retry-After: ", 13) == 0;
         if (self->frame_bytes == 0)
             self->reading = READ_SIZE;
     } else if (self->reading == READ_SIZE) {
@@ -219,13 +222,17 @@ static void end(struct connection *self) {
 
 /* The connection has ended. */
 static void on_end(struct connection *self, uint64_t now) {
+    bool whole_head = self->reading != READ_HEAD;
     hang_up(self);
     if (self->done && self->status == 200) {
         judge(self);
         end(self);
-    } else if (self->status == 429 || self->status == 503) { /* refused in order: asked again later */
-        self->stream->refused++;
+    } else if (whole_head && (self->status == 429 || self->status == 503) && self->retry_after) {
+        self->stream->refused++; /* in order: asked again later */
         self->next_ns = now + 5 * (uint64_t)RETRY_NS;
+    } else if (whole_head && self->status != 200) { /* any other answer is none */
+        self->stream->lost++;
+        end(self);
     } else if (self->attempts++ < RESUMES_MAX) {
         self->stream->resumed += self->pieces > 0;
         self->next_ns = now + RETRY_NS;
