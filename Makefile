@@ -264,6 +264,11 @@ soak-elastic: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## grow and shrin
 soak-cycles: $(BUILD)/troupe $(BUILD)/tests/test_live_elastic ## scale up and down CYCLES times: nothing may be left behind
 	TROUPE_BUILD=$(BUILD) $(BUILD)/tests/test_live_elastic cycles $(CYCLES)
 
+.PHONY: bench-mtp
+bench-mtp: deps ## one stream with guessed tokens against without, in turns (ARGS='--pairs 25 TEXT...')
+	@$(MAKE) --no-print-directory $(BUILD)/troupe
+	python3 bench/mtp.py --troupe $(BUILD)/troupe $(ARGS)
+
 .PHONY: bench-kernels
 bench-kernels: $(BUILD)/tests/bench/kernels ## one operation at a time, as shares of the machine's limits (ARGS='--threads 2 --filter fp8')
 	$< $(ARGS)
