@@ -9,7 +9,7 @@
 
 /* Items of one expert that are computed together: bounds the work space; large enough to make the
  * weights' way from memory cheap. */
-#define CHUNK    64
+#define CHUNK    256
 #define WORK_MAX 64 /* threads that take groups: bits of experts.taken */
 
 /* A work space: of whoever works on a group, one at a time. */

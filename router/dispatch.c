@@ -45,7 +45,8 @@ int dispatch_plan_init(struct dispatch_plan *self, uint32_t items_max, uint32_t 
     size_t n = max_u32(items_max, 1);
     scratch->item = calloc(n, sizeof *scratch->item);
     scratch->count = calloc((size_t)scratch->keys_max + 1, sizeof *scratch->count);
-    scratch->use.slot = calloc(REPLICA_SLOTS_MAX, sizeof *scratch->use.slot); /* few pages are touched */
+    scratch->use.slot =
+        calloc(REPLICA_SLOTS_MAX, sizeof *scratch->use.slot); /* few pages are touched */
     scratch->use.expert = calloc(EXPERTS_MAX, sizeof *scratch->use.expert);
     self->item = calloc(n, sizeof *self->item);
     self->part = calloc(n, sizeof *self->part);
@@ -53,8 +54,8 @@ int dispatch_plan_init(struct dispatch_plan *self, uint32_t items_max, uint32_t 
     self->row = calloc(n, sizeof *self->row);
     self->item_row = calloc(n, sizeof *self->item_row);
     if (scratch->item == NULL || scratch->count == NULL || scratch->use.slot == NULL ||
-        scratch->use.expert == NULL || self->item == NULL ||
-        self->part == NULL || self->group == NULL || self->row == NULL || self->item_row == NULL) {
+        scratch->use.expert == NULL || self->item == NULL || self->part == NULL ||
+        self->group == NULL || self->row == NULL || self->item_row == NULL) {
         dispatch_plan_free(self);
         return ERR_NO_MEMORY;
     }
@@ -136,8 +137,19 @@ static void part_number_rows(struct dispatch_plan *self, struct dispatch_part *p
         memset(scratch->row_bits + low, 0, (high - low) * sizeof *scratch->row_bits);
 }
 
+/* Items of the expert at `first` for one destination. */
+static uint32_t run_of_expert(const struct dispatch_plan *self, uint32_t first, uint32_t end) {
+    const struct dispatch_item *item = self->item;
+    uint32_t i = first + 1;
+    while (i < end && item[i].expert == item[first].expert &&
+           item[i].destination == item[first].destination)
+        i++;
+    return i - first;
+}
+
 /* Cuts the sorted items that have a destination into parts, and each part's items into groups of
- * one expert. */
+ * one expert. An expert that would be cut goes whole into the next part if this one is half full:
+ * its weights are read once for each part that has items of it. */
 static void cut_parts(struct dispatch_plan *self, uint32_t part_items_max) {
     uint32_t end = self->items - self->waiting, groups = 0, rows = 0;
     for (uint32_t first = 0; first < end;) {
@@ -152,8 +164,13 @@ static void cut_parts(struct dispatch_plan *self, uint32_t part_items_max) {
         for (; i < end && i - first < part_items_max &&
                self->item[i].destination == part->destination;
              i++) {
-            if (i == first || self->item[i].expert != self->item[i - 1].expert)
+            if (i == first || self->item[i].expert != self->item[i - 1].expert) {
+                const uint32_t taken = i - first;
+                if (taken > 0 && taken >= part_items_max / 2 &&
+                    run_of_expert(self, i, end) > part_items_max - taken)
+                    break;
                 self->group[groups++] = (struct frame_group){.expert = self->item[i].expert};
+            }
             self->group[groups - 1].count++;
         }
         part->items = i - first;

@@ -29,8 +29,9 @@ static void a_replica_is_the_least_loaded_live_holder(void **state) {
     assert_int_equal(replica_choose(&SMALL, 0, 2, alive, load, NULL), UINT32_MAX);
 }
 
-/* Items of expert 1, at destinations 0 and 1: shares follow the costs, a queue counts as water that is there already, and nobody ends
- * an item later than the others would have begun it. Few items stay together: a second replica costs as much as 8 of them. */
+/* Items of expert 1, at destinations 0 and 1: shares follow the costs, a queue counts as water that
+ * is there already, and nobody ends an item later than the others would have begun it. Few items
+ * stay together: a second replica costs as much as 8 of them. */
 static void replicas_are_filled_like_water(void **state) {
     (void)state;
     static const struct {
@@ -39,7 +40,10 @@ static void replicas_are_filled_like_water(void **state) {
         {{0, 0}, {16, 16}, 9, {9, 0}},
         {{0, 0}, {16, 16}, 10, {9, 1}},
         {{0, 0}, {16, 16}, 100, {54, 46}},
-        {{0, 0}, {16, 48}, 160, {126, 34}}, /* three times as slow, 8 of its items are 24 of the other's */
+        {{0, 0},
+         {16, 48},
+         160,
+         {126, 34}}, /* three times as slow, 8 of its items are 24 of the other's */
         {{0, 0}, {64, 16}, 97, {13, 84}},
         {{80, 0}, {16, 16}, 13, {0, 13}}, /* five items wait already */
         {{80, 0}, {16, 16}, 53, {20, 33}},
@@ -60,9 +64,14 @@ static void replicas_are_filled_like_water(void **state) {
             share[plan.part[i].destination] += plan.part[i].items;
         assert_int_equal(share[0], cases[c].share[0]);
         assert_int_equal(share[1], cases[c].share[1]);
-        bool both = share[0] > 0 && share[1] > 0, first_is_0 = cases[c].level[0] + cost[0] <= cases[c].level[1] + cost[1];
-        assert_int_equal(level[0], cases[c].level[0] + (share[0] + (both && !first_is_0 ? REPLICA_OPEN : 0)) * cost[0]);
-        assert_int_equal(level[1], cases[c].level[1] + (share[1] + (both && first_is_0 ? REPLICA_OPEN : 0)) * cost[1]);
+        bool both = share[0] > 0 && share[1] > 0,
+             first_is_0 = cases[c].level[0] + cost[0] <= cases[c].level[1] + cost[1];
+        assert_int_equal(level[0],
+                         cases[c].level[0] +
+                             (share[0] + (both && !first_is_0 ? REPLICA_OPEN : 0)) * cost[0]);
+        assert_int_equal(level[1],
+                         cases[c].level[1] +
+                             (share[1] + (both && first_is_0 ? REPLICA_OPEN : 0)) * cost[1]);
         dispatch_plan_free(&plan);
     }
 }
@@ -82,8 +91,8 @@ static void a_plan_written_out(void **state) {
     assert_int_equal(plan.items, 6);
     assert_int_equal(plan.waiting, 1);
     assert_int_equal(plan.parts, 2);
-    /* destination 0: row 7's experts 1 (a tie) and 0, row 2's expert 1 (where row 7's is) and row 5's 0;
-     * destination 1: row 5's 2 */
+    /* destination 0: row 7's experts 1 (a tie) and 0, row 2's expert 1 (where row 7's is) and row
+     * 5's 0; destination 1: row 5's 2 */
     static const uint32_t rows[] = {5, 7, 2, 7, 5, 2}, experts[] = {0, 0, 1, 1, 2, 3},
                           item_row[] = {1, 2, 0, 2, 0};
     for (int i = 0; i < 6; i++) {
@@ -185,6 +194,17 @@ static void check_part(const struct dispatch_plan *plan, const struct dispatch_p
         assert_true(plan->row[part->first_row + r] > plan->row[part->first_row + r - 1]);
 }
 
+/* The next part of the same destination begins with an expert that had no room in this one. */
+static bool ended_well(const struct dispatch_plan *plan, uint32_t p, uint32_t part_max) {
+    const struct dispatch_part *part = &plan->part[p], *next = part + 1;
+    const uint32_t last = part->first_item + part->items - 1, expert = plan->item[last + 1].expert;
+    uint32_t run = 0;
+    while (run < next->items && plan->item[next->first_item + run].expert == expert)
+        run++;
+    return part->items >= part_max / 2 && plan->item[last].expert != expert &&
+           part->items + run > part_max;
+}
+
 static void check_plan(const struct dispatch_plan *plan, const struct placement *placement,
                        uint32_t layer, const struct random_cluster *c,
                        const struct dispatch_item *items, uint32_t count, uint32_t part_max) {
@@ -217,7 +237,7 @@ static void check_plan(const struct dispatch_plan *plan, const struct placement 
         assert_true(part->items >= 1 && part->items <= part_max);
         assert_true(p == 0 || part->destination >= plan->part[p - 1].destination);
         assert_true(p == 0 || part->destination > plan->part[p - 1].destination ||
-                    plan->part[p - 1].items == part_max);
+                    plan->part[p - 1].items == part_max || ended_well(plan, p - 1, part_max));
         check_part(plan, part);
         item += part->items;
         group += part->groups;
@@ -243,8 +263,8 @@ static void every_plan_keeps_its_invariants(void **state) {
             before[d] = load[d] = random_below(&random, 10);
         if (seed % 100 == 0)
             printf("seed %u: %u items\n", (unsigned)seed, count);
-        dispatch_plan_build(&plan, &placement, layer, items, count, c.alive, load, NULL, c.destinations,
-                            part_max);
+        dispatch_plan_build(&plan, &placement, layer, items, count, c.alive, load, NULL,
+                            c.destinations, part_max);
         check_plan(&plan, &placement, layer, &c, items, count, part_max);
         /* what was added: items, and second replicas of experts */
         uint32_t added = 0, wanted = 0, replicas[64] = {0}, last[64];
@@ -292,8 +312,34 @@ static void replicas_share_the_load(void **state) {
     dispatch_plan_free(&plan);
 }
 
+/* 64 rows of each of 8 experts at one destination, parts of up to 150: the weights of no expert are
+ * read twice. */
+static void an_expert_is_not_cut_where_there_is_room(void **state) {
+    (void)state;
+    static const uint32_t first[] = {0, 1, 2, 3, 4, 5, 6, 7, 8}, holder[8];
+    const struct placement placement = {1, 8, first, holder};
+    const uint8_t alive[1] = {1};
+    uint32_t level[1] = {0}, count = 0;
+    static struct dispatch_item items[512];
+    for (uint32_t row = 0; row < 512; row++)
+        items[count++] = (struct dispatch_item){.row = row, .expert = row % 8};
+    struct dispatch_plan plan;
+    assert_int_equal(dispatch_plan_init(&plan, 512, 1), 0);
+    dispatch_plan_build(&plan, &placement, 0, items, count, alive, level, NULL, 1, 150);
+    assert_int_equal(plan.parts, 4);
+    for (uint32_t p = 0; p < plan.parts; p++) {
+        assert_int_equal(plan.part[p].items, 128);
+        assert_int_equal(plan.part[p].groups, 2);
+    }
+    /* one that is larger than a part must be */
+    dispatch_plan_build(&plan, &placement, 0, items, count, alive, level, NULL, 1, 40);
+    assert_true(plan.parts >= 13);
+    dispatch_plan_free(&plan);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(an_expert_is_not_cut_where_there_is_room),
         cmocka_unit_test(a_replica_is_the_least_loaded_live_holder),
         cmocka_unit_test(replicas_are_filled_like_water),
         cmocka_unit_test(a_plan_written_out),
