@@ -69,6 +69,21 @@ static inline void few_block(const struct walk *walk, struct few *few, const bf1
     }
 }
 
+/* The scales of a segment's weights, which lie far from those of the next one. */
+static inline void ask_scales(const struct walk *walk, uint32_t panel, uint32_t count,
+                              uint32_t segment) {
+    const struct matrix *w = walk->w;
+    for (uint32_t p = 0; w->scales != NULL && p < count; p++)
+        _mm_prefetch(w->scales + ((size_t)segment * matrix_panels(w) + panel + p) * PANEL_OUTPUTS,
+                     _MM_HINT_T0);
+}
+
+/* Which tiles of the next panels are plain. */
+static inline void ask_plain(const struct walk *walk, uint32_t panel) {
+    if (walk->e4m3 && panel < matrix_panels(walk->w))
+        _mm_prefetch(walk->plain + (size_t)panel * matrix_blocks(walk->w) / 32, _MM_HINT_T0);
+}
+
 typedef float few_sums[FEW_PANELS][TILE_ROWS * PANEL_OUTPUTS];
 
 static inline void few_store(few_sums sums, const uint32_t count) {
@@ -111,8 +126,10 @@ static inline void few_panels(const struct walk *walk, struct few *few, const ui
         tile_weights(walk, panel + p, 0, few->scratch[0][p]);
     if (w->segments == 0)
         memset(acc, 0, sizeof acc);
+    ask_plain(walk, panel + count);
     for (uint32_t s = 0; s < w->segments; s++) {
         uint32_t k = w->segment_k[s];
+        ask_scales(walk, panel, count, s);
         TILE_ZERO(0);
         TILE_ZERO(1);
         TILE_ZERO(2);
