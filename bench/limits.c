@@ -4,7 +4,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #define STREAM_BYTES  ((size_t)1 << 30) /* more than any cache: servers share some 500 MB */
 #define STREAM_PASSES 6
@@ -34,13 +33,13 @@ static void stream_part(void *argument, int part, int parts) {
     job->sums[part % 64] = sum[0];
 }
 
-static double measure_stream(const struct parallel *parallel, uint64_t (*now_ns)(void)) {
+static double measure_stream(const struct parallel *parallel, uint64_t (*now_ns)(void),
+                             void (*ask_huge)(void *memory, size_t bytes)) {
     uint64_t *words = aligned_alloc(HUGE_PAGE, STREAM_BYTES);
     double best = 0;
     if (words == NULL)
         return 0;
-    madvise(words, STREAM_BYTES,
-            MADV_HUGEPAGE); /* as weights have them: small pages read a third slower */
+    ask_huge(words, STREAM_BYTES); /* as weights have them: small pages read a third slower */
     memset(words, 1, STREAM_BYTES);
     struct stream_job job = {.words = words, .count = STREAM_BYTES / sizeof *words};
     for (int i = 0; i < STREAM_PASSES; i++) {
@@ -80,9 +79,9 @@ static double measure_peak(float (*run)(uint32_t loops), double flops_per_loop, 
 }
 
 void limits_measure(struct machine_limits *ret, enum isa isa, const struct parallel *parallel,
-                    uint64_t (*now_ns)(void)) {
+                    uint64_t (*now_ns)(void), void (*ask_huge)(void *memory, size_t bytes)) {
     *ret = (struct machine_limits){.threads = parallel->width, .peak_name = "none"};
-    ret->stream_bytes_per_s = measure_stream(parallel, now_ns);
+    ret->stream_bytes_per_s = measure_stream(parallel, now_ns, ask_huge);
 #if defined(__x86_64__)
     bool best = isa == ISA_BEST;
     if (isa_available(ISA_AMX) && (best || isa == ISA_AMX)) {

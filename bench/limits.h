@@ -18,7 +18,7 @@ struct machine_limits {
 /* Takes a second or two. stream 0: no memory for the buffer. peak 0: only scalar code runs
  * here. */
 void limits_measure(struct machine_limits *ret, enum isa isa, const struct parallel *parallel,
-                    uint64_t (*now_ns)(void));
+                    uint64_t (*now_ns)(void), void (*ask_huge)(void *memory, size_t bytes));
 
 /* `loops` times 2 x PEAK_FLOPS_PER_LOOP operations that cannot be left out; the result only keeps
  * the compiler honest. */

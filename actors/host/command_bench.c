@@ -19,6 +19,7 @@
 #include "actors/host/clock.h"
 #include "actors/host/commands.h"
 #include "actors/host/files.h"
+#include "actors/host/huge_pages.h"
 #include "actors/host/pool.h"
 
 #define FIGURES_MAX 32
@@ -337,7 +338,7 @@ static int measure_limits(struct bench *self, struct failure *failure) {
     if (error < 0)
         return error;
     struct parallel parallel = pool_parallel(pool);
-    limits_measure(&self->report.limits, isa, &parallel, clock_now_ns);
+    limits_measure(&self->report.limits, isa, &parallel, clock_now_ns, ask_for_huge_pages);
     pool_close(&pool);
     return 0;
 }

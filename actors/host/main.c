@@ -1,9 +1,9 @@
 /* build/troupe: one binary for everything. Each subcommand is a row of the table. */
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "actors/host/commands.h"
+#include "actors/host/huge_pages.h"
 #include "actors/host/process.h"
 #include "actors/host/version.h"
 #include "engine/engine.h"
@@ -58,7 +58,8 @@ static const struct command {
     {"bench", FOR_BENCH, command_bench, "[OPTIONS]",
      "how fast is it here: decode, prefill and mixed load, beside the machine's limits"},
     {"chaos", FOR_CHAOS, command_chaos, "--plan FILE [OPTIONS]",
-     "real processes, real faults: is every stream as if nothing had happened, and how long was it still?"},
+     "real processes, real faults: is every stream as if nothing had happened, and how long was it "
+     "still?"},
     {"sim", FOR_SIM, command_sim, "[--seed N | --seeds A..B | --scenario FILE] [OPTIONS]",
      "whole clusters on virtual time, with faults drawn from a seed: is every token the same?"},
     {"plan", FOR_PLAN, command_plan, "--load FILE --processes P [OPTIONS]",
@@ -67,7 +68,8 @@ static const struct command {
      "what routing biases that follow the load give in balance and cost in perplexity"},
     {"ctl", FOR_CONTROL, command_ctl,
      "status | actors | placement | operations | scale ROLE N | drain ACTOR | move L E FROM TO | "
-     "replicate L E [TO] | rebalance | bias on|off|show|reset | cancel ID | record start|stop|dump | journal start FILE|stop | fault \"KIND ROLE N ...\" [OPTIONS]",
+     "replicate L E [TO] | rebalance | bias on|off|show|reset | cancel ID | record start|stop|dump "
+     "| journal start FILE|stop | fault \"KIND ROLE N ...\" [OPTIONS]",
      "ask a running troupe how it is, and change it while it serves"},
     {"top", FOR_TOP, command_top, "[--url URL] [--once]",
      "the live view in a terminal: load of each expert, processes, faults"},
@@ -106,10 +108,6 @@ static int run_command(const struct command *command, int argc, char **argv) {
         return 2;
     }
     return command->run(&options);
-}
-
-static void ask_for_huge_pages(void *memory, size_t bytes) {
-    madvise(memory, bytes, MADV_HUGEPAGE); /* may be refused */
 }
 
 int main(int argc, char **argv) {

@@ -5,10 +5,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
 
 #include "actors/host/clock.h"
+#include "actors/host/huge_pages.h"
 #include "actors/host/pool.h"
 #include "bench/limits.h"
 #include "kernels/ops.h"
@@ -132,7 +132,7 @@ static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
     it.matrix = malloc(it.copies * sizeof *it.matrix);
     const size_t room = (bytes * it.copies + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     uint8_t *memory = aligned_alloc(HUGE_PAGE, room);
-    madvise(memory, room, MADV_HUGEPAGE); /* as the engine does */
+    ask_for_huge_pages(memory, room); /* as the engine does */
     bench.kernels->matrix_pack(&it.matrix[0], &view, memory);
     for (uint32_t i = 1; i < it.copies; i++) {
         memcpy(memory + i * bytes, memory, bytes);
@@ -300,7 +300,7 @@ int main(int argc, char **argv) {
     }
     bench.parallel = pool_parallel(pool);
     numerics_enter();
-    limits_measure(&bench.limits, isa, &bench.parallel, now_ns);
+    limits_measure(&bench.limits, isa, &bench.parallel, now_ns, ask_for_huge_pages);
     printf("%s, %d threads: memory %.1f GB/s, %s %.0f GFLOP/s\n", bench.kernels->name,
            bench.parallel.width, bench.limits.stream_bytes_per_s / 1e9, bench.limits.peak_name,
            bench.limits.peak_flops / 1e9);
