@@ -56,6 +56,59 @@ static void test_a_replica_is_one_copy_more(void **state) {
     stage_free(&stage);
 }
 
+/* Each goes at its own pace: the second is done while the first still loads. */
+static void test_operations_do_not_wait_for_each_other(void **state) {
+    struct stage stage;
+    struct player player[5];
+    open_troupe(&stage, player);
+    post(&stage, "/move", MOVE); /* to expert-1 */
+    post(&stage, "/move", "{\"layer\":1,\"expert\":2,\"from\":\"expert-1\",\"to\":\"expert-0\"}");
+    assert_phase(&stage, 1, "prepare");
+    assert_phase(&stage, 2, "prepare");
+    for (int round = 0; round < 4; round++) { /* expert-0 does what it is told, expert-1 loads for long */
+        struct order order = last_order(&stage, &player[2]);
+        ready(&stage, &player[2], order.operation, true);
+        order = last_order(&stage, &player[3]);
+        if (order.release)
+            ready(&stage, &player[3], order.operation, true);
+        settle(&stage, player, 5);
+    }
+    assert_phase(&stage, 1, "prepare");
+    assert_int_equal(placed_at(last_commit(&stage), player[2].id), 5);
+    go_on(&stage, player, 5);
+    go_on(&stage, player, 5);
+    assert_phase(&stage, 1, "done");
+    assert_phase(&stage, 2, "done");
+    stage_free(&stage);
+}
+
+static void test_progress_is_told(void **state) {
+    struct stage stage;
+    struct player player[5];
+    char text[96];
+    open_troupe(&stage, player);
+    uint32_t bytes = 3 * stage.config.hidden * stage.config.expert_width * 4 + 1;
+    post(&stage, "/move", MOVE);
+    snprintf(text, sizeof text, "\"bytes\":%u,\"bytes_done\":0", bytes);
+    assert_says(request(&stage, "GET", "/operations", NULL, 200), text);
+    Troupe__Heartbeat body = TROUPE__HEARTBEAT__INIT;
+    body.epoch = epoch_of(&stage);
+    body.coordinator_incarnation = stage.identity.incarnation;
+    body.order = last_order(&stage, &player[3]).operation;
+    body.load_bytes = 1000;
+    body.load_bytes_done = 400;
+    message envelope = envelope_of(&player[3]);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_HEARTBEAT;
+    envelope.heartbeat = &body;
+    stage_message(&stage, &envelope);
+    snprintf(text, sizeof text, "\"bytes_done\":%u", (uint32_t)(bytes * 0.4));
+    assert_says(request(&stage, "GET", "/operations", NULL, 200), text);
+    go_on(&stage, player, 5);
+    snprintf(text, sizeof text, "\"bytes_done\":%u", bytes);
+    assert_says(request(&stage, "GET", "/operations", NULL, 200), text);
+    stage_free(&stage);
+}
+
 static void test_a_failed_load_leaves_everything_as_it_was(void **state) {
     struct stage stage;
     struct player player[5];
@@ -561,6 +614,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_a_move_goes_through_its_phases),
         cmocka_unit_test(test_a_replica_is_one_copy_more),
+        cmocka_unit_test(test_operations_do_not_wait_for_each_other),
+        cmocka_unit_test(test_progress_is_told),
         cmocka_unit_test(test_a_failed_load_leaves_everything_as_it_was),
         cmocka_unit_test(test_cancelling_in_each_phase),
         cmocka_unit_test(test_conflicts_and_nonsense_are_refused),
