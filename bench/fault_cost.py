@@ -8,6 +8,7 @@ usage: bench/fault_cost.py --troupe build/troupe [--rounds 9] [--model DIR] [--f
 import argparse
 import json
 import math
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ AUDITS = {
 def measure(arguments, figure, model, knobs):
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         subprocess.run([arguments.troupe, "bench", "--model", model, "--figures", figure, "--runs", "1", "--json", out.name] + knobs,
-                       check=True, stdout=subprocess.DEVNULL)
+                       check=True, stdout=subprocess.DEVNULL, start_new_session=True)
         result = json.load(open(out.name))["figures"][figure]
     cpu = sum(us for role, us in result["cpu_us_per_token"].items() if role != "client")
     return cpu, result["tokens_per_s"]
@@ -59,7 +60,12 @@ def main():
         settings = {name: settings[name] for name in arguments.only.split(",")}
     names = list(settings)
     found = {name: [] for name in names}
+    ended = []
+    signal.signal(signal.SIGTERM, lambda *_: ended.append(True))  # the rounds so far are told
     for turn in range(arguments.rounds):
+        if ended and turn > 0:
+            arguments.rounds = turn
+            break
         at = turn % len(names)
         for name in names[at:] + names[:at]:
             found[name].append(measure(arguments, arguments.figure, arguments.model, settings[name]))
