@@ -48,6 +48,7 @@ static inline __attribute__((always_inline)) void expand_tile(const uint8_t *pac
     const __m512i sign = _mm512_set1_epi8((char)0x80);
     const __m512i subnormal_high = _mm512_set1_epi64(0x3c3c3c3c3b3b3b00);
     const __m512i subnormal_low = _mm512_set1_epi64(0x60402000c0800000);
+#pragma GCC unroll 8
     for (uint32_t i = 0; i < TILE_ELEMENTS; i += 64) {
         const __m512i bytes = _mm512_loadu_si512(packed + i);
         __m512i high = _mm512_gf2p8affine_epi64_epi8(bytes, high_rows, 0x3c);
