@@ -4,7 +4,9 @@
  * the last one is wasted. What is given back serves the next matrix of the same size (experts of a
  * model are all alike), and a region in which nothing is left goes back to the system.
  *
- * One heap for the process: loader threads pack experts beside the engine. */
+ * One heap for the process: loader threads pack experts beside the engine. They may run when nobody
+ * else wants a processor (background_nice), so nothing long happens under the lock: an engine that
+ * gives an expert back would wait for a loader that is put aside in the middle of it. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -40,6 +42,7 @@ static void unlock(void) {
     atomic_flag_clear_explicit(&locked, memory_order_release);
 }
 
+/* Not among the regions yet. */
 static struct weight_region *region_open(size_t bytes) {
     bytes = bytes < REGION_BYTES ? REGION_BYTES : (bytes + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1);
     struct weight_region *region = calloc(1, sizeof *region);
@@ -52,18 +55,14 @@ static struct weight_region *region_open(size_t bytes) {
     }
     region->bytes = bytes;
     memory_ask_huge_pages(region->memory, bytes);
-    region->next = regions;
-    regions = region;
     return region;
 }
 
-static void region_close(struct weight_region *region) {
+static void region_unlink(struct weight_region *region) {
     struct weight_region **link = &regions;
     while (*link != region)
         link = &(*link)->next;
     *link = region->next;
-    free(region->memory);
-    free(region);
 }
 
 static void *take_from(struct weight_region *region, size_t bytes) {
@@ -96,11 +95,15 @@ void *weight_memory_take(size_t bytes, const char *what, uint64_t *total, struct
     for (struct weight_region *region = regions; region != NULL && taken == NULL;
          region = region->next)
         taken = take_from(region, rounded(bytes));
-    if (taken == NULL) {
-        struct weight_region *region = region_open(rounded(bytes));
-        taken = region == NULL ? NULL : take_from(region, rounded(bytes));
-    }
     unlock();
+    struct weight_region *opened = taken == NULL ? region_open(rounded(bytes)) : NULL;
+    if (opened != NULL) {
+        lock();
+        opened->next = regions;
+        regions = opened;
+        taken = take_from(opened, rounded(bytes));
+        unlock();
+    }
     if (taken == NULL) {
         fail(failure, ERR_NO_MEMORY, "%s: the system could not give %zu bytes", what, bytes);
         return NULL;
@@ -123,7 +126,12 @@ void weight_memory_free(void *memory, size_t bytes) {
     *piece = (struct piece){rounded(bytes), region->pieces};
     region->pieces = piece;
     region->live -= rounded(bytes);
-    if (region->live == 0)
-        region_close(region);
+    const bool empty = region->live == 0;
+    if (empty)
+        region_unlink(region);
     unlock();
+    if (empty) {
+        free(region->memory);
+        free(region);
+    }
 }
