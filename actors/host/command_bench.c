@@ -2,9 +2,9 @@
  *
  *   decode-N     N streams at once, each its own random prompt; tokens/s of all together while all
  * of them generate prefill-N    one prompt of N tokens and one token of answer; prompt tokens/s
- * until that token arrives prefix-N     two prompts one after the other that begin with the same N tokens;
- * N / TTFT of the second, and both TTFTs load         requests of mixed lengths arriving at random (Poisson);
- * TTFT, TPOT and goodput
+ * until that token arrives prefix-N     two prompts one after the other that begin with the same N
+ * tokens; N / TTFT of the second, and both TTFTs load         requests of mixed lengths arriving at
+ * random (Poisson); TTFT, TPOT and goodput
  *
  * Figures take turns, run by run, so that what disturbs the machine meanwhile falls on all of them;
  * medians are shown, beside the machine's own limits and the processor time, sleeps and preemptions
@@ -303,6 +303,11 @@ static int run_all(struct bench *self, struct failure *failure) {
         error = run_decode(self, 8, &warm, failure); /* touches all memory, and scales the load */
         self->load_base_rate = warm.rate;
     }
+    /* A prompt is over in tens of milliseconds, most of which memory that was never touched, or
+     * caches that somebody else has filled since, would cost; llama-bench does the same. */
+    for (uint32_t i = 0; i < self->figures && error == 0; i++)
+        if (self->figure[i].kind == FIGURE_PREFILL)
+            error = run_figure(self, &self->figure[i], &warm, failure);
     for (uint64_t run = 0; run < self->options->runs && error == 0; run++) {
         for (uint32_t i = 0; i < self->figures && error == 0; i++) {
             struct bench_figure *figure = &self->figure[i];
