@@ -31,8 +31,7 @@ static inline void ask_ahead(const struct walk *walk, uint32_t panel, uint32_t c
 /* Weights of one block of up to four panels: those of the next block are expanded while this one's
  * are loaded. */
 struct few {
-    uint32_t panel, row, rows;
-    uint32_t configured; /* rows that the tiles are set up for */
+    uint32_t panel, rows;
     _Alignas(64) bf16 scratch[2][FEW_PANELS][TILE_ELEMENTS];
 };
 
@@ -48,8 +47,7 @@ static inline const bf16 *few_weights(const struct walk *walk, struct few *few, 
 static inline void few_block(const struct walk *walk, struct few *few, const bf16 *x,
                              size_t x_stride_bytes, uint32_t block, const uint32_t count) {
     const size_t row_bytes = 64;
-    if (few->row == walk->row_begin)
-        ask_ahead(walk, few->panel, count, block);
+    ask_ahead(walk, few->panel, count, block);
     const bf16 *w0 = few_weights(walk, few, 0, block);
     TILE_LOAD(4, x, x_stride_bytes);
     TILE_LOAD(5, w0, row_bytes);
@@ -108,7 +106,7 @@ static inline void few_scale(const struct walk *walk, const struct few *few, con
         for (uint32_t r = 0; r < few->rows; r++) {
             const uint32_t i = r * PANEL_OUTPUTS;
             const __m512 before = segment == 0 ? _mm512_setzero_ps() : _mm512_load_ps(&acc[p][i]);
-            const __m512 by = both_scales(walk, scale, few->row + r, segment);
+            const __m512 by = both_scales(walk, scale, walk->row_begin + r, segment);
             _mm512_store_ps(&acc[p][i], _mm512_fmadd_ps(_mm512_load_ps(&sums[p][i]), by, before));
         }
     }
@@ -119,7 +117,7 @@ static inline void few_panels(const struct walk *walk, struct few *few, const ui
     const struct matrix *w = walk->w;
     const struct matmul_job *job = walk->job;
     const uint32_t rows = few->rows, panel = few->panel;
-    const bf16 *x = (const bf16 *)job->x + few->row * job->x_stride;
+    const bf16 *x = (const bf16 *)job->x + walk->row_begin * job->x_stride;
     _Alignas(64) few_sums sums[2], acc; /* a segment is scaled while the next one is summed */
     _Alignas(64) bf16 rest[TILE_ROWS][BLOCK_INPUTS];
     for (uint32_t p = 0; walk->e4m3 && matrix_blocks(w) > 0 && p < count; p++)
@@ -155,31 +153,23 @@ static inline void few_panels(const struct walk *walk, struct few *few, const ui
         few_scale(walk, few, count, w->segments - 1, sums[(w->segments - 1) % 2], acc);
     for (uint32_t p = 0; p < count; p++)
         for (uint32_t r = 0; r < rows; r++)
-            _mm512_mask_storeu_ps(
-                job->y + (few->row + r) * job->y_stride + (size_t)(panel + p) * PANEL_OUTPUTS,
-                panel_outputs(w, panel + p), _mm512_load_ps(&acc[p][r * PANEL_OUTPUTS]));
-}
-
-static inline void few_groups(const struct walk *walk, struct few *few, const uint32_t count) {
-    for (few->row = walk->row_begin; few->row < walk->row_end; few->row += TILE_ROWS) {
-        const uint32_t left = walk->row_end - few->row;
-        few->rows = left < TILE_ROWS ? left : TILE_ROWS;
-        if (few->rows != few->configured) {
-            const uint8_t rows = (uint8_t)few->rows;
-            const uint8_t rows_of[8] = {rows, rows, rows, rows, rows, 16, 16, 16};
-            tiles_configure(rows_of);
-            few->configured = few->rows;
-        }
-        few_panels(walk, few, count);
-    }
+            _mm512_mask_storeu_ps(job->y + (walk->row_begin + r) * job->y_stride +
+                                      (size_t)(panel + p) * PANEL_OUTPUTS,
+                                  panel_outputs(w, panel + p),
+                                  _mm512_load_ps(&acc[p][r * PANEL_OUTPUTS]));
 }
 
 void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
-    struct few few = {.configured = 0};
+    struct few few; /* scratch is written before it is read */
+    few.rows = walk->row_end - walk->row_begin;
+    ASSERT(few.rows <= TILE_ROWS);
+    const uint8_t rows = (uint8_t)few.rows;
+    const uint8_t rows_of[8] = {rows, rows, rows, rows, rows, 16, 16, 16};
+    tiles_configure(rows_of);
     for (few.panel = panel_begin; few.panel + FEW_PANELS <= panel_end; few.panel += FEW_PANELS)
-        few_groups(walk, &few, FEW_PANELS);
+        few_panels(walk, &few, FEW_PANELS);
     for (; few.panel + 2 <= panel_end; few.panel += 2)
-        few_groups(walk, &few, 2);
+        few_panels(walk, &few, 2);
     if (few.panel < panel_end)
-        few_groups(walk, &few, 1);
+        few_panels(walk, &few, 1);
 }

@@ -29,14 +29,14 @@ enum { GROUP_SUMS = GROUP_ROWS * PAIR_PANELS * PANEL_OUTPUTS };
 typedef float group_sums[GROUP_SUMS];
 
 /* What is done for the chunk after this one, a little at every step of this one: its weights are
- * asked for, or expanded. */
+ * asked for, or expanded. Nothing, where tiles and lines are 0. */
 struct ahead {
     struct chunk chunk;
-    uint32_t panel, panels; /* 0: there is none */
-    uint32_t at, tiles;     /* E4M3: of [block][panel], done and all */
-    uint32_t lines, done;   /* BF16: lines of the cache of each panel, all and asked for */
-    uint32_t per_step;      /* tiles, or lines of each panel */
-    bf16 *expanded;         /* E4M3: where the tiles go, [panel][CHUNK_BLOCKS] */
+    uint32_t panel, panels;
+    uint32_t at, tiles;   /* E4M3: of [block][panel], done and all */
+    uint32_t lines, done; /* BF16: lines of the cache of each panel, all and asked for */
+    uint32_t per_step;    /* tiles, or lines of each panel */
+    bf16 *expanded;       /* E4M3: where the tiles go, [panel][CHUNK_BLOCKS] */
 };
 
 struct many {
