@@ -26,130 +26,69 @@ static const struct kernels F32 = {
     .mla_expanded = mla_expanded_f32,
 };
 
+/* What the forms of both profiles share: matrices, products and attention of an instruction set,
+ * operations on rows of one. The fp8 profile quantises what its products read; all else, the inside
+ * of attention included, is that of the bf16 profile. */
+#define MATRICES                                                                                   \
+    .activation_bytes = sizeof(bf16), .matrix_bytes = matrix_bytes_bf16,                           \
+    .matrix_pack = matrix_pack_bf16, .matrix_adopt = matrix_adopt_bf16
+#define PRODUCTS(profile, isa)                                                                     \
+    .matmul = matmul_##profile##_##isa, .matmul_latent = matmul_bf16_##isa,                        \
+    .mla_absorbed = mla_absorbed_bf16_##isa, .mla_expanded = mla_expanded_bf16_##isa
+#define ROWS(isa)                                                                                  \
+    .rms_norm = rms_norm_bf16_##isa, .convert = convert_bf16_##isa,                                \
+    .silu_mul = silu_mul_bf16_##isa, .add = add_##isa, .widen = widen_bf16_##isa,                  \
+    .rope = rope_##isa
+
 static const struct kernels BF16_SCALAR = {
     .name = "bf16 scalar",
     .profile = PROFILE_BF16,
     .isa = ISA_SCALAR,
-    .activation_bytes = sizeof(bf16),
-    .matrix_bytes = matrix_bytes_bf16,
-    .matrix_pack = matrix_pack_bf16,
-    .matrix_adopt = matrix_adopt_bf16,
-    .matmul = matmul_bf16_scalar,
-    .matmul_latent = matmul_bf16_scalar,
-    .rms_norm = rms_norm_bf16_scalar,
-    .convert = convert_bf16_scalar,
-    .silu_mul = silu_mul_bf16_scalar,
-    .add = add_scalar,
-    .widen = widen_bf16_scalar,
-    .rope = rope_scalar,
-    .mla_absorbed = mla_absorbed_bf16_scalar,
-    .mla_expanded = mla_expanded_bf16_scalar,
+    MATRICES,
+    PRODUCTS(bf16, scalar),
+    ROWS(scalar),
 };
-
+static const struct kernels FP8_SCALAR = {
+    .name = "fp8 scalar",
+    .profile = PROFILE_FP8,
+    .isa = ISA_SCALAR,
+    MATRICES,
+    PRODUCTS(fp8, scalar),
+    ROWS(scalar),
+};
 #if defined(__x86_64__)
 static const struct kernels BF16_AVX512 = {
     .name = "bf16 avx512",
     .profile = PROFILE_BF16,
     .isa = ISA_AVX512,
-    .activation_bytes = sizeof(bf16),
-    .matrix_bytes = matrix_bytes_bf16,
-    .matrix_pack = matrix_pack_bf16,
-    .matrix_adopt = matrix_adopt_bf16,
-    .matmul = matmul_bf16_avx512,
-    .matmul_latent = matmul_bf16_avx512,
-    .rms_norm = rms_norm_bf16_avx512,
-    .convert = convert_bf16_avx512,
-    .silu_mul = silu_mul_bf16_avx512,
-    .add = add_avx512,
-    .widen = widen_bf16_avx512,
-    .rope = rope_avx512,
-    .mla_absorbed = mla_absorbed_bf16_avx512,
-    .mla_expanded = mla_expanded_bf16_avx512,
+    MATRICES,
+    PRODUCTS(bf16, avx512),
+    ROWS(avx512),
 };
-
+static const struct kernels FP8_AVX512 = {
+    .name = "fp8 avx512",
+    .profile = PROFILE_FP8,
+    .isa = ISA_AVX512,
+    MATRICES,
+    PRODUCTS(fp8, avx512),
+    ROWS(avx512),
+};
 /* Processors with AMX have AVX-512, which does all but products and attention. */
 static const struct kernels BF16_AMX = {
     .name = "bf16 amx",
     .profile = PROFILE_BF16,
     .isa = ISA_AMX,
-    .activation_bytes = sizeof(bf16),
-    .matrix_bytes = matrix_bytes_bf16,
-    .matrix_pack = matrix_pack_bf16,
-    .matrix_adopt = matrix_adopt_bf16,
-    .matmul = matmul_bf16_amx,
-    .matmul_latent = matmul_bf16_amx,
-    .rms_norm = rms_norm_bf16_avx512,
-    .convert = convert_bf16_avx512,
-    .silu_mul = silu_mul_bf16_avx512,
-    .add = add_avx512,
-    .widen = widen_bf16_avx512,
-    .rope = rope_avx512,
-    .mla_absorbed = mla_absorbed_bf16_amx,
-    .mla_expanded = mla_expanded_bf16_amx,
+    MATRICES,
+    PRODUCTS(bf16, amx),
+    ROWS(avx512),
 };
-#endif
-
-/* The fp8 profile quantises what its products read; all else, the inside of attention included, is
- * that of the bf16 profile. */
-static const struct kernels FP8_SCALAR = {
-    .name = "fp8 scalar",
-    .profile = PROFILE_FP8,
-    .isa = ISA_SCALAR,
-    .activation_bytes = sizeof(bf16),
-    .matrix_bytes = matrix_bytes_bf16,
-    .matrix_pack = matrix_pack_bf16,
-    .matrix_adopt = matrix_adopt_bf16,
-    .matmul = matmul_fp8_scalar,
-    .matmul_latent = matmul_bf16_scalar,
-    .rms_norm = rms_norm_bf16_scalar,
-    .convert = convert_bf16_scalar,
-    .silu_mul = silu_mul_bf16_scalar,
-    .add = add_scalar,
-    .widen = widen_bf16_scalar,
-    .rope = rope_scalar,
-    .mla_absorbed = mla_absorbed_bf16_scalar,
-    .mla_expanded = mla_expanded_bf16_scalar,
-};
-
-#if defined(__x86_64__)
-static const struct kernels FP8_AVX512 = {
-    .name = "fp8 avx512",
-    .profile = PROFILE_FP8,
-    .isa = ISA_AVX512,
-    .activation_bytes = sizeof(bf16),
-    .matrix_bytes = matrix_bytes_bf16,
-    .matrix_pack = matrix_pack_bf16,
-    .matrix_adopt = matrix_adopt_bf16,
-    .matmul = matmul_fp8_avx512,
-    .matmul_latent = matmul_bf16_avx512,
-    .rms_norm = rms_norm_bf16_avx512,
-    .convert = convert_bf16_avx512,
-    .silu_mul = silu_mul_bf16_avx512,
-    .add = add_avx512,
-    .widen = widen_bf16_avx512,
-    .rope = rope_avx512,
-    .mla_absorbed = mla_absorbed_bf16_avx512,
-    .mla_expanded = mla_expanded_bf16_avx512,
-};
-
 static const struct kernels FP8_AMX = {
     .name = "fp8 amx",
     .profile = PROFILE_FP8,
     .isa = ISA_AMX,
-    .activation_bytes = sizeof(bf16),
-    .matrix_bytes = matrix_bytes_bf16,
-    .matrix_pack = matrix_pack_bf16,
-    .matrix_adopt = matrix_adopt_bf16,
-    .matmul = matmul_fp8_amx,
-    .matmul_latent = matmul_bf16_amx,
-    .rms_norm = rms_norm_bf16_avx512,
-    .convert = convert_bf16_avx512,
-    .silu_mul = silu_mul_bf16_avx512,
-    .add = add_avx512,
-    .widen = widen_bf16_avx512,
-    .rope = rope_avx512,
-    .mla_absorbed = mla_absorbed_bf16_amx,
-    .mla_expanded = mla_expanded_bf16_amx,
+    MATRICES,
+    PRODUCTS(fp8, amx),
+    ROWS(avx512),
 };
 #endif
 
