@@ -335,7 +335,8 @@ char *settings_help(void) {
 void settings_profile_name(const struct settings *self, const char *numerics,
                            char ret[PROFILE_NAME_BYTES]) {
     float gate_top_p = (float)self->gate_top_p; /* as the engines take it */
-    int used = snprintf(ret, PROFILE_NAME_BYTES, "%.12s", numerics);
+    int used = snprintf(ret, PROFILE_NAME_BYTES, "%.12s%s", numerics,
+                        self->latent_fp8 != 0 ? "-kv8" : "");
     if (gate_top_p == 0)
         return;
     for (int digits = 1; digits <= 9;

@@ -111,6 +111,8 @@ static void store_rows(void *argument, uint32_t first, uint32_t end, int part) {
             kernels, page, row->position % PAGE_TOKENS * self->attention->absorbed_stride);
         kernels->rms_norm(kv, c->kv_lora, job->weights->kv_a_norm, c->norm_eps, 1, c->kv_lora,
                           latent, latent_stride);
+        if (self->attention->shape.latent_e4m3)
+            latent_round(latent, c->kv_lora);
         rotate(self, kv + c->kv_lora, c->rope, key, key_stride, 1, row->position);
         kernels->convert(key, key_stride, 1, (uint32_t)key_stride,
                          activation_at(kernels, latent, latent_stride), key_stride);

@@ -201,7 +201,16 @@ int attention_open(struct engine *self, const struct engine_options *options,
                     "pages of the latent cache: expected at least 1, found 0");
     a->slots = options->batch_slots;
     a->pages = options->pages;
-    a->shape = (struct mla_shape){c->heads, c->nope, c->rope, c->v, c->kv_lora, 0};
+    if (options->latent_fp8 && self->kernels->activation_bytes != sizeof(bf16))
+        return fail(failure, ERR_INVALID,
+                    "latents in FP8 (latent_fp8) need a profile whose activations are BF16, found %s",
+                    self->kernels->name);
+    a->shape = (struct mla_shape){.heads = c->heads,
+                                  .nope = c->nope,
+                                  .rope = c->rope,
+                                  .v = c->v,
+                                  .kv_lora = c->kv_lora,
+                                  .latent_e4m3 = options->latent_fp8};
     a->shape.scale = (float)(pow_table((double)(c->nope + c->rope), -0.5) *
                              rope_softmax_factor(&c->rope_parameters));
     a->expanded_stride = activation_stride(c->nope) + activation_stride(c->rope);

@@ -123,6 +123,7 @@ struct engine_options {
     uint32_t pages;      /* attention: pages of the latent cache */
     uint32_t experts_per_token_override; /* 0: the model's */
     float gate_top_p;    /* 0: off */
+    bool latent_fp8;     /* attention: latents in the cache have the values of their E4M3 form (kernels/ops.h); not in the f32 profile */
     uint32_t mtp_steps;  /* attention: most guesses of a row; 0: the MTP module is left out */
 };
 

@@ -49,6 +49,7 @@ static int open_engines(struct whole *self, const struct model *model,
         .batch_slots = 1,
         .pages = self->texts * self->pages_each,
         .gate_top_p = options->gate_top_p,
+        .latent_fp8 = options->latent_fp8,
     };
     int error = engine_open(&self->attention, model, &engine, failure);
     engine.role = ENGINE_EXPERT;

@@ -16,6 +16,7 @@ struct whole_options {
     uint32_t texts;     /* most of them at a time */
     uint32_t positions; /* longest text */
     float gate_top_p;   /* 0: off */
+    bool latent_fp8;
 };
 
 struct whole;

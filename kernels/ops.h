@@ -15,6 +15,7 @@
 
 #include "actors/errors.h"
 #include "actors/limits.h"
+#include "kernels/latent.h"
 #include "kernels/numerics.h"
 #include "kernels/parallel.h"
 
@@ -71,6 +72,7 @@ struct mla_shape {
     uint32_t nope, rope, v; /* per head */
     uint32_t kv_lora;
     float scale; /* softmax scale: (nope + rope)^-0.5, times mscale^2 under YaRN */
+    bool latent_e4m3; /* the cache's latents have the values of their E4M3 form (kernels/latent.h), in which a device may keep them */
 };
 
 /* Latent cache: a page holds PAGE_TOKENS rows of cache_stride(kv_lora + rope) activations: [latent after kv_a norm | rotated key].

@@ -45,6 +45,7 @@ static int open_engine(struct world *self, struct node *node, struct failure *fa
         .parallel = self->options.parallel,
         .batch_slots = 1,
         .gate_top_p = (float)settings->gate_top_p,
+        .latent_fp8 = settings->latent_fp8 != 0,
         .mtp_steps = settings->mtp_steps,
     };
     switch (node->role) {

@@ -139,6 +139,31 @@ static void check_model(const char *directory, size_t variants) {
     free(expected);
 }
 
+/* Latents in FP8: other bits than without, the same whatever runs them. */
+static void latents_in_fp8_are_as_identical(void **state) {
+    (void)state;
+    static const char directory[] = "tests/golden/v3-fp8";
+    float *plain = NULL, *expected = NULL;
+    size_t bytes = 0;
+    load_tokens(directory);
+    for (int isa = ISA_SCALAR; isa <= ISA_AMX; isa++) {
+        struct failure failure;
+        if (!isa_available((enum isa)isa))
+            continue;
+        const struct kernels *kernels = kernels_select(PROFILE_FP8, (enum isa)isa, &failure);
+        run_variants(directory, kernels, &PARALLEL_SERIAL, 1, &plain);
+        one_process_use_latent_fp8(true);
+        run_variants(directory, kernels, &PARALLEL_REVERSED, 6, &expected);
+        struct one_process m;
+        assert_true(one_process_open(&m, directory, kernels, &PARALLEL_SERIAL, ROWS, POSITIONS));
+        bytes = (size_t)LENGTH * m.config->vocabulary * sizeof(float);
+        one_process_close(&m);
+        one_process_use_latent_fp8(false);
+    }
+    assert_memory_not_equal(plain, expected, bytes);
+    free(plain), free(expected);
+}
+
 static void no_way_of_running_changes_a_bit(void **state) {
     (void)state;
     const size_t all = sizeof VARIANTS / sizeof *VARIANTS;
@@ -304,6 +329,7 @@ static void steady_state_takes_no_memory(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(no_way_of_running_changes_a_bit),
+        cmocka_unit_test(latents_in_fp8_are_as_identical),
         cmocka_unit_test(large_batches_are_cut_without_a_trace),
         cmocka_unit_test(cleared_pages_leave_no_trace),
         cmocka_unit_test(wrong_guesses_leave_no_trace),

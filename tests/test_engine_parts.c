@@ -109,8 +109,8 @@ static void weights_travel_as_bytes(void **state) {
 
 static void impossible_options_are_refused(void **state) {
     (void)state;
-    struct engine_options bad[7];
-    for (int i = 0; i < 7; i++)
+    struct engine_options bad[8];
+    for (int i = 0; i < 8; i++)
         bad[i] = options_for(ENGINE_ATTENTION);
     bad[0].batch_rows = 0;
     bad[1].batch_rows = BATCH_ROWS_MAX + 1;
@@ -119,11 +119,13 @@ static void impossible_options_are_refused(void **state) {
     bad[4].pages = 0;
     bad[5].experts_per_token_override = 9; /* two groups of four can be chosen */
     bad[6].gate_top_p = 1.5f;
-    for (int i = 0; i < 7; i++) {
+    bad[7].latent_fp8 = true;
+    bad[7].kernels = kernels_select(PROFILE_F32, ISA_BEST, &(struct failure){0});
+    for (int i = 0; i < 8; i++) {
         struct engine *engine = NULL;
         struct failure failure = {0};
         assert_int_equal(engine_open(&engine, serial.model, &bad[i], &failure), ERR_INVALID);
-        assert_non_null(strstr(failure.text, "expected"));
+        assert_non_null(strstr(failure.text, i == 7 ? "BF16, found f32" : "expected"));
         assert_null(engine);
     }
 #ifndef __SANITIZE_ADDRESS__ /* which ends the process where malloc would return NULL */

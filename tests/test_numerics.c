@@ -297,6 +297,50 @@ static void test_rope_tables(void **state) {
     }
 }
 
+/* The E4M3 form of a latent: every magnitude that BF16 has gets the smallest power of two that keeps
+ * it at 448 or below, values come back to the nearest E4M3 exactly, and again from what came back. */
+static void test_latent(void **state) {
+    for (uint32_t bits = 0; bits < 0x7f80; bits++) {
+        const float most = bf16_to_float((bf16)bits), scale = latent_scale(most);
+        int exponent;
+        assert_true(frexpf(scale, &exponent) == 0.5f);
+        exponent--;
+        assert_in_range(exponent + 108, 0, 108 + 119);
+        assert_true((double)most / ldexp(1, exponent) <= 448 || exponent == 119);
+        assert_true(exponent == -108 || (double)most / ldexp(1, exponent - 1) > 448);
+    }
+    assert_true(latent_scale(INFINITY) == 0x1p119f);
+    uint64_t random = SEED;
+    for (int trial = 0; trial < 300; trial++) {
+        enum { N = 300 };
+        bf16 latent[N], back[N];
+        uint8_t quantised[384];
+        float scale[3];
+        const float size = ldexpf(1, (int)random_below(&random, 60) - 30);
+        for (int i = 0; i < N; i++)
+            latent[i] = bf16_from_float(random_float(&random, -size, size));
+        if (trial % 3 == 0)
+            memset(latent + 128, 0, 128 * sizeof *latent);
+        latent_quantise(latent, N, quantised, scale);
+        latent_widen(quantised, scale, N, back);
+        for (int i = 0; i < N; i++) {
+            const double x = (double)bf16_to_float(latent[i]), s = (double)scale[i / 128];
+            const double step = fmax(ldexp(1, ilogb(fabs(x) + 1e-300) - 3), s * 0x1p-9);
+            assert_true((double)bf16_to_float(back[i]) == e4m3_value(quantised[i]) * s);
+            assert_true(fabs((double)bf16_to_float(back[i]) - x) <= step / 2);
+        }
+        for (int i = N; i < 384; i++)
+            assert_int_equal(quantised[i], 0);
+        memcpy(latent, back, sizeof back);
+        latent_round(latent, N);
+        assert_memory_equal(latent, back, sizeof back);
+    }
+    assert_int_equal(latent_row_bytes(512, 64), 656); /* FlashMLA's */
+    assert_int_equal(latent_rope_at(512), 528);
+    assert_int_equal(latent_row_bytes(128, 32), 208);
+    assert_int_equal(latent_row_bytes(40, 10), 208);
+}
+
 int main(void) {
     numerics_enter();
     numerics_enter();
@@ -304,6 +348,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_bf16),
         cmocka_unit_test(test_e4m3),
+        cmocka_unit_test(test_latent),
         cmocka_unit_test(test_exp),
         cmocka_unit_test(test_exp_row),
         cmocka_unit_test(test_exp_vector_has_the_same_bits),

@@ -199,7 +199,7 @@ static void example_file_shows_the_defaults(void **state) {
     while (fgets(line, sizeof line, file) != NULL) {
         char name[64];
         double value;
-        if (sscanf(line, "# %63[a-z_]: %lf", name, &value) == 2) {
+        if (sscanf(line, "# %63[a-z_0-9]: %lf", name, &value) == 2) {
             assert_true(strlen(yaml) + strlen(line) < sizeof yaml);
             strcat(yaml, line + 2);
         }
@@ -236,6 +236,10 @@ static void profile_names_tell_apart_what_changes_bits(void **state) {
     settings.gate_top_p = 0.6000001;
     settings_profile_name(&settings, "bf16", other);
     assert_string_not_equal(name, other);
+    settings.gate_top_p = 0;
+    settings.latent_fp8 = 1;
+    settings_profile_name(&settings, "fp8-sm90", name);
+    assert_string_equal(name, "fp8-sm90-kv8");
 }
 
 int main(void) {

@@ -184,7 +184,8 @@ static int open_study(struct study *self, struct failure *failure) {
                                   .parallel = pool_parallel(self->pool),
                                   .texts = self->at_once,
                                   .positions = self->window_tokens,
-                                  .gate_top_p = (float)options->settings.gate_top_p};
+                                  .gate_top_p = (float)options->settings.gate_top_p,
+                                  .latent_fp8 = options->settings.latent_fp8 != 0};
     if (whole.kernels == NULL)
         return failure->code;
     self->delta = calloc(self->pairs, sizeof *self->delta);

@@ -309,7 +309,8 @@ static void compare_mtp(void *context, uint32_t sequence, uint32_t position, con
 
 /* The MTP module, where the oracle and the model have one. */
 static int check_mtp(const struct local_world *local, const struct golden *golden,
-                     enum profile profile, bool *ret_holds, struct failure *failure) {
+                     enum profile profile, bool latent_fp8, bool *ret_holds,
+                     struct failure *failure) {
     struct mtp_comparison mtp = {.golden = golden};
     const struct comparison *found = &mtp.comparison;
     const bool f32 = profile == PROFILE_F32;
@@ -317,8 +318,8 @@ static int check_mtp(const struct local_world *local, const struct golden *golde
     *ret_holds = true;
     if (golden->mtp_logits == NULL || model_config(local->directory.model)->mtp_layers == 0)
         return 0;
-    int error = golden_mtp(local->directory.model, local->kernels, golden->input, golden->sequences,
-                           golden->positions, compare_mtp, &mtp, failure);
+    int error = golden_mtp(local->directory.model, local->kernels, latent_fp8, golden->input,
+                           golden->sequences, golden->positions, compare_mtp, &mtp, failure);
     if (error < 0 || found->positions == 0)
         return error;
     char value[64], limit[64];
@@ -365,10 +366,12 @@ int command_golden(const struct options *given) {
     } else {
         printf("golden: %s, %s, %u sequences of %u tokens\n", options.golden, local.kernels->name,
                golden.sequences, golden.positions);
-        const enum profile profile = profile_of_name(options.numerics);
+        const bool latent_fp8 = options.settings.latent_fp8 != 0;
+        /* an FP8 cache costs a BF16 profile less than quantised activations do, but more than BF16 */
+        const enum profile profile = latent_fp8 ? PROFILE_FP8 : profile_of_name(options.numerics);
         bool mtp_holds = true;
         bool holds = judge(&comparison, profile, is_trained(options.golden));
-        error = check_mtp(&local, &golden, profile, &mtp_holds, &failure);
+        error = check_mtp(&local, &golden, profile, latent_fp8, &mtp_holds, &failure);
         if (error < 0)
             fprintf(stderr, "troupe check: %s\n", failure.text);
         else if (!holds || !mtp_holds)

@@ -80,7 +80,7 @@ static void run_main_layers(struct run *self, const int32_t *token) {
 }
 
 static int open_engines(struct run *self, const struct model *model, const struct kernels *kernels,
-                        struct failure *failure) {
+                        bool latent_fp8, struct failure *failure) {
     struct engine_options options = {
         .role = ENGINE_ATTENTION,
         .kernels = kernels,
@@ -88,6 +88,7 @@ static int open_engines(struct run *self, const struct model *model, const struc
         .batch_rows = self->positions,
         .batch_slots = 1,
         .pages = (self->positions + PAGE_TOKENS - 1) / PAGE_TOKENS,
+        .latent_fp8 = latent_fp8,
         .mtp_steps = 1,
     };
     int error = engine_open(&self->attention, model, &options, failure);
@@ -130,15 +131,15 @@ static void run_free(struct run *self) {
     free(self->item_slot);
 }
 
-int golden_mtp(const struct model *model, const struct kernels *kernels, const int32_t *input,
-               uint32_t sequences, uint32_t positions, golden_mtp_visit *visit, void *context,
+int golden_mtp(const struct model *model, const struct kernels *kernels, bool latent_fp8,
+               const int32_t *input, uint32_t sequences, uint32_t positions, golden_mtp_visit *visit, void *context,
                struct failure *failure) {
     struct run self = {.config = model_config(model), .positions = positions};
     const struct sample_spec greedy = {.top_p = 1, .repetition_penalty = 1};
     int error = positions > BATCH_ROWS_MAX
                     ? fail(failure, ERR_TOO_LARGE, "mtp_logits: at most %d positions, found %u",
                            BATCH_ROWS_MAX, positions)
-                    : open_engines(&self, model, kernels, failure);
+                    : open_engines(&self, model, kernels, latent_fp8, failure);
     if (error == 0 && !take_memory(&self))
         error = fail(failure, ERR_NO_MEMORY, "no memory for the MTP module's check");
     for (uint32_t b = 0; b < sequences && error == 0; b++) {

@@ -10,8 +10,8 @@ typedef void golden_mtp_visit(void *context, uint32_t sequence, uint32_t positio
                               const float *logits);
 
 /* input: [sequences, positions], tokens of the model. Visits positions 0 .. positions - 2 of each. */
-int golden_mtp(const struct model *model, const struct kernels *kernels, const int32_t *input,
-               uint32_t sequences, uint32_t positions, golden_mtp_visit *visit, void *context,
+int golden_mtp(const struct model *model, const struct kernels *kernels, bool latent_fp8,
+               const int32_t *input, uint32_t sequences, uint32_t positions, golden_mtp_visit *visit, void *context,
                struct failure *failure);
 
 #endif

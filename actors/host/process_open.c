@@ -310,6 +310,7 @@ static int pack_engine(void *argument, struct failure *failure) {
         .batch_slots = 1,
         .pages = settings->kv_cache_tokens / PAGE_TOKENS,
         .gate_top_p = (float)settings->gate_top_p,
+        .latent_fp8 = settings->latent_fp8 != 0,
         .mtp_steps = settings->mtp_steps,
     };
     if (self->role == ROLE_EXPERT) {

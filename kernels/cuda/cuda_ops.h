@@ -163,6 +163,28 @@ int gemm_run_cuda(void *stream, const struct gemm_cuda *plan);
 #define CUDA_UNSUPPORTED 801 /* cudaErrorNotSupported: no kernel for these widths */
 #define MLA_SPLIT_CUDA   16u /* pages of 64 positions that one block walks */
 
+/* The latent cache has pages of 64 positions in one of two forms: BF16, rows of cache_stride(kv_lora,
+ * rope) elements, or E4M3, rows of latent_row_bytes(kv_lora, rope) bytes (kernels/latent.h). Both
+ * lie in `cache`, [pages, 64, row], 16-byte aligned. Rows with position[r] in the page that the
+ * row's table names; same bits as the CPU's. latent: [rows, latent_stride] BF16 after its norm, key:
+ * [rows, key_stride] float, rotated. */
+struct latent_append_cuda {
+    uint32_t rows, kv_lora, rope;
+    const bf16 *latent;
+    size_t latent_stride;
+    const float *key;
+    size_t key_stride;
+    const uint32_t *position; /* [rows] */
+    const uint32_t *pages;    /* [rows, pages_stride] */
+    size_t pages_stride;
+    void *cache;
+};
+int latent_append_cuda(void *stream, bool e4m3, const struct latent_append_cuda *args);
+/* The latents of positions 0 .. positions - 1 out of an E4M3 cache, as kv_b of the expanded form
+ * multiplies them: ret [positions, ret_stride], zeros from kv_lora to the next multiple of 32. */
+int latent_widen_cuda(void *stream, const void *cache, uint32_t kv_lora, uint32_t rope,
+                      const uint32_t *pages, uint32_t positions, bf16 *ret, size_t ret_stride);
+
 /* Absorbed form. q: [rows, heads, q_stride] and the cache [pages, 64, cache_stride] as
  * kernels->mla_absorbed has them; strides are multiples of 8. kv_lora 512 or 128, rope at most 64.
  * position, pages and work are device memory, read when it runs. */
@@ -178,6 +200,7 @@ struct mla_absorbed_args {
 struct mla_absorbed_cuda {
     struct tensor_map_cuda q, cache;
     struct mla_absorbed_args args;
+    const void *e4m3; /* the cache, in that form; NULL: BF16 */
 };
 bool mla_absorbed_offers_cuda(uint32_t kv_lora, uint32_t rope);
 size_t mla_absorbed_work_bytes_cuda(uint32_t kv_lora, uint32_t heads, uint32_t rows,
@@ -185,6 +208,10 @@ size_t mla_absorbed_work_bytes_cuda(uint32_t kv_lora, uint32_t heads, uint32_t r
 int mla_absorbed_plan_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, size_t q_stride,
                            uint32_t rows, const bf16 *cache, size_t cache_stride,
                            uint32_t cache_pages, const struct mla_absorbed_args *args);
+/* The same over an E4M3 cache: the bits are those of the BF16 kernel over the values read back. */
+int mla_absorbed_plan_e4m3_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, size_t q_stride,
+                                uint32_t rows, const void *cache, uint32_t cache_pages,
+                                const struct mla_absorbed_args *args);
 /* ret: [rows, heads, ret_stride]. */
 int mla_absorbed_cuda(void *stream, const struct mla_absorbed_cuda *plan, uint32_t rows, bf16 *ret,
                       size_t ret_stride);
@@ -201,8 +228,8 @@ bool mla_expanded_offers_cuda(const struct mla_expanded_args *args);
 size_t mla_expanded_key_bytes_cuda(const struct mla_expanded_args *args, uint32_t positions);
 size_t mla_expanded_value_bytes_cuda(const struct mla_expanded_args *args, uint32_t positions);
 /* Keys and values of positions 0 .. positions - 1 from the output of kv_b, [positions, kv_stride]
- * float, and the cache's rotated keys, which begin at element rope_at of a position. pages: of the
- * sequence, device memory. */
+ * float, and the cache's rotated keys, which begin at element rope_at of a position (an E4M3 cache:
+ * latent_rope_at() / 2, rows latent_row_bytes() / 2 apart). pages: of the sequence, device memory. */
 int mla_expand_cuda(void *stream, const struct mla_expanded_args *args, const float *kv,
                     size_t kv_stride, const bf16 *cache, size_t cache_stride, uint32_t rope_at,
                     const uint32_t *pages, uint32_t positions, bf16 *ret_key, bf16 *ret_value);

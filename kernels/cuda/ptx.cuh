@@ -85,6 +85,23 @@ DEVICE void async_fence(void) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/* Two E4M3, the first in the low byte, times a power of two, to BF16: exact. */
+DEVICE uint32_t widen_e4m3_pair(uint16_t two, float scale) {
+    uint32_t halves, ret;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(two));
+    float first, second;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.f32.f16 %0, low;\n"
+        "cvt.f32.f16 %1, high;\n"
+        "}\n"
+        : "=f"(first), "=f"(second)
+        : "r"(halves));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(ret) : "f"(second * scale), "f"(first * scale));
+    return ret;
+}
+
 /* ---- Warpgroups ---- */
 
 template <uint32_t N> DEVICE void registers_more(void) {

@@ -36,7 +36,7 @@ static struct {
     struct kernels table;
     const struct kernels *cpu;
     bool fp8;
-    struct room x, y, quantised, scales, cache, pages, position, work, key, value, ret;
+    struct room x, y, quantised, scales, cache, packed, key_rows, place, pages, position, work, key, value, ret;
 } device;
 
 /* The device failed: what it holds is lost, and so is this process. */
@@ -228,6 +228,38 @@ static void put_positions(const struct mla_rows *rows) {
     must(device_put_cuda(device.position.device, rows->position, rows->rows * sizeof(uint32_t)));
 }
 
+/* The pages of device.cache once more in their E4M3 form, in device.packed, as a device that keeps
+ * its cache that way has them. The values are the same, because the engine has rounded them. */
+static void pack_cache(const struct mla_shape *shape, uint32_t pages) {
+    const size_t stride = cache_stride(shape->kv_lora, shape->rope);
+    const uint32_t rows = pages * PAGE_TOKENS;
+    const uint32_t key_stride = (uint32_t)activation_stride(shape->rope);
+    room_grow(&device.packed, (size_t)rows * latent_row_bytes(shape->kv_lora, shape->rope));
+    room_grow(&device.key_rows, (size_t)rows * key_stride * sizeof(float));
+    room_grow(&device.place, 2 * (size_t)rows * sizeof(uint32_t));
+    uint32_t *position = (uint32_t *)device.place.host, *page = position + rows;
+    for (uint32_t r = 0; r < rows; r++) { /* each row's table has one page: its own */
+        position[r] = r % PAGE_TOKENS;
+        page[r] = r / PAGE_TOKENS;
+    }
+    must(device_put_cuda(device.place.device, position, 2 * (size_t)rows * sizeof(uint32_t)));
+    const bf16 *cache = device.cache.device;
+    must(widen_cuda(NULL, cache + activation_stride(shape->kv_lora), stride, rows, key_stride,
+                    device.key_rows.device, key_stride));
+    const struct latent_append_cuda args = {.rows = rows,
+                                            .kv_lora = shape->kv_lora,
+                                            .rope = shape->rope,
+                                            .latent = cache,
+                                            .latent_stride = stride,
+                                            .key = device.key_rows.device,
+                                            .key_stride = key_stride,
+                                            .position = device.place.device,
+                                            .pages = (uint32_t *)device.place.device + rows,
+                                            .pages_stride = 1,
+                                            .cache = device.packed.device};
+    must(latent_append_cuda(NULL, true, &args));
+}
+
 static void put_queries(const void *q, size_t bytes) {
     room_grow(&device.x, bytes);
     must(device_put_cuda(device.x.device, q, bytes));
@@ -263,8 +295,14 @@ static void mla_absorbed(const struct mla_shape *shape, const struct mla_rows *r
                                            .splits = splits,
                                            .work = device.work.device};
     struct mla_absorbed_cuda plan;
-    must(mla_absorbed_plan_cuda(&plan, device.x.device, q_stride, rows->rows, device.cache.device,
-                                stride, pages, &args));
+    if (shape->latent_e4m3) {
+        pack_cache(shape, pages);
+        must(mla_absorbed_plan_e4m3_cuda(&plan, device.x.device, q_stride, rows->rows,
+                                         device.packed.device, pages, &args));
+    } else {
+        must(mla_absorbed_plan_cuda(&plan, device.x.device, q_stride, rows->rows,
+                                    device.cache.device, stride, pages, &args));
+    }
     must(mla_absorbed_cuda(NULL, &plan, rows->rows, device.ret.device, width));
     must(device_get_cuda(device.ret.host, device.ret.device, states * width * sizeof(bf16)));
     for (size_t i = 0; i < states; i++)
@@ -292,7 +330,17 @@ static void mla_expanded(const struct mla_shape *shape, const struct mla_rows *r
                                            .position = NULL};
     struct mla_expanded_args with_positions = args;
     uint32_t table_stride;
-    put_pages(&last, PAGE_TOKENS * stride * sizeof(bf16), &table_stride);
+    const uint32_t pages = put_pages(&last, PAGE_TOKENS * stride * sizeof(bf16), &table_stride);
+    size_t key_row = stride, key_at = activation_stride(shape->kv_lora); /* elements */
+    const void *key_cache = device.cache.device;
+    if (shape->latent_e4m3) { /* latents read back over those that came, keys where they lie */
+        pack_cache(shape, pages);
+        key_cache = device.packed.device;
+        key_row = latent_row_bytes(shape->kv_lora, shape->rope) / sizeof(bf16);
+        key_at = latent_rope_at(shape->kv_lora) / sizeof(bf16);
+        must(latent_widen_cuda(NULL, key_cache, shape->kv_lora, shape->rope, device.pages.device,
+                               positions, device.cache.device, stride));
+    }
     put_positions(rows);
     put_queries(q, (size_t)rows->rows * shape->heads * q_stride * sizeof(bf16));
     with_positions.position = device.position.device;
@@ -303,9 +351,9 @@ static void mla_expanded(const struct mla_shape *shape, const struct mla_rows *r
     room_grow(&device.ret, rows->rows * width * sizeof(bf16));
     /* The pages lie one after the other there: the latents of all positions are rows. */
     product(kv_b, device.cache.device, stride, positions, device.y.device);
-    must(mla_expand_cuda(NULL, &with_positions, device.y.device, kv_b->n, device.cache.device,
-                         stride, (uint32_t)activation_stride(shape->kv_lora), device.pages.device,
-                         positions, device.key.device, device.value.device));
+    must(mla_expand_cuda(NULL, &with_positions, device.y.device, kv_b->n, key_cache, key_row,
+                         (uint32_t)key_at, device.pages.device, positions, device.key.device,
+                         device.value.device));
     must(mla_expanded_cuda(NULL, &with_positions, device.x.device, device.key.device,
                            device.value.device, positions, device.ret.device, width));
     must(device_get_cuda(device.ret.host, device.ret.device, rows->rows * width * sizeof(bf16)));

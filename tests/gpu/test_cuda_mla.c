@@ -12,6 +12,8 @@ static uint64_t random_state = 20260105;
 struct absorbed {
     uint32_t heads, kv_lora, rope, rows, splits, pages_stride, cache_pages, q_stride, cache_stride;
     struct array q, cache, position, pages, work, ret;
+    struct array packed; /* the cache in its E4M3 form, whose values `cache` then has */
+    bool e4m3;
 };
 
 static uint32_t pages_of(uint32_t position) {
@@ -43,11 +45,33 @@ static void absorbed_make(struct absorbed *a, const uint32_t *position) {
         for (uint32_t b = 0; b < pages_of(position[r]); b++)
             ((uint32_t *)a->pages.host)[r * a->pages_stride + b] = --next;
     fill_bytes(&a->ret, 0x22);
+    a->packed = array_make((size_t)a->cache_pages * PAGE_TOKENS *
+                           latent_row_bytes(a->kv_lora, a->rope));
+}
+
+/* cache to packed by the CPU's definition, and back what it holds. Magnitudes differ by row and
+ * group; some groups are zero. */
+static void absorbed_quantise(struct absorbed *a) {
+    const uint32_t scale_at = latent_scale_at(a->kv_lora), rope_at = latent_rope_at(a->kv_lora);
+    a->e4m3 = true;
+    fill_bytes(&a->packed, 0);
+    for (size_t row = 0; row < (size_t)a->cache_pages * PAGE_TOKENS; row++) {
+        bf16 *from = (bf16 *)a->cache.host + row * a->cache_stride;
+        uint8_t *to = a->packed.host + row * latent_row_bytes(a->kv_lora, a->rope);
+        for (uint32_t i = 0; i < a->kv_lora; i++) {
+            const float factor = (row + i / 128) % 7 == 3 ? 0 : ldexpf(1, (int)(row % 9) - 5);
+            from[i] = bf16_from_float(bf16_to_float(from[i]) * factor);
+        }
+        latent_quantise(from, a->kv_lora, to, (float *)(to + scale_at));
+        memcpy(to + rope_at, from + activation_stride(a->kv_lora),
+               activation_stride(a->rope) * sizeof(bf16));
+        latent_widen(to, (float *)(to + scale_at), a->kv_lora, from);
+    }
 }
 
 static void absorbed_drop(struct absorbed *a) {
     array_free(&a->q), array_free(&a->cache), array_free(&a->position), array_free(&a->pages);
-    array_free(&a->work), array_free(&a->ret);
+    array_free(&a->work), array_free(&a->ret), array_free(&a->packed);
 }
 
 static float absorbed_scale(const struct absorbed *a) {
@@ -69,11 +93,14 @@ static void absorbed_run(struct absorbed *a) {
     };
     gpu_schedule(random_next(&random_state));
     array_put(&a->q), array_put(&a->cache), array_put(&a->position), array_put(&a->pages);
-    array_put(&a->work), array_put(&a->ret);
-    assert_int_equal(mla_absorbed_plan_cuda(&plan, array_device(&a->q), a->q_stride, a->rows,
-                                            array_device(&a->cache), a->cache_stride,
-                                            a->cache_pages, &args),
-                     0);
+    array_put(&a->work), array_put(&a->ret), array_put(&a->packed);
+    const int error =
+        a->e4m3 ? mla_absorbed_plan_e4m3_cuda(&plan, array_device(&a->q), a->q_stride, a->rows,
+                                              array_device(&a->packed), a->cache_pages, &args)
+                : mla_absorbed_plan_cuda(&plan, array_device(&a->q), a->q_stride, a->rows,
+                                         array_device(&a->cache), a->cache_stride, a->cache_pages,
+                                         &args);
+    assert_int_equal(error, 0);
     assert_int_equal(
         mla_absorbed_cuda(NULL, &plan, a->rows, array_device(&a->ret), a->kv_lora + 32), 0);
     array_get(&a->ret), array_get(&a->work);
@@ -156,10 +183,149 @@ static void test_absorbed(void **state) {
     absorbed_drop(&longer);
 }
 
-static void test_absorbed_rows_are_independent(void **state) {
+/* Over an E4M3 cache: the bits of the BF16 kernel over the values read back, and near the sums in
+ * double precision over them. */
+static void test_absorbed_e4m3(void **state) {
+    static const uint32_t narrow[] = {0, 63, 64, 130, 5, 16 * 64}, wide[] = {200, 1};
+    static const struct {
+        struct absorbed shape;
+        const uint32_t *position;
+    } cases[] = {
+        {{.heads = 8, .kv_lora = 128, .rope = 32, .rows = 6}, narrow},
+        {{.heads = 3, .kv_lora = 128, .rope = 18, .rows = 2}, narrow},
+        {{.heads = 16, .kv_lora = 512, .rope = 64, .rows = 2}, wide},
+        {{.heads = 70, .kv_lora = 512, .rope = 64, .rows = 1}, wide + 1},
+        {{.heads = 5, .kv_lora = 512, .rope = 32, .rows = 1}, wide},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        struct absorbed a = cases[c].shape;
+        absorbed_make(&a, cases[c].position);
+        absorbed_quantise(&a);
+        absorbed_run(&a);
+        absorbed_check(&a);
+        uint8_t *packed = malloc(a.ret.bytes);
+        memcpy(packed, a.ret.host, a.ret.bytes);
+        fill_bytes(&a.ret, 0x22);
+        a.e4m3 = false;
+        absorbed_run(&a);
+        assert_same(&a.ret, packed, "BF16 kernel over the values of the E4M3 cache");
+        free(packed);
+        absorbed_drop(&a);
+    }
+}
+
+/* Rows appended to the cache, in both forms: the bytes of the CPU's definition, and no others. */
+static void test_append(void **state) {
+    static const uint32_t shapes[][2] = {{512, 64}, {128, 32}, {40, 10}, {130, 2}};
+    static const uint32_t position[] = {0, 63, 64, 130, 5};
+    enum { ROWS = 5, PAGES = 9, TABLE = 3 };
+    for (uint32_t c = 0; c < 8; c++) {
+        const bool e4m3 = c % 2 == 0;
+        const uint32_t kv_lora = shapes[c / 2][0], rope = shapes[c / 2][1];
+        const uint32_t latent_padded = (uint32_t)activation_stride(kv_lora);
+        const size_t row_bytes = e4m3 ? latent_row_bytes(kv_lora, rope)
+                                      : cache_stride(kv_lora, rope) * sizeof(bf16);
+        const uint32_t latent_stride = kv_lora + 3, key_stride = rope + 5;
+        struct array latent = array_make((size_t)ROWS * latent_stride * 2),
+                     key = array_make((size_t)ROWS * key_stride * 4), at = array_make(ROWS * 4),
+                     pages = array_make(ROWS * TABLE * 4),
+                     cache = array_make(PAGES * PAGE_TOKENS * row_bytes);
+        fill_bf16(&latent, &random_state, -3, 3);
+        fill_floats(&key, &random_state, -3, 3);
+        for (uint32_t i = 0; i < kv_lora; i++) { /* zeros; tiny, huge, infinite, NaN */
+            static const float odd[] = {0x1p-126f, -0x1p-101f, 0x1.cp-100f, 0x1p127f,
+                                        -INFINITY, NAN,        1,           448};
+            ((bf16 *)latent.host)[latent_stride + i] = 0;
+            ((bf16 *)latent.host)[2 * latent_stride + i] =
+                bf16_from_float(odd[i % 128 < 64 ? i % 3 : i % 8]);
+            ((bf16 *)latent.host)[3 * latent_stride + i] = bf16_from_float(odd[i % 3]);
+        }
+        memcpy(at.host, position, sizeof position);
+        for (uint32_t i = 0; i < ROWS * TABLE; i++) /* each row its own pages, none in order */
+            ((uint32_t *)pages.host)[i] = i / TABLE == 0 ? 8 - i : (i * 4 + 1) % 6;
+        fill_bytes(&cache, 0x33);
+        uint8_t *expected = malloc(cache.bytes);
+        memset(expected, 0x33, cache.bytes);
+        for (uint32_t r = 0; r < ROWS; r++) {
+            const uint32_t page =
+                ((uint32_t *)pages.host)[r * TABLE + position[r] / PAGE_TOKENS];
+            uint8_t *to = expected + ((size_t)page * PAGE_TOKENS + position[r] % 64) * row_bytes;
+            const bf16 *from = (bf16 *)latent.host + r * latent_stride;
+            memset(to, 0, row_bytes);
+            if (e4m3)
+                latent_quantise(from, kv_lora, to, (float *)(to + latent_scale_at(kv_lora)));
+            else
+                memcpy(to, from, kv_lora * sizeof(bf16));
+            bf16 *keys = (bf16 *)(to + (e4m3 ? latent_rope_at(kv_lora) : latent_padded * 2));
+            for (uint32_t i = 0; i < rope; i++)
+                keys[i] = bf16_from_float(((float *)key.host)[r * key_stride + i]);
+        }
+        gpu_schedule(random_next(&random_state));
+        array_put(&latent), array_put(&key), array_put(&at), array_put(&pages), array_put(&cache);
+        const struct latent_append_cuda args = {.rows = ROWS,
+                                                .kv_lora = kv_lora,
+                                                .rope = rope,
+                                                .latent = array_device(&latent),
+                                                .latent_stride = latent_stride,
+                                                .key = array_device(&key),
+                                                .key_stride = key_stride,
+                                                .position = array_device(&at),
+                                                .pages = array_device(&pages),
+                                                .pages_stride = TABLE,
+                                                .cache = array_device(&cache)};
+        assert_int_equal(latent_append_cuda(NULL, e4m3, &args), 0);
+        array_get(&cache);
+        assert_same(&cache, expected, e4m3 ? "rows of an E4M3 cache" : "rows of a BF16 cache");
+        free(expected);
+        array_free(&latent), array_free(&key), array_free(&at), array_free(&pages);
+        array_free(&cache);
+    }
+}
+
+/* Latents read back in the order of a sequence's pages. */
+static void test_widen_latents(void **state) {
+    static const uint32_t widths[] = {512, 128, 40};
+    enum { POSITIONS = 130, PAGES = 5 };
+    for (size_t c = 0; c < sizeof widths / sizeof *widths; c++) {
+        const uint32_t n = widths[c], padded = (uint32_t)activation_stride(n), stride = padded + 32;
+        const uint32_t row_bytes = latent_row_bytes(n, 32);
+        struct array cache = array_make((size_t)PAGES * PAGE_TOKENS * row_bytes),
+                     pages = array_make(3 * 4), ret = array_make((size_t)POSITIONS * stride * 2);
+        for (size_t i = 0; i < cache.bytes; i++)
+            cache.host[i] = (uint8_t)random_next(&random_state);
+        for (size_t row = 0; row < PAGES * PAGE_TOKENS; row++)
+            for (uint32_t g = 0; g * 128 < n; g++)
+                ((float *)(cache.host + row * row_bytes + latent_scale_at(n)))[g] =
+                    ldexpf(1, (int)random_below(&random_state, 40) - 20);
+        memcpy(pages.host, (uint32_t[]){4, 0, 2}, 12);
+        fill_bytes(&ret, 0x22);
+        bf16 *expected = malloc(ret.bytes);
+        memset(expected, 0x22, ret.bytes);
+        for (uint32_t p = 0; p < POSITIONS; p++) {
+            const uint8_t *from =
+                cache.host +
+                ((size_t)((uint32_t *)pages.host)[p / 64] * 64 + p % 64) * row_bytes;
+            memset(expected + (size_t)p * stride, 0, padded * 2);
+            latent_widen(from, (const float *)(from + latent_scale_at(n)), n,
+                         expected + (size_t)p * stride);
+        }
+        array_put(&cache), array_put(&pages), array_put(&ret);
+        assert_int_equal(latent_widen_cuda(NULL, array_device(&cache), n, 32, array_device(&pages),
+                                           POSITIONS, array_device(&ret), stride),
+                         0);
+        array_get(&ret);
+        assert_same(&ret, expected, "latents read back");
+        free(expected);
+        array_free(&cache), array_free(&pages), array_free(&ret);
+    }
+}
+
+static void rows_are_independent(bool e4m3) {
     static const uint32_t positions[] = {3, 200, 16 * 64 + 5};
     struct absorbed batch = {.heads = 8, .kv_lora = 128, .rope = 32, .rows = 3};
     absorbed_make(&batch, positions);
+    if (e4m3)
+        absorbed_quantise(&batch);
     absorbed_run(&batch);
     for (uint32_t r = 0; r < 3; r++) {
         struct absorbed alone = batch;
@@ -171,12 +337,22 @@ static void test_absorbed_rows_are_independent(void **state) {
             const uint32_t page = ((uint32_t *)alone.pages.host)[b];
             memcpy(alone.cache.host + (size_t)page * PAGE_TOKENS * alone.cache_stride * 2,
                    cached(&batch, r, b * PAGE_TOKENS), PAGE_TOKENS * alone.cache_stride * 2);
+            const size_t packed = PAGE_TOKENS * (size_t)latent_row_bytes(128, 32);
+            memcpy(alone.packed.host + page * packed,
+                   batch.packed.host +
+                       ((uint32_t *)batch.pages.host)[r * batch.pages_stride + b] * packed,
+                   packed);
         }
         absorbed_run(&alone);
         assert_memory_equal(alone.ret.host, batch.ret.host + r * alone.ret.bytes, alone.ret.bytes);
         absorbed_drop(&alone);
     }
     absorbed_drop(&batch);
+}
+
+static void test_absorbed_rows_are_independent(void **state) {
+    rows_are_independent(false);
+    rows_are_independent(true);
 }
 
 /* ---- Expanded ---- */
@@ -360,6 +536,9 @@ int main(void) {
     printf("seed %llu\n", (unsigned long long)random_state);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_absorbed),
+        cmocka_unit_test(test_absorbed_e4m3),
+        cmocka_unit_test(test_append),
+        cmocka_unit_test(test_widen_latents),
         cmocka_unit_test(test_absorbed_rows_are_independent),
         cmocka_unit_test(test_expanded),
         cmocka_unit_test(test_expanded_rows_are_independent),

@@ -73,6 +73,10 @@ static void test_golden_fp8(void **state) {
     golden("fp8-sm90", 2e-2); /* activations of 4 bits of mantissa; the CPU's own measure is open */
 }
 
+static void test_golden_latent_fp8(void **state) {
+    golden("fp8-sm90, latents in FP8", 2e-2);
+}
+
 /* The same tokens in other chunks, beside another sequence, and replayed. */
 static void test_identity(void **state) {
     const uint32_t vocabulary = model.config->vocabulary;
@@ -130,6 +134,12 @@ static int open_bf16(void **state) {
 static int open_fp8(void **state) {
     return open_model(true);
 }
+static int open_latent_fp8(void **state) {
+    one_process_use_latent_fp8(true);
+    const int error = open_model(true);
+    one_process_use_latent_fp8(false);
+    return error;
+}
 static int close_model(void **state) {
     one_process_close(&model);
     return 0;
@@ -139,7 +149,9 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_golden_bf16, open_bf16, close_model),
         cmocka_unit_test_setup_teardown(test_golden_fp8, open_fp8, close_model),
+        cmocka_unit_test_setup_teardown(test_golden_latent_fp8, open_latent_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_identity, open_fp8, close_model),
+        cmocka_unit_test_setup_teardown(test_identity, open_latent_fp8, close_model),
     };
     return cmocka_run_group_tests_name("cuda model", tests, open_oracle, NULL);
 }

@@ -196,6 +196,11 @@ void mbarrier_wait(uint64_t *barrier, uint32_t parity) {
                   [=] { return (uint32_t)(bits_of(barrier)->bytes_and_phase & 1) != parity; });
 }
 
+uint32_t widen_e4m3_pair(uint16_t two, float scale) {
+    return (uint32_t)bf16_from_float(of_e4m3((uint8_t)two) * scale) |
+           (uint32_t)bf16_from_float(of_e4m3((uint8_t)(two >> 8)) * scale) << 16;
+}
+
 void tma_load(void *shared, const CUtensorMap *map, uint64_t *barrier, uint32_t x, uint32_t y) {
     const uint32_t to = shared_address(shared);
     if (to % 1024 != 0 || map->box_bytes != 128) {

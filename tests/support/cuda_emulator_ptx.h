@@ -29,6 +29,7 @@ static inline void tma_prefetch(const CUtensorMap *) {
 }
 static inline void async_fence(void) {
 }
+uint32_t widen_e4m3_pair(uint16_t two, float scale);
 
 template <uint32_t N> static inline void registers_more(void) {
 }

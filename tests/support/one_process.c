@@ -21,6 +21,12 @@ static void *take(size_t count, size_t size) {
     return memory;
 }
 
+static bool latent_fp8;
+
+void one_process_use_latent_fp8(bool on) {
+    latent_fp8 = on;
+}
+
 static bool open_engines(struct one_process *self, const struct kernels *kernels,
                          const struct parallel *parallel, struct failure *failure) {
     struct engine_options options = {
@@ -30,6 +36,7 @@ static bool open_engines(struct one_process *self, const struct kernels *kernels
         .batch_rows = self->batch_rows,
         .batch_slots = 1,
         .pages = self->pages_per_sequence * ONE_PROCESS_SEQUENCES,
+        .latent_fp8 = latent_fp8,
         .mtp_steps = 2,
     };
     if (engine_open(&self->attention, self->model, &options, failure) != 0)
