@@ -414,6 +414,8 @@ struct actor *attention_create(const struct actor_identity *identity,
     self->member.describe_holdings = describe_holdings;
     bias_table_init(&self->bias, config->layers * config->experts);
     self->activation_bytes = identity_activation_bytes(&self->member.identity);
+    self->rows_e4m3 = settings->dispatch_fp8 != 0 && config->experts_e4m3 &&
+                      identity_is_fp8(&self->member.identity);
     self->part_items_max = rows_per_frame(self, config->hidden * (uint32_t)sizeof(float));
     self->sample_rows_max = rows_per_frame(self, config->hidden * self->activation_bytes);
     self->placement =

@@ -230,10 +230,11 @@ void dispatch_send_part(struct attention *self, const struct part *part, uint32_
         .rows = planned->rows,
         .items = planned->items,
         .groups = planned->groups,
+        .format = self->rows_e4m3 ? FRAME_ROWS_E4M3 : FRAME_ROWS_PLAIN,
     };
     effect->transfer.prefix = prefix;
     effect->transfer.prefix_bytes = group_bytes + item_bytes;
-    effect->transfer.region = REGION_NORMED;
+    effect->transfer.region = self->rows_e4m3 ? REGION_NORMED_E4M3 : REGION_NORMED;
     effect->transfer.slot = self->batch.slot;
     effect->transfer.index =
         effects_copy(out, plan->row + planned->first_row, planned->rows * sizeof(uint32_t));

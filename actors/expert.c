@@ -293,7 +293,10 @@ static void send_moved(struct expert *self, const struct frame_header *question,
 static const char *refuse(const struct expert *self, const struct frame_header *header) {
     if (member_frame_sender(&self->member, header, ROLE_ATTENTION) == NULL)
         return "its sender is unknown or meant another incarnation";
-    if (header->row_bytes != self->row_bytes)
+    const bool e4m3 = header->format == FRAME_ROWS_E4M3;
+    if (e4m3 && self->e4m3_bytes == 0)
+        return "its rows are E4M3, which this profile or model does not take";
+    if (header->row_bytes != (e4m3 ? self->e4m3_bytes : self->row_bytes))
         return "its rows have another size than this model's";
     if (header->items > self->frame_items_max || header->rows > self->frame_items_max)
         return "it has more items than frame_rows allows";
@@ -334,6 +337,7 @@ static void on_dispatch(struct expert *self, const struct frame *frame, uint64_t
         .group = group,
         .item_row = frame_item_rows(frame),
         .payload = frame_rows(frame),
+        .e4m3 = header->format == FRAME_ROWS_E4M3,
         .tag = running->tag,
     };
 }
@@ -487,6 +491,8 @@ struct actor *expert_create(const struct actor_identity *identity, const struct 
     self->pair_bytes = identity_expert_bytes(&self->member.identity, config);
     self->member.describe_holdings = describe_holdings;
     self->row_bytes = config->hidden * identity_activation_bytes(&self->member.identity);
+    if (config->fp8 && identity_is_fp8(&self->member.identity))
+        self->e4m3_bytes = e4m3_row_bytes(config->hidden);
     return &self->actor;
 }
 

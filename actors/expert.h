@@ -48,6 +48,7 @@ struct expert {
     struct model_config config;
     enum weights_from weights;
     uint32_t frame_items_max, row_bytes;
+    uint32_t e4m3_bytes; /* of a row in that format; 0: it is not taken */
     uint8_t *pair;            /* [layers * experts] enum pair_state */
     uint32_t *pair_bytes_kib; /* [layers * experts] of held pairs, rounded up */
     uint8_t *placed;          /* [layers * experts] 1: here, says the adopted epoch */

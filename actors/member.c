@@ -62,6 +62,10 @@ uint64_t identity_expert_bytes(const struct actor_identity *identity, const stru
     return elements * (config->fp8 ? 1 : 2) + 1;
 }
 
+bool identity_is_fp8(const struct actor_identity *identity) {
+    return strncmp(identity->numerics, "fp8", 3) == 0; /* "fp8-sm90-kv8" too */
+}
+
 uint32_t identity_activation_bytes(const struct actor_identity *identity) {
     return strncmp(identity->numerics, "f32", 3) == 0 ? 4 : 2; /* "f32-p0.6" too */
 }

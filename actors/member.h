@@ -102,6 +102,8 @@ const struct peer *member_frame_sender(const struct member *self, const struct f
 char *identity_copy(struct actor_identity *ret, const struct actor_identity *identity);
 /* About how many bytes the weights of one expert take. */
 uint64_t identity_expert_bytes(const struct actor_identity *identity, const struct model_config *config);
+/* The fp8 profile, whatever the device: products quantise their rows. */
+bool identity_is_fp8(const struct actor_identity *identity);
 /* Bytes of one activation of the numerics profile, as it travels in frames. */
 uint32_t identity_activation_bytes(const struct actor_identity *identity);
 

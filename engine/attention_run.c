@@ -290,6 +290,6 @@ const void *attention_region(const struct engine *self, enum region region, uint
                              uint32_t *ret_rows) {
     ASSERT(slot < self->attention->slots);
     const struct attention_slot *s = &self->attention->slot[slot];
-    *ret_rows = region == REGION_NORMED ? s->rows : s->final_rows;
-    return region == REGION_NORMED ? s->normed : s->final;
+    *ret_rows = region == REGION_FINAL ? s->final_rows : s->rows;
+    return region == REGION_FINAL ? s->final : s->normed;
 }

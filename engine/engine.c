@@ -87,6 +87,8 @@ void engine_run(struct engine *self, const struct program *program, struct progr
 }
 
 uint32_t engine_row_bytes(const struct engine *self, enum region region) {
+    if (region == REGION_NORMED_E4M3)
+        return e4m3_row_bytes(self->hidden);
     return self->hidden * (region == REGION_EXPERT_OUTPUT ? (uint32_t)sizeof(float)
                                                           : self->kernels->activation_bytes);
 }
@@ -102,14 +104,17 @@ void engine_gather(const struct engine *self, enum region region, uint32_t slot,
         from = (const uint8_t *)experts_output(self, &rows);
     } else {
         ASSERT(self->role == ENGINE_ATTENTION);
-        ASSERT(region == REGION_NORMED || region == REGION_FINAL);
+        ASSERT(region == REGION_NORMED || region == REGION_FINAL || region == REGION_NORMED_E4M3);
         from = attention_region(self, region, slot, &rows);
         stride = self->hidden_stride * self->kernels->activation_bytes;
     }
     for (uint32_t i = 0; i < count; i++) {
         uint32_t row = index == NULL ? i : index[i];
         ASSERT(row < rows);
-        memcpy((uint8_t *)ret + i * bytes, from + row * stride, bytes);
+        if (region == REGION_NORMED_E4M3)
+            self->kernels->row_to_e4m3(from + row * stride, self->hidden, (uint8_t *)ret + i * bytes);
+        else
+            memcpy((uint8_t *)ret + i * bytes, from + row * stride, bytes);
     }
 }
 

@@ -44,7 +44,7 @@ enum program_kind {
     PROGRAM_COMBINE, /* slot, layer */
     PROGRAM_FINISH,  /* slot, select[] batch rows, items = how many: final row i is batch row select[i] */
     PROGRAM_CLEAR_PAGES, /* select[] page numbers, items: zeroes them (a page is cleared when it is handed to a sequence) */
-    PROGRAM_EXPERT,  /* layer, group[], groups, item_row[], items, payload = rows of activations, rows */
+    PROGRAM_EXPERT,  /* layer, group[], groups, item_row[], items, payload = rows of activations or, e4m3, of kernels/e4m3_row.h, rows */
     PROGRAM_DRAFT,   /* slot, draft[], items; spec[] and words[] of those that want guesses, in order (rows from EMBED, layers all done) */
     PROGRAM_READ,    /* expert engine: layer, items = expert, offset, bytes: of its packed weights */
     PROGRAM_SAMPLE,  /* spec[], rows, words[], words_count, payload = hidden rows */
@@ -72,6 +72,7 @@ struct program {
     const uint32_t *words;
     uint32_t words_count;
     const void *payload;
+    bool e4m3;
     uint64_t offset;
     uint32_t bytes;
     uint64_t tag; /* copied into the result */
@@ -104,6 +105,7 @@ struct program_result {
 enum region {
     REGION_NONE,
     REGION_NORMED, /* attention, slot: [rows] activations for DISPATCH */
+    REGION_NORMED_E4M3, /* the same rows as kernels->row_to_e4m3 makes them (profile fp8) */
     REGION_FINAL,  /* attention, slot: [selected] activations for SAMPLE */
     REGION_EXPERT_OUTPUT, /* expert: [items, hidden] float of the last EXPERT program */
 };

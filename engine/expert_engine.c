@@ -14,7 +14,7 @@
 
 /* A work space: of whoever works on a group, one at a time. */
 struct expert_work {
-    void *x; /* [CHUNK, hidden_stride] activations */
+    void *x; /* [CHUNK, hidden_stride] activations, or rows of e4m3_row_bytes(hidden) */
     struct mlp_work mlp;
 };
 
@@ -35,7 +35,9 @@ struct experts {
 
 static size_t work_layout(const struct engine *self, struct expert_work *ret,
                           struct layout *layout) {
-    ret->x = layout_take(layout, CHUNK * self->hidden_stride, self->kernels->activation_bytes);
+    const size_t plain = self->hidden_stride * self->kernels->activation_bytes;
+    const size_t e4m3 = e4m3_row_bytes(self->hidden);
+    ret->x = layout_take(layout, CHUNK, plain > e4m3 ? plain : e4m3);
     mlp_work_layout(&ret->mlp, layout, self->kernels, CHUNK, self->config->expert_width);
     return layout->used;
 }
@@ -174,7 +176,9 @@ static void run_group(const struct engine *self, const struct program *program, 
                       const struct expert_work *work, const struct parallel *parallel) {
     const struct experts *x = self->experts;
     const struct kernels *kernels = self->kernels;
-    const size_t row_bytes = self->hidden * kernels->activation_bytes;
+    const size_t row_bytes = program->e4m3 ? e4m3_row_bytes(self->hidden)
+                                           : self->hidden * kernels->activation_bytes;
+    const size_t stride = program->e4m3 ? row_bytes : self->hidden_stride * kernels->activation_bytes;
     const struct expert_weights *weights =
         *held_at(self, program->layer, program->group[group].expert);
     for (uint32_t done = 0; done < program->group[group].count; done += CHUNK) {
@@ -183,12 +187,17 @@ static void run_group(const struct engine *self, const struct program *program, 
         rows = rows < CHUNK ? rows : CHUNK;
         for (uint32_t i = 0; i < rows; i++) {
             const uint8_t *row = (const uint8_t *)program->payload;
-            /* the padding of work->x is zero from the start: only the width is ever written */
-            memcpy(activation_at(kernels, work->x, i * self->hidden_stride),
+            memcpy((uint8_t *)work->x + i * stride,
                    row + program->item_row[first + i] * row_bytes, row_bytes);
+            memset((uint8_t *)work->x + i * stride + row_bytes, 0, stride - row_bytes);
         }
-        mlp_run(&weights->mlp, kernels, work->x, self->hidden_stride, rows, &work->mlp,
-                (float *)x->output + (size_t)first * self->hidden, self->hidden, parallel);
+        float *y = (float *)x->output + (size_t)first * self->hidden;
+        if (program->e4m3)
+            mlp_run_e4m3(&weights->mlp, kernels, work->x, stride, rows, &work->mlp, y, self->hidden,
+                         parallel);
+        else
+            mlp_run(&weights->mlp, kernels, work->x, self->hidden_stride, rows, &work->mlp, y,
+                    self->hidden, parallel);
     }
 }
 
@@ -232,9 +241,21 @@ static uint32_t measure_groups(const struct engine *self, const struct program *
         largest = count > largest ? count : largest;
     }
     ASSERT(items == program->items);
+    ASSERT(!program->e4m3 || self->kernels->matmul_e4m3 != NULL);
     for (uint32_t i = 0; i < items; i++)
         ASSERT(program->item_row[i] < program->rows);
     return largest;
+}
+
+/* Senders know from the files that every expert does; one that does not know better is not believed. */
+static bool take_rows(const struct engine *self, const struct program *program) {
+    for (uint32_t g = 0; program->e4m3 && g < program->groups; g++) {
+        const struct mlp *mlp = &(*held_at(self, program->layer, program->group[g].expert))->mlp;
+        if (!self->kernels->takes_e4m3(&mlp->gate.matrix) ||
+            !self->kernels->takes_e4m3(&mlp->up.matrix))
+            return false;
+    }
+    return true;
 }
 
 /* Threads take whole groups, whoever is free the next one, where no group is more than a thread's
@@ -248,6 +269,10 @@ void experts_run(struct engine *self, const struct program *program, struct prog
     if (ret->error != 0)
         return;
     uint32_t largest = measure_groups(self, program);
+    if (!take_rows(self, program)) {
+        ret->error = ERR_UNSUPPORTED;
+        return;
+    }
     x->items = program->items;
     ret->output = x->output;
     if (threads > 1 && threads <= WORK_MAX && (uint64_t)largest * threads <= program->items) {

@@ -86,6 +86,11 @@ void mlp_run(const struct mlp *self, const struct kernels *kernels, const void *
              uint32_t rows, const struct mlp_work *work, float *y, size_t y_stride,
              const struct parallel *parallel);
 
+/* The same from rows of kernels/e4m3_row.h, x_stride bytes apart, where gate and up take them. */
+void mlp_run_e4m3(const struct mlp *self, const struct kernels *kernels, const void *x,
+                  size_t x_stride, uint32_t rows, const struct mlp_work *work, float *y,
+                  size_t y_stride, const struct parallel *parallel);
+
 /* --- rows (engine/rows.c) --- */
 
 /* Cuts rows into at most parallel->width runs and calls task(argument, first, end, part) for each,

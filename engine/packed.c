@@ -72,15 +72,31 @@ static void silu_rows(void *argument, uint32_t first, uint32_t end, int part) {
                            inner_stride);
 }
 
-void mlp_run(const struct mlp *self, const struct kernels *kernels, const void *x, size_t x_stride,
-             uint32_t rows, const struct mlp_work *work, float *y, size_t y_stride,
-             const struct parallel *parallel) {
+/* What follows gate and up. */
+static void mlp_finish(const struct mlp *self, const struct kernels *kernels, uint32_t rows,
+                       const struct mlp_work *work, float *y, size_t y_stride,
+                       const struct parallel *parallel) {
     uint32_t width = self->gate.matrix.n;
-    const size_t stride = sums_stride(width);
-    kernels->matmul(&self->gate.matrix, x, x_stride, rows, work->gate, stride, parallel);
-    kernels->matmul(&self->up.matrix, x, x_stride, rows, work->up, stride, parallel);
     struct silu_job job = {kernels, work, width};
     rows_run(parallel, rows, 2 * (size_t)width, silu_rows, &job);
     kernels->matmul(&self->down.matrix, work->inner, row_stride(width), rows, y, y_stride,
                     parallel);
+}
+
+void mlp_run(const struct mlp *self, const struct kernels *kernels, const void *x, size_t x_stride,
+             uint32_t rows, const struct mlp_work *work, float *y, size_t y_stride,
+             const struct parallel *parallel) {
+    const size_t stride = sums_stride(self->gate.matrix.n);
+    kernels->matmul(&self->gate.matrix, x, x_stride, rows, work->gate, stride, parallel);
+    kernels->matmul(&self->up.matrix, x, x_stride, rows, work->up, stride, parallel);
+    mlp_finish(self, kernels, rows, work, y, y_stride, parallel);
+}
+
+void mlp_run_e4m3(const struct mlp *self, const struct kernels *kernels, const void *x,
+                  size_t x_stride, uint32_t rows, const struct mlp_work *work, float *y,
+                  size_t y_stride, const struct parallel *parallel) {
+    const size_t stride = sums_stride(self->gate.matrix.n);
+    kernels->matmul_e4m3(&self->gate.matrix, x, x_stride, rows, work->gate, stride, parallel);
+    kernels->matmul_e4m3(&self->up.matrix, x, x_stride, rows, work->up, stride, parallel);
+    mlp_finish(self, kernels, rows, work, y, y_stride, parallel);
 }

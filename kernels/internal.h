@@ -99,6 +99,25 @@ quantise_function quantise_scalar;
 #if defined(__x86_64__)
 quantise_function quantise_avx512;
 #endif
+/* kernels->row_to_e4m3, and the way back: values as BF16, which holds them exactly. */
+typedef void row_to_e4m3_function(const void *x, uint32_t n, uint8_t *ret);
+typedef void e4m3_widen_function(const uint8_t *x, uint32_t n, bf16 *ret);
+row_to_e4m3_function row_to_e4m3_scalar;
+e4m3_widen_function e4m3_widen_scalar;
+#if defined(__x86_64__)
+row_to_e4m3_function row_to_e4m3_avx512;
+e4m3_widen_function e4m3_widen_avx512;
+#endif
+row_to_e4m3_function *row_to_e4m3_best(void);
+bool takes_e4m3(const struct matrix *w);
+typedef void matmul_e4m3_function(const struct matrix *w, const uint8_t *x, size_t x_stride,
+                                  uint32_t rows, float *y, size_t y_stride,
+                                  const struct parallel *parallel);
+matmul_e4m3_function matmul_e4m3_scalar;
+#if defined(__x86_64__)
+matmul_e4m3_function matmul_e4m3_avx512, matmul_e4m3_amx;
+#endif
+
 struct matmul_part {
     uint32_t panel_begin, panel_end;
     uint32_t row_begin, row_end;

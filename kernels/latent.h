@@ -4,16 +4,17 @@
  *   [512 E4M3: the latent | 4 float: a scale for each 128 of it | 64 BF16: rotated key]
  *
  * 656 bytes instead of 1152. In general the latent is padded with zeros to whole groups of 128, the
- * scales to 16 bytes, the key to 32 elements. With m the largest magnitude in a group of the latent,
- * which is BF16 (a NaN counts for nothing):
+ * scales to 16 bytes, the key to 32 elements. With m the largest magnitude in a group of the
+ * latent, which is BF16 (a NaN counts for nothing):
  *
  *   scale = the smallest power of two with m / scale <= 448, at least 2^-108 and at most 2^119
  *   q = e4m3(x / scale), to nearest even, saturating at 448
  *   read back: q * scale
  *
  * A power of two, because what is read back is then exact in BF16: attention over such a cache has
- * the bits of attention over the values read back, and quantising those again gives the same values.
- * Keys stay BF16: RoPE leaves their channels far more unequal than those of the normed latent. */
+ * the bits of attention over the values read back, and quantising those again gives the same
+ * values. Keys stay BF16: RoPE leaves their channels far more unequal than those of the normed
+ * latent. */
 #ifndef TROUPE_LATENT_H
 #define TROUPE_LATENT_H
 

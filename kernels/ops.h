@@ -15,6 +15,7 @@
 
 #include "actors/errors.h"
 #include "actors/limits.h"
+#include "kernels/e4m3_row.h"
 #include "kernels/latent.h"
 #include "kernels/numerics.h"
 #include "kernels/parallel.h"
@@ -109,6 +110,14 @@ struct kernels {
      * activations, as in kv_b of the expanded form. */
     void (*matmul_latent)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                           float *y, size_t y_stride, const struct parallel *parallel);
+
+    /* The fp8 profile in two steps, for rows that travel between them (kernels/e4m3_row.h); NULL in other profiles.
+     * row_to_e4m3: one row of n activations. takes_e4m3: whether a product may begin with such rows; then matmul_e4m3 of
+     * them (x_stride bytes apart, a multiple of 4) has the bits of matmul of what they were made from. */
+    void (*row_to_e4m3)(const void *x, uint32_t n, uint8_t *ret);
+    bool (*takes_e4m3)(const struct matrix *w);
+    void (*matmul_e4m3)(const struct matrix *w, const uint8_t *x, size_t x_stride, uint32_t rows,
+                        float *y, size_t y_stride, const struct parallel *parallel);
 
     /* ret[r] = activation(x[r] * rsqrt(mean(x[r]^2) + eps) * weight). x: [rows, x_stride] float, ret: [rows, ret_stride].
      * mean by sum_canonical of squares. */

@@ -40,6 +40,10 @@ static const struct kernels F32 = {
     .silu_mul = silu_mul_bf16_##isa, .add = add_##isa, .widen = widen_bf16_##isa,                  \
     .rope = rope_##isa
 
+#define TRAVELLING(isa, rows)                                                                      \
+    .row_to_e4m3 = row_to_e4m3_##rows, .takes_e4m3 = takes_e4m3,                                   \
+    .matmul_e4m3 = matmul_e4m3_##isa
+
 static const struct kernels BF16_SCALAR = {
     .name = "bf16 scalar",
     .profile = PROFILE_BF16,
@@ -54,6 +58,7 @@ static const struct kernels FP8_SCALAR = {
     .isa = ISA_SCALAR,
     MATRICES,
     PRODUCTS(fp8, scalar),
+    TRAVELLING(scalar, scalar),
     ROWS(scalar),
 };
 #if defined(__x86_64__)
@@ -71,6 +76,7 @@ static const struct kernels FP8_AVX512 = {
     .isa = ISA_AVX512,
     MATRICES,
     PRODUCTS(fp8, avx512),
+    TRAVELLING(avx512, avx512),
     ROWS(avx512),
 };
 /* Processors with AMX have AVX-512, which does all but products and attention. */
@@ -88,6 +94,7 @@ static const struct kernels FP8_AMX = {
     .isa = ISA_AMX,
     MATRICES,
     PRODUCTS(fp8, amx),
+    TRAVELLING(amx, avx512),
     ROWS(avx512),
 };
 #endif

@@ -32,6 +32,7 @@ struct model_config {
     bool tie_embeddings;
     bool fp8;                    /* quantization_config fp8 */
     uint32_t fp8_block_rows, fp8_block_cols;
+    bool experts_e4m3;           /* the files' own word: what routed experts multiply rows by is E4M3, in every layer */
     int32_t bos, pad;
     int32_t eos[8];              /* config.json and generation_config.json together */
     uint32_t eos_count;

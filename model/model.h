@@ -43,6 +43,8 @@ uint32_t weight_scale_columns(const struct model_config *config, const struct we
 /* Every tensor that the config asks for is there, with a dtype that its role allows and the right
  * shape. */
 int model_check_weights(const struct model *self, struct failure *failure);
+/* Whether gate and up of every routed expert are E4M3 with scales. */
+bool model_experts_are_e4m3(const struct model *self);
 /* Fills self->fingerprint from the bytes of config.json and the tensors. */
 void model_compute_config_fingerprint(struct model *self, const void *config_json, size_t config_bytes);
 void model_compute_fingerprint(struct model *self, const void *config_json, size_t config_bytes);

@@ -281,8 +281,10 @@ static int open_model(struct model *self, const struct model_file *files, uint32
         return code;
     drop_absent_mtp(self);
     code = model_check_weights(self, failure);
-    if (code == 0)
+    if (code == 0) {
+        self->config.experts_e4m3 = model_experts_are_e4m3(self);
         model_compute_fingerprint(self, config->bytes, config->size);
+    }
     return code;
 }
 

@@ -279,6 +279,21 @@ int model_check_weights(const struct model *self, struct failure *failure) {
     return 0;
 }
 
+bool model_experts_are_e4m3(const struct model *self) {
+    const struct model_config *config = &self->config;
+    struct weight_spec spec;
+    for (uint32_t layer = 0; layer < config->layers + config->mtp_layers; layer++)
+        for (uint32_t expert = 0; model_layer_is_moe(config, layer) && expert < config->experts;
+             expert++)
+            for (enum expert_part part = EXPERT_GATE; part <= EXPERT_UP; part++) {
+                weight_specify_expert(config, layer, part, expert, &spec);
+                const struct tensor *tensor = model_tensor(self, spec.name);
+                if (tensor == NULL || tensor->dtype != DTYPE_E4M3)
+                    return false;
+            }
+    return config->fp8 && config->experts > 0;
+}
+
 static struct weight_view view_of(const struct model *self, const struct weight_spec *spec) {
     const struct tensor *tensor = model_tensor(self, spec->name);
     ASSERT(tensor != NULL);

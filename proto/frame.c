@@ -9,6 +9,7 @@
 
 #include "actors/limits.h"
 #include "engine/sample.h"
+#include "kernels/e4m3_row.h"
 
 #define WORDS_MAX (FRAME_PAYLOAD_MAX / sizeof(uint32_t))
 
@@ -139,7 +140,8 @@ static int check_counts(const struct frame_header *header, struct failure *failu
         {"row bytes", header->row_bytes, layout->carries_rows ? 1 : 0,
          layout->carries_rows ? HIDDEN_MAX * (uint32_t)sizeof(float) : 0},
         {"detail", header->detail, 0, header->kind == FRAME_MOVED ? EXPERTS_MAX - 1 : 0},
-        {"reserved", header->reserved[0] | header->reserved[1], 0, 0},
+        {"format", header->format, 0, header->kind == FRAME_DISPATCH ? FRAME_ROWS_E4M3 : 0},
+        {"reserved", header->reserved, 0, 0},
     };
     for (size_t i = 0; i < sizeof RANGES / sizeof *RANGES; i++) {
         int code = check_range(layout, RANGES[i].field, RANGES[i].value, RANGES[i].min,
@@ -147,10 +149,13 @@ static int check_counts(const struct frame_header *header, struct failure *failu
         if (code < 0)
             return code;
     }
-    if (layout->carries_rows && header->row_bytes % layout->element_bytes != 0)
+    const uint32_t element = header->kind == FRAME_DISPATCH && header->format == FRAME_ROWS_E4M3
+                                 ? E4M3_ROW_GROUP_BYTES
+                                 : layout->element_bytes;
+    if (layout->carries_rows && header->row_bytes % element != 0)
         return fail(failure, ERR_CORRUPT,
                     "frame %s: row bytes: expected a multiple of %u, found %u", layout->name,
-                    layout->element_bytes, header->row_bytes);
+                    element, header->row_bytes);
     size_t bytes =
         frame_bytes(header->kind, header->rows, header->items, header->groups, header->row_bytes);
     if (bytes == 0)

@@ -3,7 +3,8 @@
  * counted from the start of the header.
  *
  *   DISPATCH  attention -> expert   struct frame_group[groups], uint32_t item_row[items], padding,
- *                                   rows x row_bytes (activations of the numerics profile: BF16 or F32, [rows, hidden])
+ *                                   rows x row_bytes (activations of the numerics profile: BF16 or F32, [rows, hidden];
+ *                                   format FRAME_ROWS_E4M3: kernels/e4m3_row.h)
  *             items are grouped by expert in the order of the groups; item i is row item_row[i] for its group's expert
  *   COMBINE   expert -> attention   items x row_bytes (F32, [items, hidden]), the items in the order of the dispatch
  *   MOVED     expert -> attention   no payload: the expert named by `layer` and `detail` (expert) is not held here
@@ -52,7 +53,13 @@ struct frame_header {
     uint32_t groups;
     uint32_t row_bytes;
     uint32_t detail; /* MOVED: the expert; otherwise 0 */
-    uint32_t reserved[2];
+    uint32_t format; /* DISPATCH: enum frame_rows; otherwise 0 */
+    uint32_t reserved;
+};
+
+enum frame_rows {
+    FRAME_ROWS_PLAIN,
+    FRAME_ROWS_E4M3, /* only the fp8 profile sends and takes these, for models whose experts are E4M3 */
 };
 
 _Static_assert(sizeof(struct frame_header) == 96, "the frame header is 96 bytes on every machine");

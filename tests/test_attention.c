@@ -121,6 +121,35 @@ static void assert_no_frame(struct stage *stage) {
     assert_null(stage_take(stage, EFFECT_TRANSFER));
 }
 
+/* ---- the form of rows ---- */
+
+/* E4M3 where profile, files and settings agree to it. */
+static void test_rows_travel_in_e4m3_in_the_fp8_profile(void **state) {
+    static const struct {
+        const char *numerics;
+        bool experts_e4m3;
+        uint32_t dispatch_fp8;
+        bool e4m3;
+    } cases[] = {
+        {"fp8", true, 1, true},   {"fp8-sm90-kv8", true, 1, true}, {"bf16", true, 1, false},
+        {"fp8", false, 1, false}, {"fp8", true, 0, false},         {"f32", true, 1, false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct stage stage;
+        stage_init(&stage, ROLE_ATTENTION);
+        stage.identity.numerics = cases[i].numerics;
+        stage.config.experts_e4m3 = cases[i].experts_e4m3;
+        stage.settings.dispatch_fp8 = cases[i].dispatch_fp8;
+        create(&stage);
+        submit(&stage, GATEWAY, make_request(77, 3, 2));
+        struct effect sent = next_frame(&stage, FRAME_DISPATCH);
+        assert_int_equal(sent.transfer.region, cases[i].e4m3 ? REGION_NORMED_E4M3 : REGION_NORMED);
+        assert_int_equal(sent.transfer.header.format,
+                         cases[i].e4m3 ? FRAME_ROWS_E4M3 : FRAME_ROWS_PLAIN);
+        stage_free(&stage);
+    }
+}
+
 /* ---- one sequence ---- */
 
 static void test_a_sequence_step_by_step(void **state) {
@@ -1351,6 +1380,7 @@ static void test_nothing_is_left_whatever_happens(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_rows_travel_in_e4m3_in_the_fp8_profile),
         cmocka_unit_test(test_a_sequence_step_by_step),
         cmocka_unit_test(test_a_dense_model_needs_no_expert),
         cmocka_unit_test(test_a_second_submit_is_ignored),

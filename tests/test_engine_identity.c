@@ -139,6 +139,26 @@ static void check_model(const char *directory, size_t variants) {
     free(expected);
 }
 
+/* Rows quantised before they are sent: the bits of rows that experts quantise. */
+static void rows_may_travel_in_e4m3(void **state) {
+    (void)state;
+    static const char directory[] = "tests/golden/v3-fp8";
+    float *expected = NULL;
+    load_tokens(directory);
+    for (int isa = ISA_SCALAR; isa <= ISA_AMX; isa++) {
+        struct failure failure;
+        if (!isa_available((enum isa)isa))
+            continue;
+        const struct kernels *kernels = kernels_select(PROFILE_FP8, (enum isa)isa, &failure);
+        run_variants(directory, kernels, &PARALLEL_SERIAL, 1, &expected);
+        one_process_use_e4m3_rows(true);
+        run_variants(directory, kernels, &PARALLEL_SERIAL, 2, &expected);
+        run_variants(directory, kernels, &PARALLEL_REVERSED, 2, &expected);
+        one_process_use_e4m3_rows(false);
+    }
+    free(expected);
+}
+
 /* Latents in FP8: other bits than without, the same whatever runs them. */
 static void latents_in_fp8_are_as_identical(void **state) {
     (void)state;
@@ -329,6 +349,7 @@ static void steady_state_takes_no_memory(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(no_way_of_running_changes_a_bit),
+        cmocka_unit_test(rows_may_travel_in_e4m3),
         cmocka_unit_test(latents_in_fp8_are_as_identical),
         cmocka_unit_test(large_batches_are_cut_without_a_trace),
         cmocka_unit_test(cleared_pages_leave_no_trace),

@@ -351,6 +351,37 @@ static void test_frames_that_do_not_fit_are_dropped(void **state) {
     stage_free(&stage);
 }
 
+/* E4M3 rows are for the fp8 profile and models that are stored so. */
+static void test_rows_in_e4m3(void **state) {
+    for (int i = 0; i < 4; i++) {
+        struct stage stage;
+        stage_init(&stage, ROLE_EXPERT);
+        stage.identity.numerics = i & 1 ? "fp8-sm90" : "bf16";
+        stage.config.fp8 = (i & 2) != 0;
+        stage.actor = expert_create(&stage.identity, &stage.settings, &stage.config, 0);
+        stage_join(&stage, 30);
+        stage_commit(&stage, (actor_id[]){20, 40, 50}, 3, NULL, 0);
+        hold_layer_1(&stage);
+        struct dispatch dispatch = make_dispatch(1, 0, 1);
+        dispatch.header.row_bytes = 16;
+        stage_clear(&stage);
+        send_dispatch(&stage, &dispatch);
+        assert_false(stage_take(&stage, EFFECT_COMPUTE)->compute.e4m3);
+        dispatch.header.format = FRAME_ROWS_E4M3;
+        dispatch.header.row_bytes = 132;
+        if (i < 3) {
+            assert_dropped(&stage, &dispatch, "E4M3, which this profile or model does not take");
+        } else {
+            stage_clear(&stage);
+            send_dispatch(&stage, &dispatch);
+            assert_true(stage_take(&stage, EFFECT_COMPUTE)->compute.e4m3);
+            dispatch.header.row_bytes = 264;
+            assert_dropped(&stage, &dispatch, "another size");
+        }
+        stage_free(&stage);
+    }
+}
+
 static void test_frames_that_arrive_while_others_compute(void **state) {
     struct stage stage;
     open_stage(&stage);
@@ -423,6 +454,7 @@ int main(void) {
         cmocka_unit_test(test_rows_are_computed_and_answered),
         cmocka_unit_test(test_rows_of_experts_held_elsewhere_are_moved),
         cmocka_unit_test(test_frames_that_do_not_fit_are_dropped),
+        cmocka_unit_test(test_rows_in_e4m3),
         cmocka_unit_test(test_frames_that_arrive_while_others_compute),
         cmocka_unit_test(test_orders_in_any_order),
     };

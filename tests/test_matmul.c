@@ -351,6 +351,91 @@ static void forms_agree_on_large_shapes(void **unused) {
     (void)unused;
 }
 
+/* Rows quantised before they came: what the forms make of them is the definition's, and products of
+ * them have the bits of products that quantise; NaN, infinities and zeros included. */
+static void e4m3_rows_multiply_as_what_they_were(void **unused) {
+    (void)unused;
+    row_to_e4m3_function *const makes[] = {
+        row_to_e4m3_scalar,
+#if defined(__x86_64__)
+        isa_available(ISA_AVX512) ? row_to_e4m3_avx512 : NULL,
+#endif
+    };
+    struct {
+        matmul_function *whole;
+        matmul_e4m3_function *second;
+    } const products[] = {
+        {matmul_fp8_scalar, matmul_e4m3_scalar},
+#if defined(__x86_64__)
+        {isa_available(ISA_AVX512) ? matmul_fp8_avx512 : NULL, matmul_e4m3_avx512},
+        {isa_available(ISA_AMX) ? matmul_fp8_amx : NULL, matmul_e4m3_amx},
+#endif
+    };
+    const uint32_t rows[] = {0, 1, 2, 5, 17, 33};
+    for (size_t turn = 0; turn < 5 * sizeof rows / sizeof *rows; turn++) {
+        const struct shape shape = {.n = 1 + below(90),
+                                    .k = turn % 5 == 0 ? 128 : 1 + below(500),
+                                    .rows = rows[turn / 5],
+                                    .dtype = DTYPE_E4M3,
+                                    .scaled = true,
+                                    .values = turn % 4 == 3 ? WIDE : ORDINARY};
+        struct test_case it = case_make(&shape);
+        struct matrix w = packed(&it.view, matrix_bytes_bf16, matrix_pack_bf16);
+        const size_t count = (size_t)shape.rows * shape.n, bytes = e4m3_row_bytes(shape.k);
+        float *expected = malloc(count * 4 + 4), *found = malloc(count * 4 + 4);
+        uint8_t *made = malloc(shape.rows * bytes + 4), *other = malloc(bytes);
+        for (uint32_t k = 0; shape.rows > 1 && k < shape.k; k++)
+            it.x[k] = turn % 5 == 1 ? 0 : it.x[k];
+        if (shape.rows > 0 && turn % 5 == 2)
+            it.x[shape.k / 2] = turn % 2 ? 0x7fc0 : 0xff80;
+        numerics_enter();
+        assert_true(takes_e4m3(&w));
+        for (uint32_t r = 0; r < shape.rows; r++) {
+            const bf16 *x = it.x + r * it.x_stride;
+            makes[0](x, shape.k, made + r * bytes);
+            for (size_t f = 1; f < sizeof makes / sizeof *makes; f++) {
+                if (makes[f] == NULL)
+                    continue;
+                memset(other, 0x55, bytes);
+                makes[f](x, shape.k, other);
+                assert_memory_equal(other, made + r * bytes, bytes);
+            }
+        }
+        for (size_t f = 0; f < sizeof products / sizeof *products; f++) {
+            if (products[f].whole == NULL)
+                continue;
+            memset(found, 0x7f, count * 4);
+            products[f].whole(&w, it.x, it.x_stride, it.rows, expected, w.n, &PARALLEL_SERIAL);
+            products[f].second(&w, made, bytes, it.rows, found, w.n, &PARALLEL_SERIAL);
+            assert_memory_equal(expected, found, count * 4);
+        }
+        free(expected), free(found), free(made), free(other);
+        free(w.data);
+        case_free(&it);
+    }
+    uint8_t codes[256];
+    bf16 values[256], vector[256];
+    for (int i = 0; i < 256; i++)
+        codes[i] = (uint8_t)i;
+    e4m3_widen_scalar(codes, 256, values);
+#if defined(__x86_64__)
+    if (isa_available(ISA_AVX512)) {
+        memset(vector, 0x11, sizeof vector);
+        e4m3_widen_avx512(codes, 251, vector);
+        assert_memory_equal(vector, values, 251 * sizeof *vector);
+        assert_int_equal(vector[251], 0x1111);
+    }
+#endif
+    /* Cut elsewhere than the rows are: not taken. */
+    const struct shape shifted = {
+        .n = 8, .k = 200, .rows = 1, .dtype = DTYPE_E4M3, .scaled = true, .col0 = 5};
+    struct test_case it = case_make(&shifted);
+    struct matrix w = packed(&it.view, matrix_bytes_bf16, matrix_pack_bf16);
+    assert_false(takes_e4m3(&w));
+    free(w.data);
+    case_free(&it);
+}
+
 /* The fp8 profile: activations that are quantised by the definition, multiplied by the definition
  * of the bf16 profile segment by segment. */
 static void fp8_quantises_rows_by_segments(void **unused) {
@@ -720,6 +805,7 @@ int main(void) {
         cmocka_unit_test(forms_give_the_defined_bits_on_odd_shapes),
         cmocka_unit_test(forms_agree_on_large_shapes),
         cmocka_unit_test(fp8_quantises_rows_by_segments),
+        cmocka_unit_test(e4m3_rows_multiply_as_what_they_were),
         cmocka_unit_test(parts_of_a_file_matrix_keep_their_scales),
         cmocka_unit_test(extreme_values_give_the_same_bits),
         cmocka_unit_test(a_row_does_not_depend_on_its_batch_nor_on_threads),

@@ -148,6 +148,31 @@ static void test_quiet(void **state) {
     world_close(&world);
 }
 
+/* In the fp8 profile rows travel in E4M3: the tokens are those of rows that travel in BF16, whoever
+ * dies. */
+static void test_rows_in_e4m3(void **state) {
+    (void)state;
+    uint32_t plain[SEQUENCES][64];
+    struct failure failure;
+    for (uint32_t turn = 0; turn < 3; turn++) {
+        struct world_options options = calm(3);
+        options.kernels = kernels_select(PROFILE_FP8, ISA_BEST, &failure);
+        options.settings.dispatch_fp8 = turn > 0;
+        struct world *world;
+        assert_int_equal(world_open(&world, &options, &failure), 0);
+        const struct kill kill = {ROLE_EXPERT, 1, 60 * MS, 200 * MS};
+        assert_true(run(world, turn == 2 ? kill : (struct kill){0}));
+        for (uint32_t s = 0; s < SEQUENCES; s++) {
+            const struct probe_answer *answer = probe_answer(world_actor(world, ROLE_GATEWAY, 0), s);
+            assert_int_equal(answer->error, 0);
+            if (turn == 0)
+                memcpy(plain[s], answer->token, answer->tokens * sizeof *answer->token);
+            assert_memory_equal(plain[s], answer->token, answer->tokens * sizeof *answer->token);
+        }
+        world_close(&world);
+    }
+}
+
 static void test_seed_replays(void **state) {
     (void)state;
     uint64_t hash[3];
@@ -287,6 +312,7 @@ static int close_model(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_quiet),
+        cmocka_unit_test(test_rows_in_e4m3),
         cmocka_unit_test(test_seed_replays),
         cmocka_unit_test(test_lossy_network),
         cmocka_unit_test(test_shapes_of_the_cluster),

@@ -89,6 +89,19 @@ int dispatch_cuda(void *stream, const uint16_t *expert, uint32_t items, const in
 int pack_cuda(void *stream, const void *x, size_t x_stride_bytes, uint32_t row_bytes, uint32_t k,
               const uint32_t *count, const uint32_t *item, uint32_t slots, uint32_t capacity,
               void *ret, size_t ret_stride_bytes);
+/* The same, each row quantised into the form in which it travels (kernels/e4m3_row.h, same bits as
+ * the CPU's): x: [rows, x_stride] BF16, n wide; ret rows are e4m3_row_bytes(n), ret_stride_bytes (a
+ * multiple of 4) apart. */
+int pack_e4m3_cuda(void *stream, const bf16 *x, size_t x_stride, uint32_t n, uint32_t k,
+                   const uint32_t *count, const uint32_t *item, uint32_t slots, uint32_t capacity,
+                   uint8_t *ret, size_t ret_stride_bytes);
+/* Rows that came so to the operand of gemm_plan_cuda: E4M3 of item i of a slot at ret + (slot *
+ * capacity + i) * ret_stride, whole groups of 128, and its scales by the two steps. item_row
+ * [slots, capacity]: which of the frame's rows an item is. */
+int unpack_e4m3_cuda(void *stream, const uint8_t *rows, size_t row_stride_bytes, uint32_t n,
+                     const uint32_t *count, const uint32_t *item_row, uint32_t slots,
+                     uint32_t capacity, uint8_t *ret, size_t ret_stride, float *ret_scale,
+                     size_t scale_row_step, size_t scale_group_step);
 /* combine_rows() of router/combine.h; item (row, slot) has its output at outputs[place[row * k +
  * slot]], place NULL: in order. */
 int combine_cuda(void *stream, uint32_t rows, uint32_t k, uint32_t hidden, const float *outputs,
@@ -163,11 +176,11 @@ int gemm_run_cuda(void *stream, const struct gemm_cuda *plan);
 #define CUDA_UNSUPPORTED 801 /* cudaErrorNotSupported: no kernel for these widths */
 #define MLA_SPLIT_CUDA   16u /* pages of 64 positions that one block walks */
 
-/* The latent cache has pages of 64 positions in one of two forms: BF16, rows of cache_stride(kv_lora,
- * rope) elements, or E4M3, rows of latent_row_bytes(kv_lora, rope) bytes (kernels/latent.h). Both
- * lie in `cache`, [pages, 64, row], 16-byte aligned. Rows with position[r] in the page that the
- * row's table names; same bits as the CPU's. latent: [rows, latent_stride] BF16 after its norm, key:
- * [rows, key_stride] float, rotated. */
+/* The latent cache has pages of 64 positions in one of two forms: BF16, rows of
+ * cache_stride(kv_lora, rope) elements, or E4M3, rows of latent_row_bytes(kv_lora, rope) bytes
+ * (kernels/latent.h). Both lie in `cache`, [pages, 64, row], 16-byte aligned. Rows with position[r]
+ * in the page that the row's table names; same bits as the CPU's. latent: [rows, latent_stride]
+ * BF16 after its norm, key: [rows, key_stride] float, rotated. */
 struct latent_append_cuda {
     uint32_t rows, kv_lora, rope;
     const bf16 *latent;
@@ -229,7 +242,8 @@ size_t mla_expanded_key_bytes_cuda(const struct mla_expanded_args *args, uint32_
 size_t mla_expanded_value_bytes_cuda(const struct mla_expanded_args *args, uint32_t positions);
 /* Keys and values of positions 0 .. positions - 1 from the output of kv_b, [positions, kv_stride]
  * float, and the cache's rotated keys, which begin at element rope_at of a position (an E4M3 cache:
- * latent_rope_at() / 2, rows latent_row_bytes() / 2 apart). pages: of the sequence, device memory. */
+ * latent_rope_at() / 2, rows latent_row_bytes() / 2 apart). pages: of the sequence, device memory.
+ */
 int mla_expand_cuda(void *stream, const struct mla_expanded_args *args, const float *kv,
                     size_t kv_stride, const bf16 *cache, size_t cache_stride, uint32_t rope_at,
                     const uint32_t *pages, uint32_t positions, bf16 *ret_key, bf16 *ret_value);

@@ -1,5 +1,5 @@
-/* The latent cache on the device: rows appended in either form, E4M3 rows read back for prompts. The
- * E4M3 form is that of kernels/latent.h, operation by operation, so the bytes are the CPU's
+/* The latent cache on the device: rows appended in either form, E4M3 rows read back for prompts.
+ * The E4M3 form is that of kernels/latent.h, operation by operation, so the bytes are the CPU's
  * (kernels/reference/latent.c). */
 #include "kernels/cuda/elementwise.cuh"
 #include "kernels/latent.h"
@@ -116,7 +116,8 @@ int latent_widen_cuda(void *stream, const void *cache, uint32_t kv_lora, uint32_
     if (positions == 0)
         return 0;
     LAUNCH(widen_kernel, element_grid(positions, padded_32(kv_lora)), ELEMENT_THREADS, 0, stream,
-           (const uint8_t *)cache, (size_t)latent_row_bytes(kv_lora, rope), latent_scale_at(kv_lora), pages, positions, kv_lora,
-           padded_32(kv_lora), ret, ret_stride);
+           (const uint8_t *)cache, (size_t)latent_row_bytes(kv_lora, rope),
+           latent_scale_at(kv_lora), pages, positions, kv_lora, padded_32(kv_lora), ret,
+           ret_stride);
     return launch_result();
 }

@@ -9,9 +9,10 @@
  * wait for each other twice a page); one thread of a third brings the queries and then the pages by
  * tensor map into two stages.
  *
- * An E4M3 cache: its bytes land in the upper half of the stage's place for latents, the rotated keys
- * in theirs, and the whole third warpgroup reads the latents back to BF16 in place, 128 channels
- * after 128, while the others multiply the page before. From there on everything is the same. */
+ * An E4M3 cache: its bytes land in the upper half of the stage's place for latents, the rotated
+ * keys in theirs, and the whole third warpgroup reads the latents back to BF16 in place, 128
+ * channels after 128, while the others multiply the page before. From there on everything is the
+ * same. */
 #include "kernels/cuda/mla.cuh"
 
 #include "kernels/cuda/elementwise.cuh"
@@ -87,8 +88,8 @@ static __device__ void produce_raw(const CUtensorMap *map, const e4m3_cache &cac
     mbarrier_wait(&barriers.empty[s], (turn & 1) ^ 1);
     mbarrier_expect(&barriers.raw[s], (S::RAW_CHUNKS + 1) * CHUNK_BYTES);
     for (int c = 0; c < S::RAW_CHUNKS; c++)
-        tma_load(stage + (S::RAW_CHUNKS + c) * CHUNK_BYTES, map, &barriers.raw[s],
-                 c * LATENT_GROUP, row);
+        tma_load(stage + (S::RAW_CHUNKS + c) * CHUNK_BYTES, map, &barriers.raw[s], c * LATENT_GROUP,
+                 row);
     tma_load(stage + S::LATENT_CHUNKS * CHUNK_BYTES, map, &barriers.raw[s], cache.rope_at, row);
 }
 
@@ -129,9 +130,8 @@ static __device__ void expand(const CUtensorMap *map, const e4m3_cache &cache,
     for (uint32_t i = 0; i < at.pages; i++) {
         const uint32_t s = i % STAGES, turn = i / STAGES;
         uint8_t *stage = memory + (1 + s) * S::TILE;
-        const uint8_t *page = cache.base +
-                              (size_t)table[at.first + i] * MLA_BLOCK * cache.row_bytes +
-                              cache.scale_at;
+        const uint8_t *page =
+            cache.base + (size_t)table[at.first + i] * MLA_BLOCK * cache.row_bytes + cache.scale_at;
         float scale[ROWS][S::RAW_CHUNKS];
 #pragma unroll
         for (int k = 0; k < ROWS; k++)
@@ -328,10 +328,9 @@ int mla_absorbed_plan_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, size_t 
                            uint32_t rows, const bf16 *cache, size_t cache_stride,
                            uint32_t cache_pages, const struct mla_absorbed_args *args) {
     const int error = plan_queries(ret, q, q_stride, rows, args);
-    return error != 0
-               ? error
-               : tensor_map_make(&ret->cache, cache, (uint64_t)cache_pages * MLA_BLOCK,
-                                 cache_stride, 2, cache_stride * 2, MLA_BLOCK);
+    return error != 0 ? error
+                      : tensor_map_make(&ret->cache, cache, (uint64_t)cache_pages * MLA_BLOCK,
+                                        cache_stride, 2, cache_stride * 2, MLA_BLOCK);
 }
 
 int mla_absorbed_plan_e4m3_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, size_t q_stride,

@@ -1,11 +1,7 @@
-/* Activations to FP8 (E4M3): a scale for each token and 128 channels. One warp for each group of
- * 128: four elements a lane. Defined operation by operation, so that a CPU form has the same bits:
- *   most = largest |x| of the group, at least QUANTISE_LEAST; scale = most / 448
- *   q = e4m3(x / scale), to nearest even */
-#include "kernels/cuda/numerics.cuh"
+/* Activations to FP8 (E4M3): a scale for each token and 128 channels. One warp for each group. */
+#include "kernels/cuda/quantise.cuh"
 
-enum { THREADS = 128, GROUP = 128 };
-#define QUANTISE_LEAST 0x1p-100f /* the scale of a row of zeros: not zero, not denormal */
+enum { THREADS = 128, GROUP = E4M3_ROW_GROUP };
 
 static __device__ float activation(const float *x) {
     return *x;
@@ -23,22 +19,12 @@ static __global__ void quantise_kernel(const T *x, size_t x_stride, uint32_t n, 
     const size_t r = blockIdx.x;
     if (group * GROUP >= n)
         return;
-    float value[4], most = 0;
+    float value[4], scale;
     for (int j = 0; j < 4; j++) {
         const uint32_t i = group * GROUP + lane * 4 + j;
         value[j] = i < n ? activation(x + r * x_stride + i) : 0.0f;
-        const float magnitude = value[j] < 0 ? -value[j] : value[j];
-        most = magnitude > most ? magnitude : most;
     }
-    for (int bit = 16; bit > 0; bit /= 2) {
-        const float other = __shfl_xor_sync(0xffffffff, most, bit);
-        most = other > most ? other : most;
-    }
-    most = most > QUANTISE_LEAST ? most : QUANTISE_LEAST;
-    const float scale = most / 448.0f;
-    uint32_t packed = 0;
-    for (int j = 0; j < 4; j++)
-        packed |= (uint32_t)round_e4m3(value[j] / scale) << 8 * j;
+    const uint32_t packed = quantise_group(value, scale);
     *(uint32_t *)(ret + r * ret_stride + group * GROUP + lane * 4) = packed;
     if (lane == 0)
         ret_scale[r * scale_row_step + group * scale_group_step] = scale;

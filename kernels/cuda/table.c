@@ -36,7 +36,8 @@ static struct {
     struct kernels table;
     const struct kernels *cpu;
     bool fp8;
-    struct room x, y, quantised, scales, cache, packed, key_rows, place, pages, position, work, key, value, ret;
+    struct room x, y, quantised, scales, cache, packed, key_rows, place, pages, position, work, key,
+        value, ret;
 } device;
 
 /* The device failed: what it holds is lost, and so is this process. */
@@ -134,14 +135,34 @@ static void matrix_pack(struct matrix *ret, const struct weight_view *view, void
                            .release = matrix_release};
 }
 
+/* y = x W^T on the device, x as device.quantised and device.scales [groups, rows] hold it. */
+static void product_quantised(const struct matrix *w, uint32_t rows, float *y) {
+    const struct device_matrix *weights = w->data;
+    const size_t width = (size_t)blocks(w->k) * BLOCK;
+    const struct gemm_args args = {.rows = rows,
+                                   .n = w->n,
+                                   .k = w->k,
+                                   .groups = 1,
+                                   .y = y,
+                                   .y_stride = w->n,
+                                   .a_scale = device.scales.device,
+                                   .b_scale = weights->scales,
+                                   .a_scale_row_step = 1,
+                                   .a_scale_group_step = rows};
+    struct gemm_cuda plan;
+    must(gemm_plan_cuda(&plan, true, device.quantised.device, width, weights->weights,
+                        weights->stride, &args));
+    must(gemm_run_cuda(NULL, &plan));
+}
+
 /* y = x W^T on the device; both stay there. x: [rows, x_stride] BF16. */
 static void product(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                     float *y) {
     const struct device_matrix *weights = w->data;
-    struct gemm_args args = {
-        .rows = rows, .n = w->n, .k = w->k, .groups = 1, .y = y, .y_stride = w->n};
-    struct gemm_cuda plan;
     if (weights->scales == NULL) {
+        const struct gemm_args args = {
+            .rows = rows, .n = w->n, .k = w->k, .groups = 1, .y = y, .y_stride = w->n};
+        struct gemm_cuda plan;
         must(gemm_plan_cuda(&plan, false, x, x_stride * sizeof(bf16), weights->weights,
                             weights->stride * sizeof(bf16), &args));
         must(gemm_run_cuda(NULL, &plan));
@@ -152,13 +173,36 @@ static void product(const struct matrix *w, const void *x, size_t x_stride, uint
     room_grow(&device.scales, (size_t)rows * blocks(w->k) * sizeof(float));
     must(quantise_bf16_cuda(NULL, x, x_stride, rows, w->k, device.quantised.device, width,
                             device.scales.device, 1, rows));
-    args.a_scale = device.scales.device;
-    args.b_scale = weights->scales;
-    args.a_scale_row_step = 1;
-    args.a_scale_group_step = rows;
-    must(gemm_plan_cuda(&plan, true, device.quantised.device, width, weights->weights,
-                        weights->stride, &args));
-    must(gemm_run_cuda(NULL, &plan));
+    product_quantised(w, rows, y);
+}
+
+static bool takes_rows(const struct matrix *w) {
+    return ((const struct device_matrix *)w->data)->scales != NULL;
+}
+
+/* Rows that were quantised before they came here. */
+static void matmul_rows(const struct matrix *w, const uint8_t *x, size_t x_stride, uint32_t rows,
+                        float *y, size_t y_stride, const struct parallel *parallel) {
+    (void)parallel;
+    if (rows == 0 || w->n == 0)
+        return;
+    const size_t width = (size_t)blocks(w->k) * BLOCK, groups = blocks(w->k),
+                 out = (size_t)w->n * sizeof(float);
+    room_grow(&device.quantised, rows * width);
+    room_grow(&device.scales, rows * groups * sizeof(float));
+    room_grow(&device.y, rows * out);
+    for (uint32_t r = 0; r < rows; r++) {
+        memcpy(device.quantised.host + r * width, x + r * x_stride, width);
+        for (size_t g = 0; g < groups; g++)
+            memcpy(device.scales.host + (g * rows + r) * sizeof(float),
+                   x + r * x_stride + width + g * sizeof(float), sizeof(float));
+    }
+    must(device_put_cuda(device.quantised.device, device.quantised.host, rows * width));
+    must(device_put_cuda(device.scales.device, device.scales.host, rows * groups * sizeof(float)));
+    product_quantised(w, rows, device.y.device);
+    must(device_get_cuda(device.y.host, device.y.device, rows * out));
+    for (uint32_t r = 0; r < rows; r++)
+        memcpy(y + r * y_stride, device.y.host + r * out, out);
 }
 
 static void matmul(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,
@@ -375,6 +419,10 @@ const struct kernels *kernels_cuda(const char *name, bool fp8, struct failure *f
     device.table.matrix_pack = matrix_pack;
     device.table.matmul = matmul;
     device.table.matmul_latent = matmul; /* weights are packed for the device */
+    /* Quantised on the device as on the CPU: quantise.cu. */
+    device.table.row_to_e4m3 = fp8 ? row_to_e4m3_best() : NULL;
+    device.table.takes_e4m3 = fp8 ? takes_rows : NULL;
+    device.table.matmul_e4m3 = fp8 ? matmul_rows : NULL;
     device.table.mla_absorbed = mla_absorbed;
     device.table.mla_expanded = mla_expanded;
     return &device.table;

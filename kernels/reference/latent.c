@@ -1,6 +1,6 @@
-/* The E4M3 form of a latent (kernels/latent.h): the definition that kernels/cuda/latent.cu meets bit for
- * bit. Scales are powers of two, so every value read back is exact in BF16 and attention over such a
- * cache has the bits of attention over the values read back. */
+/* The E4M3 form of a latent (kernels/latent.h): the definition that kernels/cuda/latent.cu meets
+ * bit for bit. Scales are powers of two, so every value read back is exact in BF16 and attention
+ * over such a cache has the bits of attention over the values read back. */
 #include "kernels/rows.h"
 
 float latent_scale(float most) {

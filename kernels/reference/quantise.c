@@ -20,3 +20,26 @@ void quantise_scalar(const struct matrix *w, const bf16 *x, size_t x_stride, uin
             *ret_scale++ = scale;
         }
 }
+
+void row_to_e4m3_scalar(const void *row, uint32_t n, uint8_t *ret) {
+    const bf16 *x = row;
+    float *ret_scale = (float *)(void *)(ret + e4m3_row_scales_at(n));
+    memset(ret + n, 0, e4m3_row_scales_at(n) - n);
+    for (uint32_t first = 0; first < n; first += E4M3_ROW_GROUP) {
+        const uint32_t end = n - first < E4M3_ROW_GROUP ? n : first + E4M3_ROW_GROUP;
+        float most = 0;
+        for (uint32_t k = first; k < end; k++) {
+            const float magnitude = __builtin_fabsf(widen_bf16(x[k]));
+            most = magnitude > most ? magnitude : most;
+        }
+        const float scale = (most > QUANTISE_LEAST ? most : QUANTISE_LEAST) / 448.0f;
+        for (uint32_t k = first; k < end; k++)
+            ret[k] = e4m3_from_float(widen_bf16(x[k]) / scale);
+        *ret_scale++ = scale;
+    }
+}
+
+void e4m3_widen_scalar(const uint8_t *x, uint32_t n, bf16 *ret) {
+    for (uint32_t k = 0; k < n; k++)
+        ret[k] = e4m3_to_bf16(x[k]);
+}

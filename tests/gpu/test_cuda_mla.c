@@ -45,8 +45,8 @@ static void absorbed_make(struct absorbed *a, const uint32_t *position) {
         for (uint32_t b = 0; b < pages_of(position[r]); b++)
             ((uint32_t *)a->pages.host)[r * a->pages_stride + b] = --next;
     fill_bytes(&a->ret, 0x22);
-    a->packed = array_make((size_t)a->cache_pages * PAGE_TOKENS *
-                           latent_row_bytes(a->kv_lora, a->rope));
+    a->packed =
+        array_make((size_t)a->cache_pages * PAGE_TOKENS * latent_row_bytes(a->kv_lora, a->rope));
 }
 
 /* cache to packed by the CPU's definition, and back what it holds. Magnitudes differ by row and
@@ -223,8 +223,8 @@ static void test_append(void **state) {
         const bool e4m3 = c % 2 == 0;
         const uint32_t kv_lora = shapes[c / 2][0], rope = shapes[c / 2][1];
         const uint32_t latent_padded = (uint32_t)activation_stride(kv_lora);
-        const size_t row_bytes = e4m3 ? latent_row_bytes(kv_lora, rope)
-                                      : cache_stride(kv_lora, rope) * sizeof(bf16);
+        const size_t row_bytes =
+            e4m3 ? latent_row_bytes(kv_lora, rope) : cache_stride(kv_lora, rope) * sizeof(bf16);
         const uint32_t latent_stride = kv_lora + 3, key_stride = rope + 5;
         struct array latent = array_make((size_t)ROWS * latent_stride * 2),
                      key = array_make((size_t)ROWS * key_stride * 4), at = array_make(ROWS * 4),
@@ -247,8 +247,7 @@ static void test_append(void **state) {
         uint8_t *expected = malloc(cache.bytes);
         memset(expected, 0x33, cache.bytes);
         for (uint32_t r = 0; r < ROWS; r++) {
-            const uint32_t page =
-                ((uint32_t *)pages.host)[r * TABLE + position[r] / PAGE_TOKENS];
+            const uint32_t page = ((uint32_t *)pages.host)[r * TABLE + position[r] / PAGE_TOKENS];
             uint8_t *to = expected + ((size_t)page * PAGE_TOKENS + position[r] % 64) * row_bytes;
             const bf16 *from = (bf16 *)latent.host + r * latent_stride;
             memset(to, 0, row_bytes);
@@ -303,8 +302,7 @@ static void test_widen_latents(void **state) {
         memset(expected, 0x22, ret.bytes);
         for (uint32_t p = 0; p < POSITIONS; p++) {
             const uint8_t *from =
-                cache.host +
-                ((size_t)((uint32_t *)pages.host)[p / 64] * 64 + p % 64) * row_bytes;
+                cache.host + ((size_t)((uint32_t *)pages.host)[p / 64] * 64 + p % 64) * row_bytes;
             memset(expected + (size_t)p * stride, 0, padded * 2);
             latent_widen(from, (const float *)(from + latent_scale_at(n)), n,
                          expected + (size_t)p * stride);

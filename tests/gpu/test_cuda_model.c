@@ -102,6 +102,21 @@ static void test_identity(void **state) {
     free(whole), free(parts);
 }
 
+/* Rows that are quantised before they go to experts: the same logits. */
+static void test_rows_in_e4m3(void **state) {
+    const uint32_t vocabulary = model.config->vocabulary, end = gpu_is_emulated() ? 3 : 40;
+    float *plain = malloc((size_t)ROWS * vocabulary * sizeof *plain);
+    float *e4m3 = malloc((size_t)ROWS * vocabulary * sizeof *e4m3);
+    run(1, 0, end, MLA_EXPANDED, plain);
+    one_process_forget(&model, 1);
+    one_process_use_e4m3_rows(true);
+    run(1, 0, end, MLA_EXPANDED, e4m3);
+    one_process_use_e4m3_rows(false);
+    one_process_forget(&model, 1);
+    assert_memory_equal(plain, e4m3, (size_t)end * vocabulary * sizeof *plain);
+    free(plain), free(e4m3);
+}
+
 static int open_oracle(void **state) {
     if (device_name(state) != 0)
         return -1;
@@ -150,6 +165,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_golden_bf16, open_bf16, close_model),
         cmocka_unit_test_setup_teardown(test_golden_fp8, open_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_golden_latent_fp8, open_latent_fp8, close_model),
+        cmocka_unit_test_setup_teardown(test_rows_in_e4m3, open_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_identity, open_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_identity, open_latent_fp8, close_model),
     };

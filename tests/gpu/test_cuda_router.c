@@ -4,6 +4,7 @@
 
 #include "router/combine.h"
 #include "router/gate.h"
+#include "kernels/internal.h"
 #include "tests/gpu/compare.h"
 
 static uint64_t random_state = 20260102;
@@ -144,6 +145,76 @@ static void test_dispatch(void **state) {
     dispatch_case(33, 3, 40, 1, 128);
 }
 
+/* Rows packed in E4M3 are those that the CPU would send; unpacked, what a product reads. */
+static void test_e4m3_rows(void **state) {
+    static const struct {
+        uint32_t n, k, rows, slots, capacity;
+    } cases[] = {{128, 1, 1, 1, 1},
+                 {512, 3, 9, 4, 8},
+                 {300, 2, 5, 3, 7},
+                 {7, 1, 4, 2, 3},
+                 {1300, 8, 3, 5, 2}};
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        const uint32_t n = cases[c].n, k = cases[c].k, slots = cases[c].slots;
+        const uint32_t capacity = cases[c].capacity, rows = cases[c].rows,
+                       places = slots * capacity;
+        const size_t x_stride = n + 5, row_bytes = e4m3_row_bytes(n), stride = row_bytes + 12;
+        const uint32_t groups = e4m3_row_groups(n), width = groups * 128;
+        struct array x = array_make(rows * x_stride * 2), count = array_make(slots * 4),
+                     item = array_make(places * 4), packed = array_make(places * stride),
+                     item_row = array_make(places * 4), wide = array_make(places * (width + 16)),
+                     scale = array_make((size_t)places * groups * 4);
+        fill_bf16(&x, &random_state, -4, 4);
+        for (uint32_t i = 0; i < n; i++)
+            ((bf16 *)x.host)[i] = 0;
+        for (uint32_t s = 0; s < slots; s++) /* the last slot has nothing */
+            ((uint32_t *)count.host)[s] =
+                s + 1 == slots && slots > 1 ? 0 : random_below(&random_state, capacity + 1);
+        for (uint32_t i = 0; i < places; i++) {
+            ((uint32_t *)item.host)[i] = random_below(&random_state, rows * k);
+            ((uint32_t *)item_row.host)[i] = random_below(&random_state, capacity);
+        }
+        fill_bytes(&packed, 0x44), fill_bytes(&wide, 0x55), fill_bytes(&scale, 0x66);
+        uint8_t *expected = malloc(packed.bytes), *expected_wide = malloc(wide.bytes);
+        float *expected_scale = malloc(scale.bytes);
+        memset(expected, 0x44, packed.bytes);
+        memset(expected_wide, 0x55, wide.bytes), memset(expected_scale, 0x66, scale.bytes);
+        for (uint32_t at = 0; at < places; at++) {
+            if (at % capacity >= ((uint32_t *)count.host)[at / capacity])
+                continue;
+            const uint32_t row = ((uint32_t *)item.host)[at] / k;
+            row_to_e4m3_scalar((bf16 *)x.host + row * x_stride, n, expected + at * stride);
+        }
+        for (uint32_t at = 0; at < places; at++) { /* the packed rows stand in for a frame's */
+            if (at % capacity >= ((uint32_t *)count.host)[at / capacity])
+                continue;
+            const uint8_t *from = expected + ((uint32_t *)item_row.host)[at] * stride;
+            memcpy(expected_wide + at * (width + 16), from, width);
+            for (uint32_t g = 0; g < groups; g++)
+                memcpy(&expected_scale[g * places + at], from + width + 4 * g, 4);
+        }
+        gpu_schedule(random_next(&random_state));
+        array_put(&x), array_put(&count), array_put(&item), array_put(&packed);
+        array_put(&item_row), array_put(&wide), array_put(&scale);
+        assert_int_equal(pack_e4m3_cuda(NULL, array_device(&x), x_stride, n, k,
+                                        array_device(&count), array_device(&item), slots, capacity,
+                                        array_device(&packed), stride),
+                         0);
+        assert_int_equal(unpack_e4m3_cuda(NULL, array_device(&packed), stride, n,
+                                          array_device(&count), array_device(&item_row), slots,
+                                          capacity, array_device(&wide), width + 16,
+                                          array_device(&scale), 1, places),
+                         0);
+        array_get(&packed), array_get(&wide), array_get(&scale);
+        assert_same(&packed, expected, "packed E4M3 rows");
+        assert_same(&wide, expected_wide, "unpacked E4M3 rows");
+        assert_same(&scale, expected_scale, "their scales");
+        free(expected), free(expected_wide), free(expected_scale);
+        array_free(&x), array_free(&count), array_free(&item), array_free(&packed);
+        array_free(&item_row), array_free(&wide), array_free(&scale);
+    }
+}
+
 static void test_combine(void **state) {
     for (int with = 0; with < 4; with++) {
         enum { ROWS = 7, K = 5, HIDDEN = 77, STRIDE = 80, RESIDUAL = 90 };
@@ -243,9 +314,8 @@ static void test_quantise(void **state) {
 int main(void) {
     printf("seed %llu\n", (unsigned long long)random_state);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gate),
-        cmocka_unit_test(test_dispatch),
-        cmocka_unit_test(test_combine),
+        cmocka_unit_test(test_gate),      cmocka_unit_test(test_dispatch),
+        cmocka_unit_test(test_e4m3_rows), cmocka_unit_test(test_combine),
         cmocka_unit_test(test_quantise),
     };
     return cmocka_run_group_tests_name("cuda router", tests, device_name, NULL);

@@ -27,6 +27,12 @@ void one_process_use_latent_fp8(bool on) {
     latent_fp8 = on;
 }
 
+static bool e4m3_rows;
+
+void one_process_use_e4m3_rows(bool on) {
+    e4m3_rows = on;
+}
+
 static bool open_engines(struct one_process *self, const struct kernels *kernels,
                          const struct parallel *parallel, struct failure *failure) {
     struct engine_options options = {
@@ -177,8 +183,8 @@ void one_process_forget(struct one_process *self, uint32_t sequence) {
 /* One part of the plan: its rows to the experts, their outputs back. */
 static void run_part(struct one_process *self, uint32_t layer, const struct dispatch_part *part) {
     struct program_result result;
-    engine_gather(self->attention, REGION_NORMED, 0, self->plan.row + part->first_row, part->rows,
-                  self->rows);
+    engine_gather(self->attention, e4m3_rows ? REGION_NORMED_E4M3 : REGION_NORMED, 0,
+                  self->plan.row + part->first_row, part->rows, self->rows);
     struct program expert = {
         .kind = PROGRAM_EXPERT,
         .layer = layer,
@@ -188,6 +194,7 @@ static void run_part(struct one_process *self, uint32_t layer, const struct disp
         .items = part->items,
         .rows = part->rows,
         .payload = self->rows,
+        .e4m3 = e4m3_rows,
     };
     engine_run(self->expert, &expert, &result);
     ASSERT(result.error == 0);

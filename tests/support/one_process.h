@@ -43,6 +43,8 @@ bool one_process_open_shape(struct one_process *self, const char *shape_json, ui
 void one_process_close(struct one_process *self);
 /* Of those that are opened from now on: latents in the cache are E4M3. */
 void one_process_use_latent_fp8(bool on);
+/* Rows go to experts as kernels/e4m3_row.h has them (fp8 profile). */
+void one_process_use_e4m3_rows(bool on);
 
 /* A row of one of the sequences 0..ONE_PROCESS_SEQUENCES-1. */
 struct batch_row one_process_row(const struct one_process *self, uint32_t sequence,
