@@ -2,8 +2,6 @@
  * an instruction for it, and the choice between that and the hardware forms. */
 #include "proto/crc32c.h"
 
-#include <string.h>
-
 #include "proto/frame.h"
 
 #define POLYNOMIAL 0x82f63b78u
@@ -11,6 +9,29 @@
 /* TABLE[b][v]: what byte v contributes after b further bytes. Filled at load, before main, so that
  * no call pays for it and no thread can see it half done. */
 static uint32_t TABLE[8][256];
+
+/* SHIFT[b]: the linear map of 2^b zero bytes. */
+#define SHIFTS 48
+static uint32_t SHIFT[SHIFTS][32];
+
+/* matrix x vector over GF(2): column i of the matrix is what bit i becomes. */
+static uint32_t apply(const uint32_t matrix[32], uint32_t vector) {
+    uint32_t sum = 0;
+    for (int i = 0; vector != 0; i++, vector >>= 1)
+        if (vector & 1)
+            sum ^= matrix[i];
+    return sum;
+}
+
+static void fill_shifts(void) {
+    for (int i = 0; i < 32; i++) {
+        uint32_t bit = (uint32_t)1 << i;
+        SHIFT[0][i] = bit >> 8 ^ TABLE[0][bit & 0xff];
+    }
+    for (int b = 1; b < SHIFTS; b++)
+        for (int i = 0; i < 32; i++)
+            SHIFT[b][i] = apply(SHIFT[b - 1], SHIFT[b - 1][i]);
+}
 
 __attribute__((constructor(101))) static void fill_table(void) {
     for (uint32_t v = 0; v < 256; v++) {
@@ -22,6 +43,7 @@ __attribute__((constructor(101))) static void fill_table(void) {
     for (int b = 1; b < 8; b++)
         for (uint32_t v = 0; v < 256; v++)
             TABLE[b][v] = TABLE[b - 1][v] >> 8 ^ TABLE[0][TABLE[b - 1][v] & 0xff];
+    fill_shifts();
 }
 
 /* Eight bytes at a time (Kounavis and Berry, "slicing by 8", 2005). */
@@ -40,30 +62,17 @@ uint32_t crc32c_portable(uint32_t crc, const void *bytes, size_t size) {
     return ~crc;
 }
 
-/* matrix x vector over GF(2): column i of the matrix is what bit i becomes. */
-static uint32_t apply(const uint32_t matrix[32], uint32_t vector) {
-    uint32_t sum = 0;
-    for (int i = 0; vector != 0; i++, vector >>= 1)
-        if (vector & 1)
-            sum ^= matrix[i];
-    return sum;
+uint32_t crc32c_shift(uint32_t reg, size_t size) {
+    ASSERT(size >> (SHIFTS - 1) == 0);
+    for (int b = 0; size > 0; size >>= 1, b++)
+        if (size & 1)
+            reg = apply(SHIFT[b], reg);
+    return reg;
 }
 
-/* The map of one zero byte, squared as often as the size has bits. */
-uint32_t crc32c_shift(uint32_t reg, size_t size) {
-    uint32_t matrix[32], square[32];
-    for (int i = 0; i < 32; i++) {
-        uint32_t bit = (uint32_t)1 << i;
-        matrix[i] = bit >> 8 ^ TABLE[0][bit & 0xff];
-    }
-    for (; size > 0; size >>= 1) {
-        if (size & 1)
-            reg = apply(matrix, reg);
-        for (int i = 0; i < 32; i++)
-            square[i] = apply(matrix, matrix[i]);
-        memcpy(matrix, square, sizeof matrix);
-    }
-    return reg;
+/* Inversions before and after cancel out: crc(A B) = shift(crc(A), bytes of B) ^ crc(B). */
+uint32_t crc32c_join(uint32_t first, uint32_t second, size_t second_bytes) {
+    return crc32c_shift(first, second_bytes) ^ second;
 }
 
 static uint32_t (*form)(uint32_t crc, const void *bytes, size_t size) = crc32c_portable;

@@ -25,6 +25,7 @@ static const struct layout {
     bool carries_rows;      /* rows of row_bytes each follow at the aligned offset */
     bool one_row_per_item;  /* `items` rows rather than `rows` */
     uint32_t element_bytes; /* row_bytes is a multiple of this */
+    uint32_t detail_max;
 } LAYOUTS[] = {
     [FRAME_DISPATCH] = {.name = "DISPATCH",
                         .groups_min = 1,
@@ -41,8 +42,12 @@ static const struct layout {
                        .items_max = FRAME_ITEMS_MAX,
                        .carries_rows = true,
                        .one_row_per_item = true,
-                       .element_bytes = 4},
-    [FRAME_MOVED] = {.name = "MOVED", .groups_max = EXPERTS_MAX, .items_max = FRAME_ITEMS_MAX},
+                       .element_bytes = 4,
+                       .detail_max = FRAME_ITEMS_MAX - 1},
+    [FRAME_MOVED] = {.name = "MOVED",
+                     .groups_max = EXPERTS_MAX,
+                     .items_max = FRAME_ITEMS_MAX,
+                     .detail_max = EXPERTS_MAX - 1},
     [FRAME_SAMPLE] = {.name = "SAMPLE",
                       .rows_min = 1,
                       .items_max = WORDS_MAX,
@@ -139,7 +144,7 @@ static int check_counts(const struct frame_header *header, struct failure *failu
         {"layer", header->layer, 0, LAYERS_MAX - 1},
         {"row bytes", header->row_bytes, layout->carries_rows ? 1 : 0,
          layout->carries_rows ? HIDDEN_MAX * (uint32_t)sizeof(float) : 0},
-        {"detail", header->detail, 0, header->kind == FRAME_MOVED ? EXPERTS_MAX - 1 : 0},
+        {"detail", header->detail, 0, layout->detail_max},
         {"format", header->format, 0, header->kind == FRAME_DISPATCH ? FRAME_ROWS_E4M3 : 0},
         {"reserved", header->reserved, 0, 0},
     };
@@ -232,6 +237,13 @@ int frame_check(const void *bytes, size_t available, int check_crc, struct failu
 
 void frame_seal(struct frame_header *header) {
     header->crc = checksum(header);
+}
+
+void frame_seal_rows(struct frame_header *header, size_t rows_offset, uint32_t rows_crc) {
+    size_t bytes = sizeof *header + header->payload_bytes;
+    ASSERT(rows_offset >= sizeof *header && rows_offset <= bytes);
+    header->crc = 0;
+    header->crc = crc32c_join(crc32c(0, header, rows_offset), rows_crc, bytes - rows_offset);
 }
 
 const struct frame_group *frame_groups(const struct frame *frame) {

@@ -6,7 +6,8 @@
  *                                   rows x row_bytes (activations of the numerics profile: BF16 or F32, [rows, hidden];
  *                                   format FRAME_ROWS_E4M3: kernels/e4m3_row.h)
  *             items are grouped by expert in the order of the groups; item i is row item_row[i] for its group's expert
- *   COMBINE   expert -> attention   items x row_bytes (F32, [items, hidden]), the items in the order of the dispatch
+ *   COMBINE   expert -> attention   items x row_bytes (F32, [items, hidden]), items of the dispatch in its order, from
+ *                                   item `detail` on: a dispatch is answered in one piece or in several
  *   MOVED     expert -> attention   no payload: the expert named by `layer` and `detail` (expert) is not held here
  *   SAMPLE    attention -> sampler  struct sample_spec[rows], uint32_t words[items] (variable parts, see
  *                                   engine/sample.h), padding, rows x row_bytes (hidden rows after the final norm)
@@ -52,7 +53,7 @@ struct frame_header {
     uint32_t items;
     uint32_t groups;
     uint32_t row_bytes;
-    uint32_t detail; /* MOVED: the expert; otherwise 0 */
+    uint32_t detail; /* MOVED: the expert; COMBINE: the first item; otherwise 0 */
     uint32_t format; /* DISPATCH: enum frame_rows; otherwise 0 */
     uint32_t reserved;
 };
@@ -91,8 +92,12 @@ int frame_check(const void *bytes, size_t available, int check_crc, struct failu
 
 /* CRC32C (Castagnoli) of `size` bytes continuing from `crc` (start with 0); hardware instruction where there is one. */
 uint32_t crc32c(uint32_t crc, const void *bytes, size_t size);
+/* The CRC32C of two pieces one after the other, each given by its own. */
+uint32_t crc32c_join(uint32_t first, uint32_t second, size_t second_bytes);
 /* Fills header->crc. header and payload are contiguous. */
 void frame_seal(struct frame_header *header);
+/* The same where the rows, from rows_offset (counted from the header's start) to the end, have that CRC32C. */
+void frame_seal_rows(struct frame_header *header, size_t rows_offset, uint32_t rows_crc);
 
 /* Parts of a checked frame; NULL where the kind has none. */
 const struct frame_group *frame_groups(const struct frame *frame); /* DISPATCH: [groups] */

@@ -375,7 +375,27 @@ static void test_crc_forms(void **state) {
         assert_int_equal(crc32c_shift(reg, size), ~crc_bitwise(~reg, zeros, size));
     }
     free(zeros);
+    for (int i = 0; i < 50; i++) { /* two pieces, each summed by itself */
+        size_t size = random_below(&random, 1000), cut = random_below(&random, (uint32_t)size + 1);
+        uint32_t first = crc32c(0, bytes, cut), second = crc32c(0, bytes + cut, size - cut);
+        assert_int_equal(crc32c_join(first, second, size - cut), crc32c(0, bytes, size));
+    }
     free(bytes);
+}
+
+static void test_rows_summed_before(void **state) {
+    for (size_t i = 0; i < sizeof KINDS / sizeof *KINDS; i++) {
+        struct buffer buffer;
+        build(&buffer, KINDS[i]);
+        struct frame_header *header = header_of(&buffer);
+        uint32_t whole = header->crc;
+        for (size_t offset = sizeof *header; offset <= buffer.size; offset += 7) {
+            header->crc = 0x12345678;
+            frame_seal_rows(header, offset,
+                            crc32c(0, buffer.bytes + offset, buffer.size - offset));
+            assert_int_equal(header->crc, whole);
+        }
+    }
 }
 
 int main(void) {
@@ -385,7 +405,7 @@ int main(void) {
         cmocka_unit_test(test_every_bit),      cmocka_unit_test(test_truncated),
         cmocka_unit_test(test_sealed_lies),    cmocka_unit_test(test_dispatch_lies),
         cmocka_unit_test(test_random_headers), cmocka_unit_test(test_crc_vectors),
-        cmocka_unit_test(test_crc_forms),
+        cmocka_unit_test(test_crc_forms),      cmocka_unit_test(test_rows_summed_before),
     };
     return cmocka_run_group_tests_name("frame", tests, NULL, NULL);
 }
