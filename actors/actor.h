@@ -120,6 +120,7 @@ struct effect {
             uint32_t slot;
             const uint32_t *index;
             uint32_t count;
+            bool more; /* further frames to the same actor follow soon: it need not be woken for this one */
         } transfer;
         struct program compute;
         struct {
@@ -183,7 +184,7 @@ void effects_trace(struct effects *self, enum trace_level level, const char *for
 
 /* Hosts deliver one event, then carry out all effects in order, then reset. A COMPUTE effect may complete later; its pointers into the
  * arena must then stay valid: hosts that compute later keep the arena (process host: computes at once, so nothing to keep). The frame of
- * an EVENT_FRAME stays valid until the COMPUTEs of that step have completed.
+ * an EVENT_FRAME stays valid until the COMPUTEs of that step have completed, and those that their COMPUTED events ask for.
  *
  * Programs of one actor run in the order in which they were asked for. The COMPUTED events of a step's programs are delivered in that
  * order, each with its effects carried out, before any other event of that actor: so a result that is valid until the engine's next

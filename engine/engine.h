@@ -75,7 +75,10 @@ struct program {
     bool e4m3;
     uint64_t offset;
     uint32_t bytes;
-    uint64_t tag; /* copied into the result */
+    uint32_t answer_to; /* EXPERT: the actor that the output will go to, 0: not known. For hosts that want it written in its place */
+    void *output;       /* EXPERT: filled in by such hosts: [items, hidden] float, 64-byte aligned; NULL: the engine's own memory */
+    bool sum;           /* EXPERT: the host wants output_crc */
+    uint64_t tag;       /* copied into the result */
 };
 #define WEIGHTS_CHUNK_MAX WEIGHTS_BYTES_MAX /* bytes of one PROGRAM_READ */
 
@@ -95,6 +98,7 @@ struct program_result {
     const uint32_t *words;
     uint32_t words_count;
     const float *output;
+    uint32_t output_crc; /* EXPERT, if asked for: CRC32C of the output */
     /* READ: piece_bytes of `total`, and the CRC32C of all; total 0: there is nothing to read. */
     const void *piece;
     uint32_t piece_bytes, crc;

@@ -24,13 +24,19 @@ struct experts {
     uint8_t *memory;          /* work spaces */
     struct expert_work *work; /* [threads] */
     _Atomic uint64_t taken;   /* of these, a bit each */
-    void *output;             /* [items, hidden] float */
-    size_t output_bytes;
+    void *own;                /* [items, hidden] float */
+    size_t own_bytes;
+    float *output;  /* of the last program: its own or the host's memory */
     uint32_t items; /* of the last program */
     void *chunk;    /* what is read of packed weights */
     size_t chunk_bytes;
-    void *group_first; /* uint32_t [groups]: each one's first item */
+    void *group; /* struct group [groups] */
     size_t group_bytes;
+};
+
+struct group {
+    uint32_t first; /* item */
+    uint32_t crc;   /* of its outputs, if the host wants that */
 };
 
 static size_t work_layout(const struct engine *self, struct expert_work *ret,
@@ -45,10 +51,10 @@ static size_t work_layout(const struct engine *self, struct expert_work *ret,
 /* Room for a frame's items and groups: the usual sizes at open, more for a frame that needs it. */
 static int grow(struct engine *self, uint32_t items, uint32_t groups, struct failure *failure) {
     struct experts *x = self->experts;
-    int error = memory_grow(&x->output, &x->output_bytes, items, self->hidden * sizeof(float),
+    int error = memory_grow(&x->own, &x->own_bytes, items, self->hidden * sizeof(float),
                             "expert outputs", &self->memory_bytes, failure);
     return error != 0 ? error
-                      : memory_grow(&x->group_first, &x->group_bytes, groups, sizeof(uint32_t),
+                      : memory_grow(&x->group, &x->group_bytes, groups, sizeof(struct group),
                                     "groups of a frame", &self->memory_bytes, failure);
 }
 
@@ -89,7 +95,7 @@ void experts_close(struct engine *self) {
         return;
     for (size_t i = 0; x->held != NULL && i < (size_t)x->layers * self->config->experts; i++)
         engine_expert_free(&x->held[i]);
-    void *const parts[] = {x->held, x->memory, x->work, x->output, x->group_first, x->chunk};
+    void *const parts[] = {x->held, x->memory, x->work, x->own, x->group, x->chunk};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         memory_free(parts[i]);
     free(x);
@@ -171,7 +177,7 @@ void *experts_chunk(struct engine *self, size_t bytes, struct failure *failure) 
     return error == 0 ? x->chunk : NULL;
 }
 
-/* One group, a chunk of items at a time. */
+/* One group, a chunk of items at a time. Outputs are summed up while they are in the cache. */
 static void run_group(const struct engine *self, const struct program *program, uint32_t group,
                       const struct expert_work *work, const struct parallel *parallel) {
     const struct experts *x = self->experts;
@@ -179,11 +185,11 @@ static void run_group(const struct engine *self, const struct program *program, 
     const size_t row_bytes = program->e4m3 ? e4m3_row_bytes(self->hidden)
                                            : self->hidden * kernels->activation_bytes;
     const size_t stride = program->e4m3 ? row_bytes : self->hidden_stride * kernels->activation_bytes;
+    struct group *at = (struct group *)x->group + group;
     const struct expert_weights *weights =
         *held_at(self, program->layer, program->group[group].expert);
     for (uint32_t done = 0; done < program->group[group].count; done += CHUNK) {
-        uint32_t first = ((const uint32_t *)x->group_first)[group] + done,
-                 rows = program->group[group].count - done;
+        uint32_t first = at->first + done, rows = program->group[group].count - done;
         rows = rows < CHUNK ? rows : CHUNK;
         for (uint32_t i = 0; i < rows; i++) {
             const uint8_t *row = (const uint8_t *)program->payload;
@@ -191,13 +197,15 @@ static void run_group(const struct engine *self, const struct program *program, 
                    row + program->item_row[first + i] * row_bytes, row_bytes);
             memset((uint8_t *)work->x + i * stride + row_bytes, 0, stride - row_bytes);
         }
-        float *y = (float *)x->output + (size_t)first * self->hidden;
+        float *y = x->output + (size_t)first * self->hidden;
         if (program->e4m3)
             mlp_run_e4m3(&weights->mlp, kernels, work->x, stride, rows, &work->mlp, y, self->hidden,
                          parallel);
         else
             mlp_run(&weights->mlp, kernels, work->x, self->hidden_stride, rows, &work->mlp, y,
                     self->hidden, parallel);
+        if (program->sum)
+            at->crc = crc32c(at->crc, y, rows * self->hidden * sizeof *y);
     }
 }
 
@@ -230,13 +238,13 @@ static void run_part(void *argument, int part, int parts) {
 
 /* Checks the groups, notes where each begins; returns the largest one's items. */
 static uint32_t measure_groups(const struct engine *self, const struct program *program) {
-    uint32_t *group_first = self->experts->group_first;
+    struct group *group = self->experts->group;
     uint32_t items = 0, largest = 0;
     for (uint32_t g = 0; g < program->groups; g++) {
         uint32_t count = program->group[g].count;
         ASSERT(engine_expert_held(self, program->layer, program->group[g].expert));
         ASSERT(count <= program->items - items);
-        group_first[g] = items;
+        group[g] = (struct group){.first = items};
         items += count;
         largest = count > largest ? count : largest;
     }
@@ -258,6 +266,16 @@ static bool take_rows(const struct engine *self, const struct program *program) 
     return true;
 }
 
+/* CRC32C of all outputs, from those of the groups. */
+static uint32_t sum_groups(const struct engine *self, const struct program *program) {
+    const struct group *group = self->experts->group;
+    uint32_t crc = 0;
+    for (uint32_t g = 0; g < program->groups; g++)
+        crc = crc32c_join(crc, group[g].crc,
+                          program->group[g].count * self->hidden * sizeof(float));
+    return crc;
+}
+
 /* Threads take whole groups, whoever is free the next one, where no group is more than a thread's
  * share, else they work inside each product together. Either way a row's bits are the same. */
 void experts_run(struct engine *self, const struct program *program, struct program_result *ret) {
@@ -265,7 +283,8 @@ void experts_run(struct engine *self, const struct program *program, struct prog
     uint32_t threads = (uint32_t)self->parallel.width;
     struct failure failure;
     x->items = 0;
-    ret->error = grow(self, program->items, program->groups, &failure);
+    ret->error =
+        grow(self, program->output == NULL ? program->items : 0, program->groups, &failure);
     if (ret->error != 0)
         return;
     uint32_t largest = measure_groups(self, program);
@@ -274,14 +293,17 @@ void experts_run(struct engine *self, const struct program *program, struct prog
         return;
     }
     x->items = program->items;
+    x->output = program->output != NULL ? program->output : x->own;
     ret->output = x->output;
     if (threads > 1 && threads <= WORK_MAX && (uint64_t)largest * threads <= program->items) {
         struct expert_job job = {self, program};
         self->parallel.run(self->parallel.pool, run_part, &job, (int)program->groups);
-        return;
+    } else {
+        for (uint32_t g = 0; g < program->groups; g++)
+            run_group(self, program, g, &x->work[0], &self->parallel);
     }
-    for (uint32_t g = 0; g < program->groups; g++)
-        run_group(self, program, g, &x->work[0], &self->parallel);
+    if (program->sum)
+        ret->output_crc = sum_groups(self, program);
 }
 
 const float *experts_output(const struct engine *self, uint32_t *ret_items) {

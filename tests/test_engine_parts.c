@@ -310,6 +310,18 @@ static void an_output_depends_on_its_item_only(void **state) {
         float *gathered = malloc(items * bytes);
         engine_gather(cut.expert, REGION_EXPERT_OUTPUT, 0, NULL, items, gathered);
         assert_memory_equal(gathered, whole.output, items * bytes);
+        float *place = aligned_alloc(64, items * bytes + 64); /* the host's memory */
+        memset(place, 0xff, items * bytes + 64);
+        program.output = place, program.sum = true;
+        engine_run(cut.expert, &program, &parts);
+        assert_ptr_equal(parts.output, place);
+        assert_memory_equal(place, gathered, items * bytes);
+        assert_int_equal(*(uint8_t *)(place + (size_t)items * hidden), 0xff);
+        assert_int_equal(parts.output_crc, crc32c(0, gathered, items * bytes));
+        engine_gather(cut.expert, REGION_EXPERT_OUTPUT, 0, NULL, items, gathered);
+        assert_memory_equal(place, gathered, items * bytes);
+        free(place);
+        program.output = NULL, program.sum = false;
         for (uint32_t i = 0, item = 0; i < groups; i++)
             for (uint32_t j = 0; j < GROUPS[g][i].count; j++, item++) {
                 const struct frame_group one = {GROUPS[g][i].expert, 1};

@@ -211,11 +211,9 @@ static void fill_rows(void *context, void *ret_rows) {
 }
 
 /* A COMBINE frame of `items` rows of 64 bytes, numbered by its batch. */
-static int post(struct end *from, actor_id to, const struct end *receiver, uint32_t items,
-                uint64_t batch) {
-    uint8_t *fill = malloc(items);
-    memset(fill, (int)batch, items);
-    struct outgoing frame = {.seal = true, .gather = NULL};
+static struct outgoing make(const struct end *from, actor_id to, const struct end *receiver,
+                            uint32_t items, uint64_t batch) {
+    struct outgoing frame = {.seal = true};
     frame.header = (struct frame_header){
         .magic = FRAME_MAGIC,
         .version = FRAME_VERSION,
@@ -232,6 +230,14 @@ static int post(struct end *from, actor_id to, const struct end *receiver, uint3
     frame.bytes = frame_bytes(FRAME_COMBINE, items, items, 0, 64);
     frame.rows_offset = frame_rows_offset(FRAME_COMBINE, items, items, 0);
     frame.header.payload_bytes = (uint32_t)(frame.bytes - sizeof frame.header);
+    return frame;
+}
+
+static int post(struct end *from, actor_id to, const struct end *receiver, uint32_t items,
+                uint64_t batch) {
+    uint8_t *fill = malloc(items);
+    memset(fill, (int)batch, items);
+    struct outgoing frame = make(from, to, receiver, items, batch);
     frame.gather = items == 1 ? fill_rows : NULL;
     frame.context = fill;
     int error = from->transport->class->post_send(from->transport, to, &frame);
@@ -280,6 +286,101 @@ static void test_edge(void **state) {
         end_close(&b);
         assert_int_equal(segments(), 0);
     }
+}
+
+static void gather_must_not_run(void *context, void *ret_rows) {
+    (void)context, (void)ret_rows;
+    fail_msg("rows that lie in their place were gathered");
+}
+
+/* Posts a frame of one row that was written where `reserve` said. */
+static int post_reserved(struct end *from, actor_id to, const struct end *receiver, void *memory,
+                         uint64_t batch, bool summed) {
+    struct outgoing frame = make(from, to, receiver, 1, batch);
+    uint8_t *row = (uint8_t *)memory + frame.rows_offset;
+    frame.gather = gather_must_not_run;
+    frame.reserved = memory;
+    frame.summed = summed;
+    if (summed)
+        frame.rows_crc = crc32c(0, row, 64);
+    return from->transport->class->post_send(from->transport, to, &frame);
+}
+
+static void *reserve(struct end *from, actor_id to, uint64_t batch) {
+    size_t bytes = frame_bytes(FRAME_COMBINE, 1, 1, 0, 64);
+    uint8_t *memory = from->transport->class->reserve(from->transport, to, bytes);
+    if (memory != NULL) {
+        assert_int_equal((uintptr_t)memory % 64, 0);
+        memset(memory + frame_rows_offset(FRAME_COMBINE, 1, 1, 0), (int)batch, 64);
+    }
+    return memory;
+}
+
+/* Rows written where the receiver reads them; whatever happens to the place meanwhile, no other rows arrive. */
+static void test_rows_written_in_their_place(void **state) {
+    struct end a, b;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    assert_null(reserve(&a, 20, 1)); /* no edge */
+    end_connect(&a, 20, &b);
+    end_connect(&b, 10, &a);
+    uint64_t batch = 0;
+    for (int i = 0; i < 300; i++) { /* round the ring several times */
+        batch++;
+        assert_int_equal(post_reserved(&a, 20, &b, reserve(&a, 20, batch), batch, i % 2 == 0), 0);
+        assert_int_equal(take(&b), batch);
+    }
+    reserve(&a, 20, 7); /* not used: nothing has happened */
+    assert_int_equal(take(&b), 0);
+    void *memory = reserve(&a, 20, 8), *again = reserve(&a, 20, 9);
+    assert_ptr_equal(memory, again);
+    assert_int_equal(post(&a, 20, &b, 1, 10), 0); /* it takes the place */
+    assert_int_equal(post_reserved(&a, 20, &b, memory, 9, false), ERR_STATE);
+    assert_int_equal(take(&b), 10);
+    assert_int_equal(take(&b), 0);
+    memory = reserve(&a, 20, 11);
+    b.transport->class->disconnect(b.transport, 10); /* the receiver leaves: lost, no more */
+    assert_int_equal(post_reserved(&a, 20, &b, memory, 11, true), 0);
+    end_connect(&b, 10, &a);
+    assert_int_equal(post(&a, 20, &b, 1, 12), 0); /* in a new ring */
+    assert_int_equal(take(&b), 12);
+    while (post(&a, 20, &b, 10, 1) == 0 && a.transport->counters.deferred == 0)
+        continue;
+    assert_null(reserve(&a, 20, 1)); /* others wait before it */
+    a.transport->class->disconnect(a.transport, 20);
+    assert_null(reserve(&a, 20, 1));
+    end_close(&a);
+    end_close(&b);
+}
+
+/* Frames that others follow wake nobody, until half of the ring is full. */
+static void test_frames_that_others_follow_wake_nobody(void **state) {
+    struct end a, b;
+    end_open(&a, 1, 0xaaaa);
+    end_open(&b, 2, 0xbbbb);
+    end_connect(&a, 20, &b);
+    end_connect(&b, 10, &a);
+    a.transport->class->flush(a.transport);
+    uint32_t rung = bell_seen(&b.bell), quiet = 0;
+    struct outgoing frame = make(&a, 20, &b, 10, 1);
+    for (frame.more = true; bell_seen(&b.bell) == rung; quiet++) {
+        assert_true(quiet < 8192 / 640);
+        assert_int_equal(a.transport->class->post_send(a.transport, 20, &frame), 0);
+        a.transport->class->flush(a.transport);
+    }
+    assert_true(quiet >= 4096 / (640 + 256));
+    for (uint32_t i = 0; i < quiet; i++)
+        assert_int_equal(take(&b), 1);
+    rung = bell_seen(&b.bell);
+    assert_int_equal(a.transport->class->post_send(a.transport, 20, &frame), 0);
+    a.transport->class->flush(a.transport);
+    assert_int_equal(bell_seen(&b.bell), rung);
+    frame.more = false;
+    assert_int_equal(a.transport->class->post_send(a.transport, 20, &frame), 0);
+    a.transport->class->flush(a.transport);
+    assert_int_equal(bell_seen(&b.bell), rung + 1);
+    end_close(&a);
+    end_close(&b);
 }
 
 /* A full ring defers frames in order, the bound drops them, the consumer's release moves them on.
@@ -528,6 +629,8 @@ int main(void) {
         cmocka_unit_test(test_ring_is_untrusted),
         cmocka_unit_test(test_ring_refuses_bad_headers),
         cmocka_unit_test(test_edge),
+        cmocka_unit_test(test_rows_written_in_their_place),
+        cmocka_unit_test(test_frames_that_others_follow_wake_nobody),
         cmocka_unit_test(test_full_edge_defers),
         cmocka_unit_test(test_edge_grows),
         cmocka_unit_test(test_restart_is_fenced),

@@ -275,6 +275,8 @@ void inject_hold_frame(struct inject *self, actor_id to, const struct outgoing *
     held->frame.prefix = (uint8_t *)held->bytes + sizeof frame->header;
     held->frame.prefix_bytes = frame->bytes - sizeof frame->header;
     held->frame.gather = NULL;
+    held->frame.reserved = NULL; /* it is copied */
+    held->frame.summed = false;
     held->frame.context = NULL;
     held->frame.flip_before = 0; /* is done */
     hold(self, held);

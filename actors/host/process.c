@@ -84,9 +84,12 @@ static bool post_between_gpus(struct process *self, struct outgoing *frame) {
 
 static void post_frame(struct process *self, struct outgoing *frame) {
     actor_id to = frame->header.to;
-    if (post_between_gpus(self, frame))
+    if (frame->reserved == NULL && post_between_gpus(self, frame))
         return;
-    bool local = self->shm != NULL && self->shm->class->connected(self->shm, to);
+    if (frame->reserved == NULL && to == self->placed.to)
+        self->placed.lost = true;
+    bool local = frame->reserved != NULL ||
+                 (self->shm != NULL && self->shm->class->connected(self->shm, to));
     struct transport *transport = local ? self->shm : self->data_zmq;
     if (transport == NULL)
         transport = self->shm;
@@ -125,6 +128,16 @@ static void gather_rows(void *context, void *ret_rows) {
                   effect->transfer.index, effect->transfer.count, ret_rows);
 }
 
+/* The rows are in their place already. False: they were, but no more. */
+static bool take_placed(struct process *self, struct outgoing *frame) {
+    if (self->placed.memory == NULL)
+        return true;
+    frame->reserved = self->placed.memory;
+    frame->summed = self->placed.summed;
+    frame->rows_crc = self->placed.crc;
+    return !self->placed.lost && frame->header.to == self->placed.to;
+}
+
 static void carry_transfer(struct process *self, const struct effect *effect) {
     struct gather gather = {self, effect};
     struct outgoing frame = {
@@ -132,6 +145,7 @@ static void carry_transfer(struct process *self, const struct effect *effect) {
         .prefix = effect->transfer.prefix,
         .prefix_bytes = effect->transfer.prefix_bytes,
         .context = &gather,
+        .more = effect->transfer.more,
     };
     struct frame_header *header = &frame.header;
     if (effect->transfer.region != REGION_NONE) {
@@ -148,12 +162,15 @@ static void carry_transfer(struct process *self, const struct effect *effect) {
     header->payload_bytes = (uint32_t)(frame.bytes - sizeof *header);
     header->from = self->id;
     header->from_incarnation = self->identity.incarnation;
+    if (effect->transfer.region == REGION_EXPERT_OUTPUT && !take_placed(self, &frame)) {
+        log_limited(&self->limit, TRACE_WARNING, "an answer to actor %u is lost with its edge",
+                    header->to);
+        return;
+    }
     enum injected fate = self->inject != NULL ? inject_frame(self->inject, &frame) : INJECT_NOTHING;
-    if (fate == INJECT_LATER)
+    if (fate == INJECT_LATER || fate == INJECT_TWICE)
         inject_hold_frame(self->inject, header->to, &frame);
-    else if (fate != INJECT_DROP)
-        post_frame(self, &frame);
-    if (fate == INJECT_TWICE)
+    if (fate == INJECT_NOTHING || fate == INJECT_TWICE)
         post_frame(self, &frame);
 }
 
@@ -166,16 +183,42 @@ static void flush(struct process *self) {
         self->nccl->class->flush(self->nccl);
 }
 
+/* Experts write their outputs into the frame that will carry them, if that is to go through shared
+ * memory and there is room for it. */
+static void place_output(struct process *self, struct program *program) {
+    const actor_id to = program->answer_to;
+    self->placed.to = to;
+    self->placed.memory = NULL;
+    self->placed.lost = false;
+    if (to == 0 || self->shm == NULL || self->shm->class->reserve == NULL ||
+        !self->shm->class->connected(self->shm, to) ||
+        (self->nccl != NULL && self->nccl->class->connected(self->nccl, to)))
+        return;
+    const uint32_t items = program->items;
+    const size_t bytes = frame_bytes(FRAME_COMBINE, 0, items, 0,
+                                     engine_row_bytes(self->engine, REGION_EXPERT_OUTPUT));
+    self->placed.memory = bytes > 0 ? self->shm->class->reserve(self->shm, to, bytes) : NULL;
+    if (self->placed.memory == NULL)
+        return;
+    program->output =
+        (uint8_t *)self->placed.memory + frame_rows_offset(FRAME_COMBINE, 0, items, 0);
+    program->sum = self->placed.summed = self->options->settings.frame_crc != 0;
+}
+
 static void carry_compute(struct process *self, const struct effect *effect) {
     ASSERT(self->engine != NULL && self->computed_count < COMPUTED_MAX);
+    struct program program = effect->compute;
     flush(self);
     if (self->inject != NULL)
-        inject_compute(self->inject, &effect->compute);
+        inject_compute(self->inject, &program);
+    if (program.kind == PROGRAM_EXPERT)
+        place_output(self, &program);
     uint32_t at = (self->computed_first + self->computed_count++) % COMPUTED_MAX;
     uint64_t began_ns = clock_now_ns();
     pool_begin(self->pool);
-    engine_run(self->engine, &effect->compute, &self->computed[at]);
+    engine_run(self->engine, &program, &self->computed[at]);
     pool_end(self->pool);
+    self->placed.crc = self->computed[at].output_crc;
     self->computed[at].began_ns = began_ns;
     self->computed[at].ended_ns = clock_now_ns();
 }
@@ -201,6 +244,8 @@ static void connect_data(struct process *self, const struct effect *effect) {
     struct failure failure;
     const char *address = effect->connect.data_address;
     actor_id id = effect->connect.id;
+    if (id == self->placed.to)
+        self->placed.lost = true; /* its edge may be another one */
     bool local = self->shm != NULL && strcmp(effect->connect.host, self->host) == 0 &&
                  address_part(address, "shm", part);
     struct transport *transport = local ? self->shm : self->data_zmq;
@@ -241,6 +286,8 @@ static void carry_connect(struct process *self, const struct effect *effect) {
 
 static void carry_disconnect(struct process *self, const struct effect *effect) {
     actor_id id = effect->connect.id;
+    if (id == self->placed.to)
+        self->placed.lost = true;
     if (self->neighbour != NULL)
         neighbour_disconnect(self->neighbour, id);
     else

@@ -206,7 +206,9 @@ static uint64_t ring_bytes(const struct process *self) {
 static size_t nccl_slot_bytes(const struct process *self) {
     const uint32_t rows = self->options->settings.frame_rows;
     const struct model_config *config = model_config(self->directory.model);
-    return frame_bytes(FRAME_COMBINE, rows, rows, 0, config->hidden * 4);
+    const size_t combine = frame_bytes(FRAME_COMBINE, rows, rows, 0, config->hidden * 4);
+    const size_t dispatch = (size_t)self->options->settings.ring_kib << 9; /* half a ring */
+    return combine > dispatch ? combine : dispatch;
 }
 
 static int open_data(struct process *self, struct failure *failure) {

@@ -60,6 +60,13 @@ struct process {
     actor_id id; /* from WELCOME */
     struct program_result computed[COMPUTED_MAX];
     uint32_t computed_first, computed_count;
+    struct {            /* the last EXPERT program's output, written where its receiver reads it */
+        actor_id to;
+        void *memory; /* NULL: it lies in the engine */
+        bool lost;    /* it has gone, with the edge or under another frame */
+        bool summed;
+        uint32_t crc;
+    } placed;
     bool exiting;
     int exit_code;
     struct log_limit limit;

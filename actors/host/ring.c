@@ -136,8 +136,7 @@ static uint64_t record_size(const struct ring *self, uint64_t offset) {
     return ((const volatile struct record *)(self->page->data + offset))->size;
 }
 
-/* Free bytes as the consumer's counter claims; UINT64_MAX if the claim is absurd. */
-static uint64_t room(const struct ring *self) {
+uint64_t ring_room(const struct ring *self) {
     uint64_t tail = atomic_load(&self->page->tail);
     if (tail > self->position || self->position - tail > self->capacity || tail % 64 != 0)
         return UINT64_MAX;
@@ -149,12 +148,12 @@ int ring_reserve(struct ring *self, size_t bytes, void **ret_bytes) {
         return ERR_TOO_LARGE;
     uint64_t need = ring_record_bytes(bytes), offset = self->position % self->capacity;
     uint64_t skip = self->capacity - offset < need ? self->capacity - offset : 0;
-    uint64_t free_bytes = room(self);
+    uint64_t free_bytes = ring_room(self);
     if (free_bytes == UINT64_MAX)
         return ERR_CORRUPT;
     if (free_bytes < need + skip) {
         atomic_store(&self->page->producer_waits, 1);
-        free_bytes = room(self); /* it may have been released before it could see the flag */
+        free_bytes = ring_room(self); /* it may have been released before it could see the flag */
         if (free_bytes == UINT64_MAX)
             return ERR_CORRUPT;
         if (free_bytes < need + skip)

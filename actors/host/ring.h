@@ -56,8 +56,10 @@ bool ring_peer_closed(const struct ring *self);
  * to the name. */
 bool ring_peer_opened(const struct ring *self);
 
+/* Producer. Free bytes as the consumer's counter claims; UINT64_MAX if the claim is absurd. */
+uint64_t ring_room(const struct ring *self);
 /* Producer. ret_bytes: room for `bytes`, 64-byte aligned. ERR_BUSY: full now (the consumer will
- * ring), ERR_TOO_LARGE: never fits. */
+ * ring), ERR_TOO_LARGE: never fits. Without a commit nothing has happened. */
 int ring_reserve(struct ring *self, size_t bytes, void **ret_bytes);
 void ring_commit(struct ring *self);
 

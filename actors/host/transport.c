@@ -17,12 +17,14 @@ void outgoing_write(const struct outgoing *self, void *memory) {
     if (self->prefix_bytes > 0)
         memcpy(bytes + sizeof self->header, self->prefix, self->prefix_bytes);
     memset(bytes + written, 0, rows - written);
-    if (self->gather != NULL)
+    if (self->gather != NULL && memory != self->reserved)
         self->gather(self->context, bytes + rows);
     struct frame_header *header = memory;
     header->crc = 0;
     flip(bytes, self->flip_before);
-    if (self->seal)
+    if (self->seal && self->summed && self->flip_before == 0)
+        frame_seal_rows(header, self->rows_offset, self->rows_crc);
+    else if (self->seal)
         frame_seal(header);
     flip(bytes, self->flip_after);
 }

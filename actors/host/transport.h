@@ -25,6 +25,10 @@ struct outgoing {
     void (*gather)(void *context, void *ret_rows); /* writes the rows at rows_offset; NULL: none */
     void *context;
     bool seal; /* fill in the CRC */
+    bool more; /* others follow soon: the peer need not be woken unless room gets scarce */
+    void *reserved;     /* by `reserve`: the rows are there already; NULL: not */
+    bool summed;        /* rows_crc is the CRC32C of the rows */
+    uint32_t rows_crc;
     /* Faults on purpose: bit + 1 of the frame that is turned over before or after sealing; 0: none.
      */
     uint64_t flip_before, flip_after;
@@ -81,6 +85,10 @@ struct transport_class {
      * if there is no room now), in the order of the calls of this edge. 0, or ERR_NOT_FOUND (no
      * edge), ERR_BUSY (too much is waiting), ERR_TOO_LARGE: not sent. */
     int (*post_send)(struct transport *self, actor_id to, const struct outgoing *frame);
+    /* Room for a frame of `bytes` bytes whose rows are written before it is posted, with its `reserved` set to this: they lie
+     * where the receiver reads them. NULL: not now. Void once anything else is posted to that peer or its edge is gone:
+     * then the post fails with ERR_STATE. A reservation that is not used costs nothing. NULL slot: never. */
+    void *(*reserve)(struct transport *self, actor_id to, size_t bytes);
     /* Wakes the peers that frames were posted to since the last flush. Called once per batch of
      * effects, and before each computation. */
     void (*flush)(struct transport *self);

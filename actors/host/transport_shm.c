@@ -44,6 +44,7 @@ struct shm_edge {
     bool detached; /* disconnected while one of its frames was out */
     unsigned remakes;
     uint32_t awaited; /* answers to small frames sent to the peer */
+    void *reserved;   /* in `out`, by shm_reserve; NULL: nothing */
     struct waiting_frame *first, **last;
     size_t waiting_bytes;
 };
@@ -226,8 +227,8 @@ static int reserve(struct shm *self, struct shm_edge *edge, size_t bytes, void *
     return error;
 }
 
-static void count_sent(struct shm *self, struct shm_edge *edge, size_t bytes) {
-    edge->dirty = true;
+static void count_sent(struct shm *self, struct shm_edge *edge, size_t bytes, bool more) {
+    edge->dirty = edge->dirty || !more || ring_room(&edge->out) < edge->out.capacity / 2;
     self->base.counters.frames_sent++;
     self->base.counters.bytes_sent += bytes;
 }
@@ -255,6 +256,18 @@ static void shm_await_none(struct transport *base) {
     base->awaited = 0;
 }
 
+static void *shm_reserve(struct transport *base, actor_id to, size_t bytes) {
+    struct shm *self = (struct shm *)base;
+    struct shm_edge *edge = find(self, to);
+    void *memory;
+    if (edge == NULL || edge->first != NULL)
+        return NULL;
+    edge->reserved = NULL; /* an earlier one: the ring may be made anew */
+    if (reserve(self, edge, bytes, &memory) == 0)
+        edge->reserved = memory;
+    return edge->reserved;
+}
+
 static int shm_post_send(struct transport *base, actor_id to, const struct outgoing *frame) {
     struct shm *self = (struct shm *)base;
     struct shm_edge *edge = find(self, to);
@@ -262,12 +275,17 @@ static int shm_post_send(struct transport *base, actor_id to, const struct outgo
         base->counters.dropped++;
         return ERR_NOT_FOUND;
     }
-    void *memory = NULL;
-    int error = edge->first != NULL ? ERR_BUSY : reserve(self, edge, frame->bytes, &memory);
+    void *memory = edge->reserved;
+    int error = 0;
+    edge->reserved = NULL;
+    if (frame->reserved != NULL && frame->reserved != memory)
+        error = ERR_STATE;
+    else if (frame->reserved == NULL)
+        error = edge->first != NULL ? ERR_BUSY : reserve(self, edge, frame->bytes, &memory);
     if (error == 0) {
         outgoing_write(frame, memory);
         ring_commit(&edge->out);
-        count_sent(self, edge, frame->bytes);
+        count_sent(self, edge, frame->bytes, frame->more);
         await_answer(self, edge, frame);
         return 0;
     }
@@ -303,7 +321,7 @@ static bool send_waiting(struct shm *self, struct shm_edge *edge) {
         if (error == 0) {
             memcpy(memory, frame->data, frame->bytes);
             ring_commit(&edge->out);
-            count_sent(self, edge, frame->bytes);
+            count_sent(self, edge, frame->bytes, false);
         } else {
             self->base.counters.dropped++;
         }
@@ -426,6 +444,7 @@ static const struct transport_class shm_class = {
     .disconnect = shm_disconnect,
     .connected = shm_connected,
     .post_send = shm_post_send,
+    .reserve = shm_reserve,
     .flush = shm_flush,
     .receive = shm_receive,
     .release = shm_release,
