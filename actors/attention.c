@@ -369,6 +369,23 @@ static uint32_t rows_per_frame(const struct attention *self, uint32_t row_bytes)
     return rows < 1 ? 1 : smaller(rows, FRAME_ROWS_MAX);
 }
 
+/* Each row of a batch goes to a process once, with all the experts that it holds: experts answer in
+ * pieces. */
+static uint32_t dispatch_items_max(const struct attention *self) {
+    uint64_t bytes = (uint64_t)self->settings.ring_kib * 1024 / 2;
+    const uint64_t row = self->config.hidden * self->activation_bytes,
+                   item = sizeof(uint32_t) + sizeof(struct frame_group);
+    if (bytes > FRAME_PAYLOAD_MAX)
+        bytes = FRAME_PAYLOAD_MAX;
+    bytes = bytes > 1024 ? bytes - 1024 : 0;
+    const uint64_t rows = self->settings.batch_tokens;
+    uint64_t items = rows * row < bytes ? (bytes - rows * row) / item : 0;
+    if (items < rows) /* not all rows of a batch fit into a frame */
+        items = bytes / (row + item);
+    items = items > self->piece_items_max ? items : self->piece_items_max;
+    return smaller(items, FRAME_ITEMS_MAX);
+}
+
 static bool allocate(struct attention *self) {
     const struct settings *settings = &self->settings;
     size_t entries = (size_t)self->config.layers * self->config.experts;
@@ -416,7 +433,8 @@ struct actor *attention_create(const struct actor_identity *identity,
     self->activation_bytes = identity_activation_bytes(&self->member.identity);
     self->rows_e4m3 = settings->dispatch_fp8 != 0 && config->experts_e4m3 &&
                       identity_is_fp8(&self->member.identity);
-    self->part_items_max = rows_per_frame(self, config->hidden * (uint32_t)sizeof(float));
+    self->piece_items_max = rows_per_frame(self, config->hidden * (uint32_t)sizeof(float));
+    self->part_items_max = dispatch_items_max(self);
     self->sample_rows_max = rows_per_frame(self, config->hidden * self->activation_bytes);
     self->placement =
         (struct placement){config->layers, config->experts, self->placement_first, NULL};

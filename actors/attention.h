@@ -279,6 +279,7 @@ struct attention {
     struct model_config config;
     uint32_t context, k, activation_bytes;
     bool rows_e4m3; /* rows go to experts as these would quantise them */
+    uint32_t piece_items_max; /* items of an answer that always comes whole */
     uint32_t part_items_max, sample_rows_max;
     uint64_t row_deadline_ns;
     uint64_t hedge_ns; /* after this long with an expert, computed anew for each layer; NEVER: no hedging */

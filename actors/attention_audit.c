@@ -402,7 +402,7 @@ static void ask_destination(struct attention *self, uint32_t destination, uint64
     ASSERT(destination < ACTORS_MAX);
     only[destination] = 1;
     dispatch_plan_build(&flight->plan, &self->placement, self->batch.layer, flight->planned, count,
-                        only, self->queued, self->cost, self->destinations, self->part_items_max);
+                        only, self->queued, self->cost, self->destinations, self->piece_items_max);
     ASSERT(flight->plan.waiting == 0);
     for (uint32_t i = 0; i < flight->plan.parts; i++)
         ask_part(self, &flight->plan.part[i], destination, now_ns, out);
@@ -505,7 +505,8 @@ void audit_on_combine(struct attention *self, const struct frame *frame, uint64_
     struct part *part = find_part(self, header, out);
     if (part == NULL)
         return;
-    bool fits = header->items == part->count && header->row_bytes == row_bytes(self);
+    bool fits = header->items == part->count && header->detail == 0 &&
+                header->row_bytes == row_bytes(self);
     end_part(self, part);
     if (fits) {
         const uint8_t *rows = frame_rows(frame);

@@ -1,8 +1,8 @@
 /* Rows of one MoE layer to the experts and back.
  *
  * The gate's choices become items (row, slot, expert); router/dispatch.h cuts them into parts, one
- * frame each. A part is answered by one COMBINE frame, which is scattered to (row, slot). A part
- * that is not answered - MOVED, holder lost, deadline passed, holder gone from the epoch - is
+ * frame each. A part is answered by COMBINE frames, which are scattered to (row, slot): a long one in
+ * pieces, which come one by one and may be lost one by one. A part that is not answered whole - MOVED, holder lost, deadline passed, holder gone from the epoch - is
  * planned anew over its own range of items, with a new attempt number; items nobody alive holds
  * wait for the next epoch.
  *
@@ -682,23 +682,24 @@ static void take_items(struct attention *self, uint32_t first, uint32_t count, c
     memset(flight->item_done + first, 1, count);
 }
 
-/* Scatters what is new in the answer, and hands all of it to the audit. */
-static void scatter(struct attention *self, const struct part *part, const struct frame *frame,
+/* Scatters what is new in the answer, whose first item is `first`, and hands all of it to the audit. */
+static void scatter(struct attention *self, uint32_t first, const struct frame *frame,
                     struct effects *out) {
     struct flight *flight = &self->batch.flight;
     size_t row_bytes = frame->header->row_bytes;
+    const uint32_t items = frame->header->items;
     const uint8_t *rows = frame_rows(frame);
-    for (uint32_t i = 0, next; i < part->count; i = next) {
-        const uint8_t *done = flight->item_done + part->first;
-        for (next = i + 1; next < part->count && done[next] == done[i];)
+    for (uint32_t i = 0, next; i < items; i = next) {
+        const uint8_t *done = flight->item_done + first;
+        for (next = i + 1; next < items && done[next] == done[i];)
             next++;
         bool taken = !done[i];
         if (taken) {
-            step_trace_scatter(self, frame->header->from, flight->item_row + part->first + i, next - i);
-            take_items(self, part->first + i, next - i, rows + i * row_bytes, out);
+            step_trace_scatter(self, frame->header->from, flight->item_row + first + i, next - i);
+            take_items(self, first + i, next - i, rows + i * row_bytes, out);
         }
         for (uint32_t item = i; self->audit.cells > 0 && item < next; item++)
-            audit_answer(self, flight->item_row[part->first + item], flight->item_slot[part->first + item],
+            audit_answer(self, flight->item_row[first + item], flight->item_slot[first + item],
                          frame->header, rows + item * row_bytes, taken, out);
     }
 }
@@ -715,20 +716,25 @@ void dispatch_on_combine(struct attention *self, const struct frame *frame, uint
     struct part *part = reply_part(self, header, ROLE_EXPERT, flight->part, flight->parts, out);
     if (part == NULL)
         return;
-    if (header->items != part->count || header->row_bytes != self->config.hidden * sizeof(float)) {
-        effects_trace(
-            out, TRACE_ERROR,
-            "a reply of actor %u has %u items of %u bytes, expected %u of %zu; asking again",
-            header->from, header->items, header->row_bytes, part->count,
-            self->config.hidden * sizeof(float));
+    if (header->detail > part->count || header->items > part->count - header->detail ||
+        header->row_bytes != self->config.hidden * sizeof(float)) {
+        effects_trace(out, TRACE_ERROR,
+                      "a reply of actor %u has items %u to %u of %u bytes, expected at most %u of %zu; "
+                      "asking again",
+                      header->from, header->detail, header->detail + header->items,
+                      header->row_bytes, part->count, self->config.hidden * sizeof(float));
         replan(self, part, REPLAN_LATE, now_ns, out);
         return;
     }
-    dispatch_trust(self, part, now_ns);
-    scatter(self, part, frame, out);
+    scatter(self, part->first + header->detail, frame, out);
     if (flight->hedges > 0)
         settle_family(self, part, now_ns, out);
-    part_free(flight, part);
+    if (all_done(flight, part)) {
+        dispatch_trust(self, part, now_ns);
+        part_free(flight, part);
+    } else {
+        part->deadline_ns = now_ns + self->row_deadline_ns;
+    }
     audit_review(self, now_ns, out);
     dispatch_finish(self, out);
 }

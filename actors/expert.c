@@ -12,7 +12,8 @@
  *
  * Invariants: 1. at most LOADS_MAX loads are outstanding; 2. rows are computed only for held pairs,
  * otherwise MOVED is answered; 3. every frame is answered to the incarnation that sent it, with its
- * batch, layer, part and attempt. */
+ * batch, layer, part and attempt; 4. a frame of more than frame_rows items is answered in pieces, each
+ * computed and sent before the next one begins, in the order of its items. */
 #include "actors/expert.h"
 
 #include <stddef.h>
@@ -298,13 +299,57 @@ static const char *refuse(const struct expert *self, const struct frame_header *
         return "its rows are E4M3, which this profile or model does not take";
     if (header->row_bytes != (e4m3 ? self->e4m3_bytes : self->row_bytes))
         return "its rows have another size than this model's";
-    if (header->items > self->frame_items_max || header->rows > self->frame_items_max)
-        return "it has more items than frame_rows allows";
     if (header->items == 0 || header->rows == 0)
         return "it is empty";
     if (self->runnings == RUNNING_MAX)
         return "too many frames are in work";
     return NULL;
+}
+
+/* Whole experts as long as they fit, so that weights are read once. */
+static uint32_t take_groups(const struct expert *self, struct running *running,
+                            struct frame_group *ret_group) {
+    uint32_t groups = 0;
+    running->piece_first += running->piece_items;
+    running->piece_items = 0;
+    while (running->next_group < running->header.groups) {
+        const struct frame_group *group = &running->group[running->next_group];
+        uint32_t left = group->count - running->next_taken,
+                 room = self->piece_items_max - running->piece_items;
+        if (left > room && running->piece_items > 0)
+            break;
+        uint32_t count = left < room ? left : room;
+        ret_group[groups++] = (struct frame_group){group->expert, count};
+        running->piece_items += count;
+        running->next_taken += count;
+        if (running->next_taken < group->count)
+            break;
+        running->next_taken = 0;
+        running->next_group++;
+    }
+    return groups;
+}
+
+static void compute_piece(struct expert *self, struct running *running, struct effects *out) {
+    const struct frame_header *header = &running->header;
+    struct frame_group *group =
+        effects_alloc(out, (header->groups - running->next_group) * sizeof *group);
+    uint32_t groups = take_groups(self, running, group);
+    struct effect *effect = effects_add(out, EFFECT_COMPUTE);
+    running->tag = ++self->last_tag;
+    effect->compute = (struct program){
+        .kind = PROGRAM_EXPERT,
+        .layer = header->layer,
+        .rows = header->rows,
+        .items = running->piece_items,
+        .groups = groups,
+        .group = group,
+        .item_row = running->item_row + running->piece_first,
+        .payload = running->rows,
+        .e4m3 = header->format == FRAME_ROWS_E4M3,
+        .answer_to = header->from,
+        .tag = running->tag,
+    };
 }
 
 static void on_dispatch(struct expert *self, const struct frame *frame, uint64_t now_ns,
@@ -326,20 +371,19 @@ static void on_dispatch(struct expert *self, const struct frame *frame, uint64_t
         }
     struct running *running =
         &self->running[(self->first_running + self->runnings++) % RUNNING_MAX];
-    *running = (struct running){*header, ++self->last_tag, now_ns};
-    struct effect *effect = effects_add(out, EFFECT_COMPUTE);
-    effect->compute = (struct program){
-        .kind = PROGRAM_EXPERT,
-        .layer = header->layer,
-        .rows = header->rows,
-        .items = header->items,
-        .groups = header->groups,
+    *running = (struct running){
+        .header = *header,
         .group = group,
         .item_row = frame_item_rows(frame),
-        .payload = frame_rows(frame),
-        .e4m3 = header->format == FRAME_ROWS_E4M3,
-        .tag = running->tag,
+        .rows = frame_rows(frame),
+        .since_ns = now_ns,
     };
+    compute_piece(self, running, out);
+}
+
+static void end_running(struct expert *self) {
+    self->first_running = (self->first_running + 1) % RUNNING_MAX;
+    self->runnings--;
 }
 
 static void on_computed(struct expert *self, const struct program_result *result, uint64_t now_ns,
@@ -351,21 +395,27 @@ static void on_computed(struct expert *self, const struct program_result *result
     struct running *running = &self->running[self->first_running];
     if (self->runnings == 0 || running->tag != result->tag)
         return;
-    self->first_running = (self->first_running + 1) % RUNNING_MAX;
-    self->runnings--;
     if (result->error < 0) { /* the sender asks again, or somebody else */
         effects_trace(out, TRACE_ERROR, "computing layer %u failed: %s", running->header.layer,
                       error_name(result->error));
+        end_running(self);
+        return;
+    }
+    self->rows += running->piece_items;
+    struct effect *effect = effects_add(out, EFFECT_TRANSFER);
+    effect->transfer.header = answer_header(self, FRAME_COMBINE, &running->header);
+    effect->transfer.header.items = running->piece_items;
+    effect->transfer.header.detail = running->piece_first;
+    effect->transfer.region = REGION_EXPERT_OUTPUT;
+    effect->transfer.count = running->piece_items;
+    effect->transfer.more = running->next_group < running->header.groups;
+    if (running->next_group < running->header.groups) {
+        compute_piece(self, running, out);
         return;
     }
     self->frames++;
-    self->rows += running->header.items;
     self->busy_ns += now_ns - running->since_ns;
-    struct effect *effect = effects_add(out, EFFECT_TRANSFER);
-    effect->transfer.header = answer_header(self, FRAME_COMBINE, &running->header);
-    effect->transfer.header.items = running->header.items;
-    effect->transfer.region = REGION_EXPERT_OUTPUT;
-    effect->transfer.count = running->header.items;
+    end_running(self);
 }
 
 /* ---- events ---- */
@@ -476,7 +526,7 @@ struct actor *expert_create(const struct actor_identity *identity, const struct 
         return NULL;
     self->actor.class = &EXPERT_CLASS;
     self->config = *config;
-    self->frame_items_max = settings->frame_rows;
+    self->piece_items_max = settings->frame_rows;
     self->pairs = config->layers * config->experts;
     self->pair = calloc((size_t)self->pairs + 1, sizeof *self->pair);
     self->pair_bytes_kib = calloc((size_t)self->pairs + 1, sizeof *self->pair_bytes_kib);

@@ -14,8 +14,14 @@
 enum pair_state { PAIR_ABSENT, PAIR_WANTED, PAIR_LOADING, PAIR_DOOMED, PAIR_FAILED, PAIR_HELD };
 enum operation_state { OPERATION_NONE, OPERATION_WORKING, OPERATION_DONE, OPERATION_FAILED };
 
+/* A frame in work. What it points to lies in the frame. */
 struct running {
     struct frame_header header;
+    const struct frame_group *group;
+    const uint32_t *item_row;
+    const void *rows;
+    uint32_t piece_first, piece_items; /* being computed */
+    uint32_t next_group, next_taken;   /* where the piece after it begins: items of that group are taken already */
     uint64_t tag, since_ns;
 };
 
@@ -47,7 +53,7 @@ struct expert {
     struct member member;
     struct model_config config;
     enum weights_from weights;
-    uint32_t frame_items_max, row_bytes;
+    uint32_t piece_items_max, row_bytes;
     uint32_t e4m3_bytes; /* of a row in that format; 0: it is not taken */
     uint8_t *pair;            /* [layers * experts] enum pair_state */
     uint32_t *pair_bytes_kib; /* [layers * experts] of held pairs, rounded up */

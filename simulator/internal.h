@@ -36,6 +36,7 @@ struct node {
     struct connection peer[ACTORS_MAX]; /* by actor id, modulo the table: ids grow, few are alive */
     struct program_result computed[COMPUTED_MAX];
     uint32_t computed_first, computed_count;
+    uint8_t *frame; /* the last one, for as long as programs may read it; NULL: none */
     uint64_t woken_ns; /* by its own deadline, last */
     uint32_t woken;    /* and how often at this one time */
 };

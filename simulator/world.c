@@ -127,8 +127,14 @@ void node_start(struct world *self, struct node *node) {
     ASSERT(result == 0);
 }
 
+static void drop_frame(struct node *node) {
+    free(node->frame);
+    node->frame = NULL;
+}
+
 static void release_node(struct node *node) {
     node->alive = false;
+    drop_frame(node);
     if (node->actor != NULL)
         actor_destroy(&node->actor);
     if (node->engine != NULL)
@@ -258,7 +264,8 @@ static void step_message(struct world *self, struct node *node, const struct del
     wire_free(&envelope);
 }
 
-static void step_frame(struct world *self, struct node *node, const struct delivery *delivery) {
+/* The frame is kept until the last program that comes of it has been heard of. */
+static void step_frame(struct world *self, struct node *node, struct delivery *delivery) {
     struct failure failure;
     if (frame_check(delivery->bytes, delivery->size, 1, &failure) < 0) {
         world_trace(self, node, failure.text);
@@ -271,7 +278,11 @@ static void step_frame(struct world *self, struct node *node, const struct deliv
              frame.header->kind, frame.header->from, (unsigned long long)frame.header->batch,
              frame.header->layer, frame.header->part, frame.header->attempt);
     world_trace(self, node, line);
+    node->frame = delivery->bytes;
+    delivery->bytes = NULL;
     step_node(self, node, &(struct event){.kind = EVENT_FRAME, .frame = &frame});
+    if (node->computed_count == 0)
+        drop_frame(node);
 }
 
 static void step_loaded(struct world *self, struct node *node, struct delivery *delivery) {
@@ -355,6 +366,8 @@ static void step_own_event(struct world *self, struct node *node) {
         node->computed_first = (node->computed_first + 1) % COMPUTED_MAX;
         node->computed_count--;
         step_node(self, node, &(struct event){.kind = EVENT_COMPUTED, .computed = &result});
+        if (node->computed_count == 0)
+            drop_frame(node);
     } else {
         step_timer(self, node);
     }

@@ -405,9 +405,9 @@ static void test_a_reply_of_the_wrong_size_is_asked_for_again(void **state) {
     struct stage stage;
     open_stage(&stage);
     struct effect dispatch = dispatched(&stage);
-    struct effect shorter = dispatch;
-    shorter.transfer.header.items--;
-    stage_combine(&stage, &shorter);
+    struct effect longer = dispatch;
+    longer.transfer.header.items++;
+    stage_combine(&stage, &longer);
     assert_int_equal(stage_count(&stage, EFFECT_COMPUTE), 0);
     struct effect again = next_frame(&stage, FRAME_DISPATCH);
     assert_int_equal(again.transfer.header.attempt, 1);
@@ -416,6 +416,86 @@ static void test_a_reply_of_the_wrong_size_is_asked_for_again(void **state) {
     assert_int_equal(stage_count(&stage, EFFECT_COMPUTE), 0);
     stage_combine(&stage, &again);
     assert_int_equal(stage_count(&stage, EFFECT_COMPUTE), 1);
+    stage_free(&stage);
+}
+
+/* A piece of an answer counts once, in any order; what is missing when the deadline has passed, or when its
+ * holder is lost, is asked for again, and nothing else. */
+static void test_an_answer_comes_in_pieces(void **state) {
+    for (int lost = 0; lost < 3; lost++) {
+        struct stage stage;
+        open_stage(&stage);
+        struct effect dispatch = dispatched(&stage);
+        const uint32_t items = dispatch.transfer.header.items;
+        assert_true(items >= 3);
+        stage_combine_piece(&stage, &dispatch, 1, items - 2);
+        assert_int_equal(next_program(&stage, PROGRAM_SCATTER)->items, items - 2);
+        stage_combine_piece(&stage, &dispatch, 1, items - 2); /* said twice */
+        assert_null(stage_take(&stage, EFFECT_COMPUTE));
+        assert_described(&stage, "stale=0");
+        stage_combine_piece(&stage, &dispatch, 0, 2); /* the second is there already */
+        assert_int_equal(next_program(&stage, PROGRAM_SCATTER)->items, 1);
+        if (lost == 0) {
+            stage_combine_piece(&stage, &dispatch, items - 1, 1);
+            assert_int_equal(next_program(&stage, PROGRAM_SCATTER)->items, 1);
+            stage_combine_piece(&stage, &dispatch, items - 1, 1);
+            assert_described(&stage, "stale=1");
+            stage_free(&stage);
+            continue;
+        }
+        if (lost == 1)
+            stage_timer(&stage, stage.now_ns + (uint64_t)stage.settings.row_deadline_ms * MS);
+        else
+            stage_commit(&stage, (actor_id[]){20, 31, 40}, 3, (actor_id[]){31}, 1);
+        struct effect again = next_frame(&stage, FRAME_DISPATCH);
+        if (again.transfer.header.items != 1) /* the other process's part was late as well */
+            again = next_frame(&stage, FRAME_DISPATCH);
+        assert_int_equal(again.transfer.header.items, 1);
+        stage_clear(&stage);
+        stage_combine_piece(&stage, &dispatch, items - 1, 1); /* of the first attempt */
+        assert_described(&stage, "stale=1");
+        stage_combine(&stage, &again);
+        assert_int_equal(next_program(&stage, PROGRAM_SCATTER)->items, 1);
+        stage_free(&stage);
+    }
+}
+
+static void test_a_piece_outside_of_its_part_is_refused(void **state) {
+    struct stage stage;
+    open_stage(&stage);
+    struct effect dispatch = dispatched(&stage);
+    const uint32_t items = dispatch.transfer.header.items;
+    stage_combine_piece(&stage, &dispatch, items, 1);
+    assert_int_equal(stage_count(&stage, EFFECT_COMPUTE), 0);
+    struct effect again = next_frame(&stage, FRAME_DISPATCH);
+    stage_combine_piece(&stage, &again, 1, items);
+    assert_int_equal(stage_count(&stage, EFFECT_COMPUTE), 0);
+    again = next_frame(&stage, FRAME_DISPATCH);
+    stage_combine_piece(&stage, &again, FRAME_ITEMS_MAX - 1, items); /* the sum is large */
+    assert_int_equal(stage_count(&stage, EFFECT_COMPUTE), 0);
+    again = next_frame(&stage, FRAME_DISPATCH);
+    assert_int_equal(again.transfer.header.attempt, 3);
+    stage_combine(&stage, &again);
+    assert_int_equal(stage_count(&stage, EFFECT_COMPUTE), 1);
+    stage_free(&stage);
+}
+
+/* A row goes to a process once, whatever frame_rows says of answers. */
+static void test_a_row_goes_to_a_process_once(void **state) {
+    struct stage stage;
+    stage_init(&stage, ROLE_ATTENTION);
+    stage.settings.frame_rows = 2;
+    create(&stage);
+    submit(&stage, GATEWAY, make_request(1, 40, 2));
+    uint32_t frames = 0, rows = 0;
+    const struct effect *effect;
+    while ((effect = stage_take(&stage, EFFECT_TRANSFER)) != NULL) {
+        frames++;
+        rows += effect->transfer.header.rows;
+        assert_true(effect->transfer.header.items > 2);
+    }
+    assert_int_equal(frames, 2);
+    assert_true(rows <= 2 * 40);
     stage_free(&stage);
 }
 
@@ -1277,7 +1357,13 @@ static void answer_some(struct chaos *chaos) {
         stage_sampled(&chaos->stage, frame, 2 + random_below(&chaos->random, 30));
     else if (random_below(&chaos->random, 10) == 0)
         moved(&chaos->stage, frame);
-    else
+    else if (random_below(&chaos->random, 3) == 0) { /* a piece; the rest comes later, or never */
+        uint32_t first = random_below(&chaos->random, frame->transfer.header.items);
+        stage_combine_piece(&chaos->stage, frame, first,
+                            1 + random_below(&chaos->random, frame->transfer.header.items - first));
+        if (random_below(&chaos->random, 4) != 0)
+            return;
+    } else
         stage_combine(&chaos->stage, frame);
     if (random_below(&chaos->random, 8) != 0) { /* else it will be answered again */
         free((void *)frame->transfer.prefix);
@@ -1389,6 +1475,9 @@ int main(void) {
         cmocka_unit_test(test_the_context_bounds_the_answer),
         cmocka_unit_test(test_each_kind_of_stale_reply_is_dropped),
         cmocka_unit_test(test_a_reply_of_the_wrong_size_is_asked_for_again),
+        cmocka_unit_test(test_an_answer_comes_in_pieces),
+        cmocka_unit_test(test_a_piece_outside_of_its_part_is_refused),
+        cmocka_unit_test(test_a_row_goes_to_a_process_once),
         cmocka_unit_test(test_a_stale_sample_reply_is_dropped),
         cmocka_unit_test(test_moved_rows_wait_for_the_next_epoch),
         cmocka_unit_test(test_late_rows_go_to_the_same_holder_if_there_is_no_other),

@@ -320,19 +320,9 @@ static void assert_dropped(struct stage *stage, const struct dispatch *dispatch,
 
 static void test_frames_that_do_not_fit_are_dropped(void **state) {
     struct stage stage;
-    stage_init(&stage, ROLE_EXPERT);
-    stage.settings.frame_rows = 2;
-    stage.actor = expert_create(&stage.identity, &stage.settings, &stage.config, 0);
-    stage_join(&stage, 30);
-    stage_commit(&stage, (actor_id[]){20, 40, 50}, 3, NULL, 0);
-    hold_layer_1(&stage);
-    struct dispatch dispatch = make_dispatch(1, 0, 1);
-    assert_dropped(&stage, &dispatch, "more items than");
-    stage_free(&stage);
-
     open_stage(&stage);
     hold_layer_1(&stage);
-    dispatch = make_dispatch(1, 0, 1);
+    struct dispatch dispatch = make_dispatch(1, 0, 1);
     dispatch.header.from_incarnation++;
     assert_dropped(&stage, &dispatch, "unknown");
     dispatch = make_dispatch(1, 0, 1);
@@ -378,6 +368,44 @@ static void test_rows_in_e4m3(void **state) {
             dispatch.header.row_bytes = 264;
             assert_dropped(&stage, &dispatch, "another size");
         }
+        stage_free(&stage);
+    }
+}
+
+/* frame_rows bounds answers: whole experts as long as they fit, then parts of one. */
+static void test_long_frames_are_answered_in_pieces(void **state) {
+    static const struct {
+        uint32_t frame_rows, pieces, items[3];
+    } CASES[] = {{3, 1, {3}}, {2, 2, {1, 2}}, {1, 3, {1, 1, 1}}};
+    for (size_t i = 0; i < sizeof CASES / sizeof *CASES; i++) {
+        struct stage stage;
+        stage_init(&stage, ROLE_EXPERT);
+        stage.settings.frame_rows = CASES[i].frame_rows;
+        stage.actor = expert_create(&stage.identity, &stage.settings, &stage.config, 0);
+        stage_join(&stage, 30);
+        stage_commit(&stage, (actor_id[]){20, 40, 50}, 3, NULL, 0);
+        hold_layer_1(&stage);
+        struct dispatch dispatch = make_dispatch(1, 0, 1);
+        send_dispatch(&stage, &dispatch);
+        for (uint32_t piece = 0, first = 0; piece < CASES[i].pieces; piece++) {
+            const uint32_t items = CASES[i].items[piece];
+            const struct program program = stage_take(&stage, EFFECT_COMPUTE)->compute;
+            assert_int_equal(program.items, items);
+            assert_int_equal(program.groups, items == 3 ? 2 : 1);
+            assert_int_equal(program.rows, 2);
+            assert_int_equal(program.answer_to, ATTENTION);
+            const struct effect *transfer = stage_take(&stage, EFFECT_TRANSFER);
+            assert_int_equal(transfer->transfer.header.kind, FRAME_COMBINE);
+            assert_int_equal(transfer->transfer.header.part, 3);
+            assert_int_equal(transfer->transfer.header.detail, first);
+            assert_int_equal(transfer->transfer.header.items, items);
+            assert_int_equal(transfer->transfer.count, items);
+            assert_int_equal(transfer->transfer.more, piece + 1 < CASES[i].pieces);
+            first += items;
+        }
+        assert_null(stage_take(&stage, EFFECT_COMPUTE));
+        assert_null(stage_take(&stage, EFFECT_TRANSFER));
+        assert_described(&stage, "running=0 frames=1 rows=3");
         stage_free(&stage);
     }
 }
@@ -455,6 +483,7 @@ int main(void) {
         cmocka_unit_test(test_rows_of_experts_held_elsewhere_are_moved),
         cmocka_unit_test(test_frames_that_do_not_fit_are_dropped),
         cmocka_unit_test(test_rows_in_e4m3),
+        cmocka_unit_test(test_long_frames_are_answered_in_pieces),
         cmocka_unit_test(test_frames_that_arrive_while_others_compute),
         cmocka_unit_test(test_orders_in_any_order),
     };

@@ -368,8 +368,14 @@ struct frame_header answer_to(const struct effect *transfer, enum frame_kind kin
 }
 
 void stage_combine(struct stage *self, const struct effect *dispatch) {
+    stage_combine_piece(self, dispatch, 0, dispatch->transfer.header.items);
+}
+
+void stage_combine_piece(struct stage *self, const struct effect *dispatch, uint32_t first,
+                         uint32_t items) {
     struct frame_header header = answer_to(dispatch, FRAME_COMBINE);
-    header.items = dispatch->transfer.header.items;
+    header.detail = first;
+    header.items = items;
     header.row_bytes = self->config.hidden * (uint32_t)sizeof(float);
     size_t before = frame_rows_offset(FRAME_COMBINE, 0, header.items, 0) - sizeof header;
     size_t size = before + (size_t)header.items * header.row_bytes;

@@ -74,6 +74,9 @@ bool stage_traced(const struct stage *self, const char *text);
 /* Header of the answer to a logged TRANSFER. */
 struct frame_header answer_to(const struct effect *transfer, enum frame_kind kind);
 void stage_combine(struct stage *self, const struct effect *dispatch);
+/* `items` of them, from `first` on. */
+void stage_combine_piece(struct stage *self, const struct effect *dispatch, uint32_t first,
+                         uint32_t items);
 void stage_sampled(struct stage *self, const struct effect *sample, uint32_t token);
 /* Answers every frame not taken yet until none is left. */
 void stage_answer_all(struct stage *self, uint32_t token);
