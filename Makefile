@@ -37,7 +37,7 @@ ifeq ($(ARCH),x86_64)
 FOLDERS += kernels/x86
 endif
 ifneq ($(NVCC),)
-FOLDERS += kernels/cuda
+FOLDERS += kernels/cuda engine/cuda
 endif
 SOURCES := $(foreach folder,$(FOLDERS),$(wildcard $(folder)/*.c))
 ifneq ($(ARCH),x86_64)
@@ -56,9 +56,10 @@ ifneq ($(NCCL_HEADER),)
 LDFLAGS += $(addprefix -Wl$(comma)-rpath$(comma),$(firstword $(patsubst %/libnccl.so.2,%,$(wildcard $(dir $(NCCL_HEADER))../lib/libnccl.so.2 $(CUDA_LIBRARIES)/libnccl.so.2))))
 endif
 CUDA_OBJECTS := $(if $(NVCC),$(KERNELS_CUDA:%.cu=$(BUILD)/%.o))
-# The kernels as plain C++ for the emulator of the tests.
+# The kernels as plain C++ for the emulator of the tests, and the C that calls them.
+EMULATED_C := $(wildcard kernels/cuda/*.c engine/cuda/*.c)
 EMULATED := $(KERNELS_CUDA:%.cu=$(BUILD)/emulated/%.o) $(BUILD)/emulated/cuda_emulator.o $(BUILD)/emulated/cuda_emulator_ptx.o \
-  $(BUILD)/emulated/cuda_emulator_faults.o $(BUILD)/emulated/kernels/cuda/table.o
+  $(BUILD)/emulated/cuda_emulator_faults.o $(BUILD)/emulated/cuda_emulator_streams.o $(EMULATED_C:%.c=$(BUILD)/emulated/%.o)
 OBJECTS := $(LIBRARY_SOURCES:%.c=$(BUILD)/%.o) $(BUILD)/proto/troupe.pb-c.o $(BUILD)/web/page.o
 TESTS := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 CUDA_TESTS := $(patsubst tests/gpu/%.c,$(BUILD)/tests/%,$(wildcard tests/gpu/test_*.c))
@@ -169,7 +170,7 @@ $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu
 	@echo "  NVCC $<"
 	@$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas) >&2; exit 1; }
 
-$(BUILD)/emulated/kernels/cuda/table.o: kernels/cuda/table.c | $(BUILD)/proto/troupe.pb-c.h
+$(EMULATED_C:%.c=$(BUILD)/emulated/%.o): $(BUILD)/emulated/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
 	@mkdir -p $(@D)
 	@echo "  CC $< (emulated)"
 	@$(CC) $(CPPFLAGS) $(CFLAGS_BASE) $(CFLAGS) -MMD -MP -c -o $@ $<

@@ -239,23 +239,9 @@ uint32_t __ballot_sync(uint32_t mask, int predicate) {
     return ret;
 }
 
-void emulated_launch(const char *kernel, dim3 grid, dim3 block, size_t shared,
-                     const std::function<void()> &body) {
-    if (stacks == NULL) {
-        stacks = (uint8_t *)mmap(NULL, THREADS_MAX * STACK_BYTES, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        shared_memory = (uint8_t *)aligned_alloc(1024, SHARED_MAX + 1024 - SHARED_MAX % 1024);
-        fibers = new fiber[THREADS_MAX]();
-    }
+static void run_kernel(const char *kernel, dim3 grid, dim3 block, size_t shared,
+                       const std::function<void()> &body) {
     fiber_count = block.x * block.y * block.z;
-    const bool fits = shared <= 48 << 10 || (shared <= emulated_shared_allowed);
-    if (fiber_count == 0 || fiber_count > THREADS_MAX || grid.x == 0 || grid.y == 0 ||
-        grid.y > 65535 || grid.z == 0 || grid.z > 65535 || shared > SHARED_MAX || !fits) {
-        fprintf(stderr,
-                "emulator: %s cannot be launched: %u,%u,%u blocks of %u threads, %zu bytes\n",
-                kernel, grid.x, grid.y, grid.z, fiber_count, shared);
-        abort();
-    }
     kernel_name = kernel;
     kernel_body = &body;
     emulated_block_size = block;
@@ -266,6 +252,29 @@ void emulated_launch(const char *kernel, dim3 grid, dim3 block, size_t shared,
                 emulated_block_index = dim3(x, y, z);
                 run_block(shared);
             }
+}
+
+void emulated_launch(const char *kernel, dim3 grid, dim3 block, size_t shared, void *stream,
+                     const std::function<void()> &body) {
+    if (stacks == NULL) {
+        stacks = (uint8_t *)mmap(NULL, THREADS_MAX * STACK_BYTES, PROT_READ | PROT_WRITE,
+                                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        shared_memory = (uint8_t *)aligned_alloc(1024, SHARED_MAX + 1024 - SHARED_MAX % 1024);
+        fibers = new fiber[THREADS_MAX]();
+    }
+    const unsigned threads = block.x * block.y * block.z;
+    const bool fits = shared <= 48 << 10 || (shared <= emulated_shared_allowed);
+    if (threads == 0 || threads > THREADS_MAX || grid.x == 0 || grid.y == 0 || grid.y > 65535 ||
+        grid.z == 0 || grid.z > 65535 || shared > SHARED_MAX || !fits) {
+        fprintf(stderr,
+                "emulator: %s cannot be launched: %u,%u,%u blocks of %u threads, %zu bytes\n",
+                kernel, grid.x, grid.y, grid.z, threads, shared);
+        abort();
+    }
+    if (stream == NULL)
+        run_kernel(kernel, grid, block, shared, body);
+    else
+        emulated_enqueue(stream, kernel, [=] { run_kernel(kernel, grid, block, shared, body); });
 }
 
 /* ---- The memory of the tests (gpu.h) ---- */

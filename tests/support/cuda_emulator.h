@@ -8,6 +8,8 @@
  * result under some seed. Shared memory holds NaN patterns at the start of each block. A kernel in
  * which no thread can go on is reported as a deadlock.
  *
+ * Streams, events and graphs: cuda_emulator_streams.cc.
+ *
  * Not modelled: memory ordering between threads that touch global memory, banks, speed, register
  * limits, and the rounding inside the tensor cores (products of a step are added in double
  * precision, then rounded once). */
@@ -78,11 +80,14 @@ extern dim3 emulated_block_index, emulated_block_size, emulated_grid_size;
 uint8_t *emulated_shared(void); /* the block's dynamic shared memory, 1024-byte aligned */
 #define DYNAMIC_SHARED(name) uint8_t *name = emulated_shared()
 
-void emulated_launch(const char *kernel, dim3 grid, dim3 block, size_t shared,
+/* Stream NULL: runs at once. Others: joins the stream (cuda_emulator_streams.cc), with the arguments
+ * as they are now. */
+void emulated_launch(const char *kernel, dim3 grid, dim3 block, size_t shared, void *stream,
                      const std::function<void()> &body);
+void emulated_enqueue(void *stream, const char *what, const std::function<void()> &work);
 #define LAUNCH(kernel, grid, block, shared, stream, ...)                                           \
-    ((void)(stream),                                                                               \
-     emulated_launch(#kernel, (grid), (block), (shared), [=] { kernel(__VA_ARGS__); }))
+    emulated_launch(#kernel, (grid), (block), (shared), (void *)(stream),                          \
+                    [=] { kernel(__VA_ARGS__); })
 
 extern size_t emulated_shared_allowed; /* what the last shared_allow() asked for */
 template <typename Kernel> static inline int shared_allow(Kernel *, size_t bytes) {
