@@ -77,6 +77,19 @@ int gate_cuda(void *stream, const struct gate_cuda *parameters, const float *log
               size_t logits_stride, const float *bias, uint32_t rows, uint16_t *ret_expert,
               float *ret_weight);
 
+/* What differs from row to row of a batch: rows from *live on choose nothing (NULL: all are live);
+ * row r adds to the model's own biases those at delta + delta_of[r] * delta_stride, 0xffffffff:
+ * none. All device memory. */
+struct gate_rows_cuda {
+    const uint32_t *live;
+    const float *delta;
+    size_t delta_stride;
+    const uint32_t *delta_of; /* [rows], NULL: none has any */
+};
+int gate_rows_cuda(void *stream, const struct gate_cuda *parameters,
+                   const struct gate_rows_cuda *per_row, const float *logits, size_t logits_stride,
+                   const float *bias, uint32_t rows, uint16_t *ret_expert, float *ret_weight);
+
 /* Places the items (row, slot of its list) of `slots` experts: slot_of [experts] says which slot
  * holds an expert, -1: none. ret_count [slots]: items of each, at most `capacity`; ret_item [slots,
  * capacity]: their numbers row * k + slot, ascending; ret_place [items]: where each item lies (slot
@@ -108,6 +121,55 @@ int combine_cuda(void *stream, uint32_t rows, uint32_t k, uint32_t hidden, const
                  size_t stride, const uint32_t *place, const float *weights,
                  const uint16_t *experts, const float *shared, size_t shared_stride,
                  float *residual, size_t residual_stride);
+
+/* ---- Rows of experts (grouped): [groups * capacity] rows, of each group the first count[group]
+ * ---- Device counts; the other rows are left alone. Bits of the plain forms. */
+
+int silu_mul_grouped_cuda(void *stream, const float *gate, const float *up, size_t stride,
+                          const uint32_t *count, uint32_t groups, uint32_t capacity, uint32_t n,
+                          bf16 *ret, size_t ret_stride);
+int quantise_grouped_cuda(void *stream, const bf16 *x, size_t x_stride, const uint32_t *count,
+                          uint32_t groups, uint32_t capacity, uint32_t n, uint8_t *ret,
+                          size_t ret_stride, float *ret_scale, size_t scale_row_step,
+                          size_t scale_group_step);
+
+/* ---- Between attention and experts (exchange.cu) ----
+ * Attention sends each of `destinations` a note and rows, of fixed capacity, and gets a status word
+ * and an output for each item (row, expert of its list). A ticket names step and layer: *ticket +
+ * layer, never the same for two that could be mistaken for each other. An item is answered where
+ * its status is the ticket. */
+struct exchange_cuda {
+    uint32_t rows, k;             /* of the batch */
+    uint32_t destinations;        /* at least 1 */
+    uint32_t rows_max, items_max; /* for each destination; items at most 65535 */
+    const uint32_t *ticket;       /* device memory */
+    uint32_t layer;
+};
+/* A note: head of EXCHANGE_HEAD words (ticket, rows, items, 0), then for each entry (row sent,
+ * place in its list) the expert, 0xffff: not of this destination; then for each entry its item's
+ * number. */
+#define EXCHANGE_HEAD 4u
+size_t exchange_note_bytes(uint32_t rows_max, uint32_t k); /* a multiple of 16 */
+
+/* expert: [rows, k] as gate_cuda() gives them; destination_of: [experts], -1: nobody holds it. Rows
+ * and their items are numbered in ascending order; what is over a capacity has no place. ret_note:
+ * [destinations], ret_count [destinations]: rows sent, ret_row [destinations, rows_max]: which,
+ * ret_place [rows, k]: destination * items_max + item, 0xffffffff: nowhere. */
+int exchange_route_cuda(void *stream, const struct exchange_cuda *exchange, const uint16_t *expert,
+                        const int32_t *destination_of, uint32_t experts, void *ret_note,
+                        uint32_t *ret_count, uint32_t *ret_row, uint32_t *ret_place);
+/* The experts' side, one note: output of each item from y[place of its entry], as dispatch_cuda()
+ * placed the entries of the note's list; status 0 where an entry has no place. */
+int exchange_reply_cuda(void *stream, const void *note, uint32_t rows_max, uint32_t k,
+                        uint32_t items_max, const uint32_t *place, const float *y, size_t y_stride,
+                        uint32_t hidden, uint32_t *ret_status, float *ret_output);
+/* Where a note's list begins: [rows_max, k]. */
+const uint16_t *exchange_list(const void *note);
+/* Before combine: ret_expert is `expert` without what was not answered; a row that lacks something
+ * becomes void: ret_void[row] = layer + 1, if it is 0 so far. */
+int exchange_check_cuda(void *stream, const struct exchange_cuda *exchange, const uint16_t *expert,
+                        const uint32_t *place, const uint32_t *status, uint16_t *ret_expert,
+                        uint32_t *ret_void);
 
 /* ---- FP8 ---- */
 
@@ -148,14 +210,17 @@ struct tensor_map_cuda {
 /* y = x W^T. x: [rows, k], W: [groups * n, k], y: [rows, n] float, y_stride apart. Dense: groups 0
  * or 1. Masked: x and y are [groups * rows, ...], of each group's rows the first count[group] are
  * computed, the others left alone. Contiguous: rows r of block r / 128 belong to group
- * block_group[r / 128], -1: to none. FP8 only: a_scale of (row, 128 of k), b_scale [groups, n / 128
- * rounded up, k / 128 rounded up]. count and block_group are device memory, read when it runs. */
+ * block_group[r / 128], -1: to none. Batched (BF16 only): group g has x's columns from g *
+ * x_group_step on and y's from g * y_group_step on, of all rows. FP8 only: a_scale of (row, 128 of
+ * k), b_scale [groups, n / 128 rounded up, k / 128 rounded up]. count and block_group are device
+ * memory, read when it runs. */
 struct gemm_args {
     uint32_t rows, n, k, groups;
     float *y;
     size_t y_stride;
-    const uint32_t *count;      /* [groups], NULL: not masked */
-    const int32_t *block_group; /* [rows / 128 rounded up], NULL: not contiguous */
+    const uint32_t *count;               /* [groups], NULL: not masked */
+    const int32_t *block_group;          /* [rows / 128 rounded up], NULL: not contiguous */
+    uint32_t x_group_step, y_group_step; /* elements; 0: not batched */
     const float *a_scale, *b_scale;
     size_t a_scale_row_step, a_scale_group_step;
 };
@@ -228,6 +293,23 @@ int mla_absorbed_plan_e4m3_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, si
 /* ret: [rows, heads, ret_stride]. */
 int mla_absorbed_cuda(void *stream, const struct mla_absorbed_cuda *plan, uint32_t rows, bf16 *ret,
                       size_t ret_stride);
+
+/* What surrounds the absorbed form (mla_rows.cu): same bits as engine/attention_mla.c. */
+struct mla_rows_cuda {
+    uint32_t heads, nope, rope, kv_lora;
+    const float *cos_sin;     /* rope_cuda() */
+    const uint32_t *position; /* [rows], device memory */
+    const uint32_t *pages;    /* [rows, pages_stride] */
+    size_t pages_stride;
+    size_t cache_stride; /* elements of a position */
+};
+/* kv: [rows, kv_lora | rope]. The normed latent and the rotated key go to the row's position. */
+int mla_store_cuda(void *stream, const struct mla_rows_cuda *args, const float *kv,
+                   size_t kv_stride, const float *weight, float eps, uint32_t rows, bf16 *cache);
+/* q: [rows, heads, nope | rope]. ret_nope: [rows, heads, nope padded to 32], what w_uk takes;
+ * ret_query: [rows, heads, cache_stride], of which the rotated part is written here. */
+int mla_query_cuda(void *stream, const struct mla_rows_cuda *args, const float *q, size_t q_stride,
+                   uint32_t rows, bf16 *ret_nope, bf16 *ret_query);
 
 /* Expanded form, of one sequence: rows with ascending positions. q: [rows, heads, q_stride] as
  * kernels->mla_expanded has it. nope and rope, each padded to 32, in 3 chunks of 64 with v at most

@@ -131,8 +131,19 @@ static __device__ void weigh(const struct gate_cuda *p, const float *score, floa
     }
 }
 
-static __global__ void gate_kernel(struct gate_cuda p, const float *logits, size_t logits_stride,
-                                   const float *bias, uint16_t *ret_expert, float *ret_weight) {
+/* Score to choose by: the model's own bias and the row's are added first, as on the CPU. */
+static __device__ float biased_score(float score, const float *bias, const float *delta,
+                                     uint32_t e) {
+    if (delta != NULL)
+        score = score + ((bias != NULL ? bias[e] : 0.0f) + delta[e]);
+    else if (bias != NULL)
+        score = score + bias[e];
+    return score != score ? -INFINITY : score;
+}
+
+static __global__ void gate_kernel(struct gate_cuda p, struct gate_rows_cuda per_row,
+                                   const float *logits, size_t logits_stride, const float *bias,
+                                   uint16_t *ret_expert, float *ret_weight) {
     DYNAMIC_SHARED(memory);
     struct gate_shared at;
     at.score = (float *)memory;
@@ -141,6 +152,16 @@ static __global__ void gate_kernel(struct gate_cuda p, const float *logits, size
     at.open = (uint8_t *)(at.value + 64);
     const size_t r = blockIdx.x;
     const float *row = logits + r * logits_stride;
+    if (per_row.live != NULL && r >= *per_row.live) {
+        for (uint32_t slot = threadIdx.x; slot < p.k; slot += THREADS) {
+            ret_expert[r * p.k + slot] = 0xffff; /* GATE_UNUSED */
+            ret_weight[r * p.k + slot] = 0.0f;
+        }
+        return;
+    }
+    const float *delta = NULL;
+    if (per_row.delta_of != NULL && per_row.delta_of[r] != 0xffffffff)
+        delta = per_row.delta + per_row.delta_of[r] * per_row.delta_stride;
     if (p.softmax) {
         score_softmax(p.experts, row, &at);
     } else {
@@ -149,8 +170,7 @@ static __global__ void gate_kernel(struct gate_cuda p, const float *logits, size
         __syncthreads();
     }
     for (uint32_t e = threadIdx.x; e < p.experts; e += THREADS) {
-        const float score = bias != NULL ? at.score[e] + bias[e] : at.score[e];
-        at.biased[e] = score != score ? -INFINITY : score;
+        at.biased[e] = biased_score(at.score[e], bias, delta, e);
         at.open[e] = 1;
     }
     __syncthreads();
@@ -173,15 +193,24 @@ static __global__ void gate_kernel(struct gate_cuda p, const float *logits, size
         weigh(&p, at.score, sum, expert, ret_weight + r * p.k);
 }
 
-int gate_cuda(void *stream, const struct gate_cuda *parameters, const float *logits,
-              size_t logits_stride, const float *bias, uint32_t rows, uint16_t *ret_expert,
-              float *ret_weight) {
+int gate_rows_cuda(void *stream, const struct gate_cuda *parameters,
+                   const struct gate_rows_cuda *per_row, const float *logits, size_t logits_stride,
+                   const float *bias, uint32_t rows, uint16_t *ret_expert, float *ret_weight) {
     if (rows == 0)
         return 0;
     const size_t shared =
         (2 * (size_t)parameters->experts + 64) * sizeof(float) + parameters->experts;
     const struct gate_cuda p = *parameters;
-    LAUNCH(gate_kernel, rows, THREADS, shared, stream, p, logits, logits_stride, bias, ret_expert,
-           ret_weight);
+    const struct gate_rows_cuda own = *per_row;
+    LAUNCH(gate_kernel, rows, THREADS, shared, stream, p, own, logits, logits_stride, bias,
+           ret_expert, ret_weight);
     return launch_result();
+}
+
+int gate_cuda(void *stream, const struct gate_cuda *parameters, const float *logits,
+              size_t logits_stride, const float *bias, uint32_t rows, uint16_t *ret_expert,
+              float *ret_weight) {
+    const struct gate_rows_cuda none = {NULL, NULL, 0, NULL};
+    return gate_rows_cuda(stream, parameters, &none, logits, logits_stride, bias, rows, ret_expert,
+                          ret_weight);
 }

@@ -4,6 +4,9 @@
  * of one expert: prefill). Own bits, row-independent: an element's sum runs over K in one fixed
  * order whatever the tile, the batch and the group.
  *
+ * Batched: each group is a slice of x's and y's columns (a head). A tile's last columns of x may
+ * then belong to the next slice: they meet zeros, for the copy engine gives zeros beyond W's k.
+ *
  * A block computes 64 or 128 rows x 128 outputs. Its last warpgroup only copies: one thread brings
  * tiles of 128 bytes of K by tensor map into a ring of stages. The other warpgroups multiply 64
  * rows each. FP8: the tensor cores' sums are kept over 128 of K only, then multiplied by the scales
@@ -65,8 +68,8 @@ static __device__ void produce(const gemm_args &args, const CUtensorMap *a, cons
         mbarrier_expect(&full[s], S::STAGE_BYTES);
         uint8_t *stage = memory + s * S::STAGE_BYTES;
         for (int g = 0; g < GROUPS; g++)
-            tma_load(stage + g * GROUP_ROWS * TILE_ROW_BYTES, a, &full[s], kb * elements,
-                     at.row + g * GROUP_ROWS);
+            tma_load(stage + g * GROUP_ROWS * TILE_ROW_BYTES, a, &full[s],
+                     at.group * args.x_group_step + kb * elements, at.row + g * GROUP_ROWS);
         tma_load(stage + S::A_BYTES, b, &full[s], kb * elements, at.group * args.n + at.column);
     }
 }
@@ -146,7 +149,8 @@ static __device__ void consume(const gemm_args &args, const part &at, uint8_t *m
         }
     }
     const uint32_t column = at.column + t % 4 * 2;
-    float *y = args.y + (size_t)(at.row + row) * args.y_stride + column;
+    float *y = args.y + (size_t)(at.row + row) * args.y_stride +
+               (size_t)at.group * args.y_group_step + column;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
         const bool one = column + 8 * j < args.n, two = column + 8 * j + 1 < args.n;
@@ -195,6 +199,10 @@ static __global__ void __launch_bounds__(shape<GROUPS>::THREADS, 1)
     }
 }
 
+static bool is_batched(const struct gemm_args *args) {
+    return args->y_group_step != 0;
+}
+
 int gemm_plan_cuda(struct gemm_cuda *ret, bool fp8, const void *x, size_t x_stride_bytes,
                    const void *w, size_t w_stride_bytes, const struct gemm_args *args) {
     const uint32_t element = fp8 ? 1 : 2, groups = args->groups > 0 ? args->groups : 1;
@@ -204,7 +212,10 @@ int gemm_plan_cuda(struct gemm_cuda *ret, bool fp8, const void *x, size_t x_stri
     ret->args.groups = groups;
     if (rows == 0 || args->n == 0)
         return 0; /* nothing to run */
-    int error = tensor_map_make(&ret->x, x, rows, args->k, element, x_stride_bytes, GROUP_ROWS);
+    if (is_batched(args) && fp8)
+        return CUDA_UNSUPPORTED;
+    const uint64_t columns = (uint64_t)(groups - 1) * args->x_group_step + args->k;
+    int error = tensor_map_make(&ret->x, x, rows, columns, element, x_stride_bytes, GROUP_ROWS);
     if (error == 0)
         error = tensor_map_make(&ret->w, w, (uint64_t)groups * args->n, args->k, element,
                                 w_stride_bytes, TILE_N);
@@ -219,7 +230,7 @@ template <bool FP8, int GROUPS> static int run(void *stream, const struct gemm_c
     if (error != 0)
         return error;
     const dim3 grid((args.n + TILE_N - 1) / TILE_N, (args.rows + S::ROWS - 1) / S::ROWS,
-                    args.count != NULL ? args.groups : 1);
+                    args.count != NULL || is_batched(&args) ? args.groups : 1);
     const CUtensorMap x = tensor_map(plan->x), w = tensor_map(plan->w);
     LAUNCH(kernel, grid, S::THREADS, S::SHARED, stream, x, w, args);
     return launch_result();
