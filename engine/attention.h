@@ -102,6 +102,12 @@ struct layer_mlp_work {
 };
 size_t layer_mlp_work_layout(const struct engine *self, struct layer_mlp_work *ret, uint8_t *base);
 
+float attention_softmax_scale(const struct model_config *c);
+/* kv_b, and a head's key part of it as w_uk is packed; file rows are heads x [nope | v]. */
+struct weight_view attention_kv_b(const struct model *model, uint32_t layer);
+struct weight_view attention_key_view(const struct model_config *c, struct weight_view kv_b,
+                                      uint32_t head);
+
 /* Residual += MLA(normed rows), the latent cache written first. engine/attention_mla.c */
 void attention_mla(struct engine *self, struct attention_slot *slot, uint32_t layer);
 

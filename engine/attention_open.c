@@ -5,9 +5,19 @@
 
 #include "engine/attention.h"
 
-/* One head's part of kv_b, whose file rows are heads x [nope | v] and columns the latent. */
-static struct weight_view key_view(const struct model_config *c, struct weight_view kv_b,
-                                   uint32_t head) {
+float attention_softmax_scale(const struct model_config *c) {
+    return (float)(pow_table((double)(c->nope + c->rope), -0.5) *
+                   rope_softmax_factor(&c->rope_parameters));
+}
+
+struct weight_view attention_kv_b(const struct model *model, uint32_t layer) {
+    struct weight_view ret = model_weight(model, W_KV_B, layer);
+    ret.latent = true;
+    return ret;
+}
+
+struct weight_view attention_key_view(const struct model_config *c, struct weight_view kv_b,
+                                      uint32_t head) {
     kv_b.transposed = true;
     kv_b.n = c->kv_lora;
     kv_b.k = c->nope;
@@ -24,7 +34,8 @@ static struct weight_view value_view(const struct model_config *c, struct weight
 
 static int open_matrix(struct engine *self, struct packed *ret, enum weight which, uint32_t layer,
                        const char *what, struct failure *failure) {
-    struct weight_view view = model_weight(self->model, which, layer);
+    struct weight_view view = which == W_KV_B ? attention_kv_b(self->model, layer)
+                                              : model_weight(self->model, which, layer);
     return packed_open(ret, self->kernels, &view, what, &self->memory_bytes, failure);
 }
 
@@ -37,14 +48,14 @@ static int open_norm(struct engine *self, float **ret, enum weight which, uint32
 static int open_absorbed(struct engine *self, struct attention_layer *layer, uint32_t l,
                          struct failure *failure) {
     const struct model_config *c = self->config;
-    struct weight_view kv_b = model_weight(self->model, W_KV_B, l);
+    struct weight_view kv_b = attention_kv_b(self->model, l);
     layer->w_uk = calloc(c->heads, sizeof *layer->w_uk);
     layer->w_uv = calloc(c->heads, sizeof *layer->w_uv);
     if (layer->w_uk == NULL || layer->w_uv == NULL)
         return fail(failure, ERR_NO_MEMORY, "absorbed weights of layer %u: no memory for %u heads",
                     l, c->heads);
     for (uint32_t h = 0; h < c->heads; h++) {
-        struct weight_view key = key_view(c, kv_b, h), value = value_view(c, kv_b, h);
+        struct weight_view key = attention_key_view(c, kv_b, h), value = value_view(c, kv_b, h);
         int error = packed_open(&layer->w_uk[h], self->kernels, &key, "absorbed key weights",
                                 &self->memory_bytes, failure);
         if (error == 0)
@@ -211,8 +222,7 @@ int attention_open(struct engine *self, const struct engine_options *options,
                                   .v = c->v,
                                   .kv_lora = c->kv_lora,
                                   .latent_e4m3 = options->latent_fp8};
-    a->shape.scale = (float)(pow_table((double)(c->nope + c->rope), -0.5) *
-                             rope_softmax_factor(&c->rope_parameters));
+    a->shape.scale = attention_softmax_scale(c);
     a->expanded_stride = activation_stride(c->nope) + activation_stride(c->rope);
     a->absorbed_stride = cache_stride(c->kv_lora, c->rope);
     a->attended_stride = row_stride((size_t)c->heads * c->v);

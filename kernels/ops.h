@@ -38,6 +38,7 @@ struct weight_view {
     const float *scale; /* E4M3 only */
     uint32_t scale_stride;
     uint32_t block; /* 128 */
+    bool latent; /* meets activations that no profile quantises (matmul_latent, kv_b) */
 };
 
 /* In the fp8 profile activations are quantised row by row and segment by segment before a product with

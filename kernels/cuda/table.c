@@ -19,13 +19,6 @@
 
 enum { BLOCK = 128 };
 
-/* What `data` of a matrix points to. */
-struct device_matrix {
-    void *weights;   /* [n, stride] BF16, or E4M3 */
-    float *scales;   /* E4M3: [n / 128 rounded up, k / 128 rounded up], on the device; else NULL */
-    uint32_t stride; /* elements */
-};
-
 /* Device memory that grows to a high-water mark and stays; and the host's side of it. */
 struct room {
     void *device;
@@ -78,7 +71,7 @@ static uint32_t blocks(uint32_t n) {
 
 static bool stays_e4m3(const struct weight_view *view) {
     return device.fp8 && view->dtype == DTYPE_E4M3 && view->scale != NULL && !view->transposed &&
-           view->block == BLOCK && view->row0 % BLOCK == 0 && view->col0 % BLOCK == 0;
+           !view->latent && view->block == BLOCK && view->row0 % BLOCK == 0 && view->col0 % BLOCK == 0;
 }
 
 static void pack_e4m3(struct device_matrix *to, const struct weight_view *view) {
@@ -133,6 +126,10 @@ static void matrix_pack(struct matrix *ret, const struct weight_view *view, void
                            .data = to,
                            .bytes = 64 + (size_t)view->n * to->stride * (e4m3 ? 1 : sizeof(bf16)),
                            .release = matrix_release};
+}
+
+const struct device_matrix *kernels_cuda_matrix(const struct matrix *matrix) {
+    return matrix->data;
 }
 
 /* y = x W^T on the device, x as device.quantised and device.scales [groups, rows] hold it. */

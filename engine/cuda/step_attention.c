@@ -1,0 +1,227 @@
+/* Attention's part of the resident step, enqueued on its stream: one layer of one micro-batch from
+ * the residual row to what is asked of the experts, and from their answers to the residual row. The
+ * order of operations, and so every bit, is that of engine/attention_mla.c and
+ * engine/attention_run.c. */
+#include "engine/cuda/step_internal.h"
+
+struct micro_tables step_micro_tables(const struct step *self, uint32_t micro) {
+    const uint32_t rows = self->now->rows, stride = self->now->splits * MLA_SPLIT_CUDA;
+    const uint32_t *own =
+        self->tables.device + 1 + STEP_MICRO_MAX + (size_t)micro * rows * (3 + stride);
+    return (struct micro_tables){.live = self->tables.device + 1 + micro,
+                                 .token = own,
+                                 .position = own + rows,
+                                 .delta_of = own + 2 * rows,
+                                 .pages = own + 3 * rows,
+                                 .pages_stride = stride};
+}
+
+void step_embed(struct step *self, uint32_t micro) {
+    const struct step_model *m = self->model;
+    const struct micro_tables tables = step_micro_tables(self, micro);
+    did(self,
+        embed_cuda(self->stream, m->embedding, m->embedding_stride, m->vocabulary, tables.token,
+                   self->now->rows, m->hidden, self->micro[micro].residual, m->hidden));
+}
+
+static void queries(struct step *self, const struct step_layer *layer) {
+    struct step_attention *work = &self->work;
+    const struct step_model *m = self->model;
+    const uint32_t rows = self->now->rows;
+    const size_t width = (size_t)m->heads * (m->nope + m->rope);
+    if (layer->q_a.n == 0) {
+        step_product(self, &layer->q_b, work->normed, self->hidden_stride, rows, work->q, width);
+        step_product(self, &layer->kv_a, work->normed, self->hidden_stride, rows, work->kv,
+                     m->kv_lora + m->rope);
+        return;
+    }
+    const uint32_t low = layer->q_a.n;
+    step_product(self, &layer->q_a, work->normed, self->hidden_stride, rows, work->q_low, low);
+    step_product(self, &layer->kv_a, work->normed, self->hidden_stride, rows, work->kv,
+                 m->kv_lora + m->rope);
+    did(self, rms_norm_cuda(self->stream, work->q_low, low, layer->q_a_norm, m->norm_eps, rows, low,
+                            work->q_low_norm, activation_stride(low)));
+    work->quantised_of = NULL;
+    step_product(self, &layer->q_b, work->q_low_norm, activation_stride(low), rows, work->q, width);
+}
+
+/* The kernel's description of queries and cache of one layer: made once for each recording. */
+static struct mla_absorbed_cuda *mla_plan(struct step *self, const bf16 *cache,
+                                          const struct micro_tables *tables) {
+    const struct step_model *m = self->model;
+    struct step_recording *now = self->now;
+    struct mla_absorbed_cuda *plan = &now->mla[self->next_mla];
+    if (self->next_mla++ < now->mlas)
+        return plan;
+    const struct mla_absorbed_args args = {.heads = m->heads,
+                                           .kv_lora = m->kv_lora,
+                                           .rope = m->rope,
+                                           .scale = m->softmax_scale,
+                                           .position = tables->position,
+                                           .pages = tables->pages,
+                                           .pages_stride = tables->pages_stride,
+                                           .splits = now->splits,
+                                           .work = self->work.mla_work};
+    did(self, mla_absorbed_plan_cuda(plan, self->work.query, self->cache_stride, now->rows, cache,
+                                     self->cache_stride, self->options.pages + 1, &args));
+    now->mlas++;
+    return plan;
+}
+
+/* Latents into the cache, then everything that attends to them (DeepSeek-V2, 2405.04434, section
+ * 2.1.2). */
+static void attend(struct step *self, uint32_t l, uint32_t micro) {
+    struct step_attention *work = &self->work;
+    const struct step_model *m = self->model;
+    const struct step_layer *layer = &m->layer[l];
+    const struct micro_tables tables = step_micro_tables(self, micro);
+    const uint32_t rows = self->now->rows, nope = (uint32_t)activation_stride(m->nope);
+    const uint32_t latent = (uint32_t)activation_stride(m->kv_lora);
+    bf16 *cache = self->latents + l * self->layer_elements;
+    const struct mla_rows_cuda args = {.heads = m->heads,
+                                       .nope = m->nope,
+                                       .rope = m->rope,
+                                       .kv_lora = m->kv_lora,
+                                       .cos_sin = m->cos_sin,
+                                       .position = tables.position,
+                                       .pages = tables.pages,
+                                       .pages_stride = tables.pages_stride,
+                                       .cache_stride = self->cache_stride};
+    ASSERT(self->cache == CACHE_BF16);
+    queries(self, layer);
+    did(self, mla_store_cuda(self->stream, &args, work->kv, m->kv_lora + m->rope, layer->kv_a_norm,
+                             m->norm_eps, rows, cache));
+    did(self, mla_query_cuda(self->stream, &args, work->q, (size_t)m->heads * (m->nope + m->rope),
+                             rows, work->q_nope, work->query));
+    step_product_heads(self, &layer->w_uk, work->q_nope, nope, rows, work->q_latent, m->kv_lora);
+    did(self, convert_cuda(self->stream, work->q_latent, m->kv_lora, rows * m->heads, m->kv_lora,
+                           work->query, self->cache_stride));
+    did(self, mla_absorbed_cuda(self->stream, mla_plan(self, cache, &tables), rows, work->latent,
+                                latent));
+    step_product_heads(self, &layer->w_uv, work->latent, latent, rows, work->values, m->v);
+    const uint32_t width = m->heads * m->v;
+    did(self, convert_cuda(self->stream, work->values, width, rows, width, work->attended,
+                           activation_stride(width)));
+    work->quantised_of = NULL;
+    step_product(self, &layer->o, work->attended, activation_stride(width), rows, work->projected,
+                 m->hidden);
+}
+
+static struct exchange_cuda exchange(const struct step *self, uint32_t l) {
+    const uint32_t rows = self->now->rows, k = self->model->gate.k;
+    return (struct exchange_cuda){.rows = rows,
+                                  .k = k,
+                                  .destinations = self->options.groups,
+                                  .rows_max = rows,
+                                  .items_max = rows * k,
+                                  .ticket = self->tables.device,
+                                  .layer = l};
+}
+
+struct edge_frame step_frame(const struct step *self, uint32_t micro, uint32_t group) {
+    const struct step_micro *own = &self->micro[micro];
+    const uint32_t rows = self->now->rows, items = rows * self->model->gate.k;
+    const size_t note = exchange_note_bytes(rows, self->model->gate.k);
+    const size_t row_bytes = self->hidden_stride * sizeof(bf16);
+    return (struct edge_frame){.note = own->notes + group * note,
+                               .rows = own->rows + (size_t)group * rows * row_bytes,
+                               .status = own->status + (size_t)group * items,
+                               .output = own->output + (size_t)group * items * self->model->hidden,
+                               .note_bytes = note,
+                               .rows_bytes = rows * row_bytes,
+                               .status_bytes = items * sizeof(uint32_t),
+                               .output_bytes = (size_t)items * self->model->hidden * sizeof(float)};
+}
+
+static uint16_t *choice_of(struct step *self, uint32_t l, uint32_t micro) {
+    return self->micro[micro].choice +
+           (size_t)step_moe_index(self, l) * self->now->rows * self->model->gate.k;
+}
+
+/* The gate's choice, and what is asked of each group. */
+static void ask(struct step *self, uint32_t l, uint32_t micro) {
+    struct step_micro *own = &self->micro[micro];
+    struct step_attention *work = &self->work;
+    const struct step_model *m = self->model;
+    const struct step_layer *layer = &m->layer[l];
+    const struct micro_tables tables = step_micro_tables(self, micro);
+    const uint32_t rows = self->now->rows, experts = m->gate.experts;
+    const size_t row_bytes = self->hidden_stride * sizeof(bf16);
+    const struct gate_rows_cuda per_row = {.live = tables.live,
+                                           .delta = self->deltas + (size_t)l * experts,
+                                           .delta_stride = (size_t)m->layers * experts,
+                                           .delta_of = tables.delta_of};
+    const struct exchange_cuda x = exchange(self, l);
+    uint16_t *choice = choice_of(self, l, micro);
+    step_product(self, &layer->gate, work->normed, self->hidden_stride, rows, work->gate_logits,
+                 experts);
+    did(self, gate_rows_cuda(self->stream, &m->gate, &per_row, work->gate_logits, experts,
+                             layer->gate_bias, rows, choice, own->weights));
+    did(self,
+        exchange_route_cuda(self->stream, &x, choice, self->group_of + (size_t)l * experts, experts,
+                            own->notes, own->sent, own->sent + self->options.groups, own->place));
+    ASSERT(self->dispatch == DISPATCH_BF16);
+    did(self, pack_cuda(self->stream, work->normed, row_bytes, (uint32_t)row_bytes, 1, own->sent,
+                        own->sent + self->options.groups, self->options.groups, rows, own->rows,
+                        row_bytes));
+    for (uint32_t g = 0; g < self->options.groups; g++) {
+        const struct edge_frame frame = step_frame(self, micro, g);
+        did(self, own->edge[g].operations->ask(own->edge[g].state, &frame, self->stream));
+    }
+}
+
+void step_attend(struct step *self, uint32_t l, uint32_t micro) {
+    struct step_micro *own = &self->micro[micro];
+    struct step_attention *work = &self->work;
+    const struct step_model *m = self->model;
+    const struct step_layer *layer = &m->layer[l];
+    const uint32_t rows = self->now->rows;
+    did(self, rms_norm_cuda(self->stream, own->residual, m->hidden, layer->input_norm, m->norm_eps,
+                            rows, m->hidden, work->normed, self->hidden_stride));
+    work->quantised_of = NULL;
+    attend(self, l, micro);
+    did(self, add_rms_norm_cuda(self->stream, own->residual, m->hidden, work->projected, m->hidden,
+                                layer->post_norm, m->norm_eps, rows, m->hidden, work->normed,
+                                self->hidden_stride));
+    work->quantised_of = NULL;
+    if (!layer->moe) {
+        step_mlp(self, layer, rows, work->projected);
+        did(self, add_cuda(self->stream, own->residual, m->hidden, work->projected, m->hidden, rows,
+                           m->hidden));
+        return;
+    }
+    ask(self, l, micro);
+    if (layer->mlp_gate.n != 0) /* the shared expert, while the others work */
+        step_mlp(self, layer, rows, own->shared);
+}
+
+/* What the experts answered joins the residual row; rows that lack something are lost. */
+void step_hear(struct step *self, uint32_t l, uint32_t micro) {
+    struct step_micro *own = &self->micro[micro];
+    const struct step_model *m = self->model;
+    const struct step_layer *layer = &m->layer[l];
+    const uint32_t rows = self->now->rows;
+    const struct exchange_cuda x = exchange(self, l);
+    for (uint32_t g = 0; g < self->options.groups; g++) {
+        const struct edge_frame frame = step_frame(self, micro, g);
+        did(self, own->edge[g].operations->hear(own->edge[g].state, &frame, self->stream));
+    }
+    did(self, exchange_check_cuda(self->stream, &x, choice_of(self, l, micro), own->place,
+                                  own->status, own->answered, self->lost + micro * rows));
+    did(self,
+        combine_cuda(self->stream, rows, m->gate.k, m->hidden, own->output, m->hidden, own->place,
+                     own->weights, own->answered, layer->mlp_gate.n != 0 ? own->shared : NULL,
+                     m->hidden, own->residual, m->hidden));
+}
+
+void step_finish(struct step *self, uint32_t micro) {
+    const struct step_model *m = self->model;
+    const uint32_t rows = self->now->rows;
+    bf16 *final = self->final + (size_t)micro * rows * self->hidden_stride;
+    did(self, rms_norm_cuda(self->stream, self->micro[micro].residual, m->hidden, m->final_norm,
+                            m->norm_eps, rows, m->hidden, final, self->hidden_stride));
+    self->work.quantised_of = NULL;
+    if (m->head.n != 0)
+        step_product(self, &m->head, final, self->hidden_stride, rows,
+                     self->logits + (size_t)micro * rows * m->vocabulary, m->vocabulary);
+}
