@@ -71,7 +71,8 @@ static uint32_t blocks(uint32_t n) {
 
 static bool stays_e4m3(const struct weight_view *view) {
     return device.fp8 && view->dtype == DTYPE_E4M3 && view->scale != NULL && !view->transposed &&
-           !view->latent && view->block == BLOCK && view->row0 % BLOCK == 0 && view->col0 % BLOCK == 0;
+           !view->latent && view->block == BLOCK && view->row0 % BLOCK == 0 &&
+           view->col0 % BLOCK == 0;
 }
 
 static void pack_e4m3(struct device_matrix *to, const struct weight_view *view) {

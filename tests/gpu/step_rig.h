@@ -4,6 +4,7 @@
 #define TROUPE_TESTS_GPU_STEP_RIG_H
 
 #include "engine/cuda/step.h"
+#include "kernels/cuda/streams.h"
 #include "kernels/cuda/table.h"
 #include "tests/gpu/compare.h"
 #include "tests/support/one_process.h"
@@ -15,9 +16,9 @@ enum { RIG_SEQUENCES = 5, RIG_POSITIONS = 128, RIG_PAGES = 2 * RIG_SEQUENCES + 2
 static const char RIG_SHAPE[] =
     "{\"model_type\": \"deepseek_v3\", \"dtype\": \"%s\", \"vocab_size\": 264, \"hidden_size\": "
     "128,"
-    " \"intermediate_size\": 256, \"moe_intermediate_size\": 128, \"num_hidden_layers\": 3,"
-    " \"first_k_dense_replace\": 1, \"num_attention_heads\": 2, \"n_shared_experts\": 1,"
-    " \"n_routed_experts\": 8, \"num_experts_per_tok\": 3, \"n_group\": 4, \"topk_group\": 2,"
+    " \"intermediate_size\": 256, \"moe_intermediate_size\": 128, \"num_hidden_layers\": 2,"
+    " \"first_k_dense_replace\": 0, \"num_attention_heads\": 2, \"n_shared_experts\": 1,"
+    " \"n_routed_experts\": 8, \"num_experts_per_tok\": 2, \"n_group\": 4, \"topk_group\": 2,"
     " \"q_lora_rank\": 64, \"kv_lora_rank\": 128, \"qk_nope_head_dim\": 32,"
     " \"qk_rope_head_dim\": 32, \"v_head_dim\": 32, \"max_position_embeddings\": 4096}";
 

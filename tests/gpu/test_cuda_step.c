@@ -5,14 +5,14 @@
 
 /* Sequences join and leave from position to position; each row is what it is in the plain form. */
 static void compare(const char *directory, bool fp8, struct step_options options,
-                    uint32_t positions) {
+                    uint32_t positions, bool mixed) {
     struct rig rig;
     rig_open(&rig, directory, fp8, options);
     float *expected = calloc((size_t)RIG_SEQUENCES * rig.vocabulary, sizeof *expected);
     for (uint32_t p = 0; p < positions; p++) {
         gpu_schedule(p + 1);
         rig_plain(&rig, 0, RIG_SEQUENCES, p, expected);
-        const uint32_t alone = p % 2; /* one by itself, then the others */
+        const uint32_t alone = mixed && p % 2; /* one by itself, then the others */
         if (alone == 1) {
             rig_step(&rig, 0, 1, p);
             assert_true(rig_same(&rig, 0, expected));
@@ -31,24 +31,20 @@ static void compare(const char *directory, bool fp8, struct step_options options
 
 static void test_same_bits_bf16(void **state) {
     (void)state;
-    for (uint32_t micro = 1; micro <= 2; micro++)
-        for (uint32_t groups = 1; groups <= 3; groups += 2)
-            compare(NULL, false,
-                    (struct step_options){
-                        .rows = 5, .micro = micro, .groups = groups, .graphs = groups == 3},
-                    5);
+    compare(NULL, false, (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = false},
+            2, false);
+    compare(NULL, false, (struct step_options){.rows = 3, .micro = 2, .groups = 3, .graphs = true},
+            4, true);
 }
 static void test_same_bits_fp8(void **state) {
     (void)state;
-    compare(NULL, true, (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = false},
-            3);
     compare(NULL, true, (struct step_options){.rows = 3, .micro = 2, .groups = 2, .graphs = true},
-            5);
+            2, false);
 }
 static void test_same_bits_demo(void **state) {
     (void)state;
     compare("models/demo", true,
-            (struct step_options){.rows = 3, .micro = 2, .groups = 2, .graphs = true}, 3);
+            (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = true}, 2, false);
 }
 
 /* Positions of two pages: the first page's rows are read through the table. */
@@ -58,7 +54,7 @@ static void test_pages_are_data(void **state) {
     rig_open(&rig, NULL, false,
              (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = true});
     float *first = calloc((size_t)RIG_SEQUENCES * rig.vocabulary, sizeof *first);
-    for (uint32_t p = 62; p < 67; p++)
+    for (uint32_t p = 63; p < 66; p++)
         rig_step(&rig, 0, 2, p);
     memcpy(first, rig.logits, 2 * rig.vocabulary * sizeof *first);
     const uint32_t graphs = step_graphs(rig.step);
@@ -71,7 +67,7 @@ static void test_pages_are_data(void **state) {
         rig.pages[0][i] = rig.pages[1][1 - i];
         rig.pages[1][1 - i] = page;
     }
-    for (uint32_t p = 62; p < 67; p++)
+    for (uint32_t p = 63; p < 66; p++)
         rig_step(&rig, 0, 2, p);
     assert_int_equal(step_graphs(rig.step), graphs);
     assert_memory_equal(first, rig.logits, 2 * rig.vocabulary * sizeof *first);
@@ -87,9 +83,9 @@ static void test_placement_is_data(void **state) {
              (struct step_options){.rows = 5, .micro = 1, .groups = 2, .slots = 8, .graphs = true});
     const struct model_config *c = rig.plain.config;
     float *expected = calloc((size_t)RIG_SEQUENCES * rig.vocabulary, sizeof *expected);
-    for (uint32_t p = 0; p < 4; p++) {
+    for (uint32_t p = 0; p < 3; p++) {
         rig_plain(&rig, 0, RIG_SEQUENCES, p, expected);
-        for (uint32_t l = 0; p >= 2 && l < c->layers; l++) /* every step another one */
+        for (uint32_t l = 0; p >= 1 && l < c->layers; l++) /* every step another one */
             for (uint32_t e = 0; model_layer_is_moe(c, l) && e < c->experts; e++) {
                 struct expert_weights *weights = NULL;
                 struct failure failure;
@@ -155,8 +151,8 @@ static void test_lost_rows(void **state) {
     const struct model_config *c = rig.plain.config;
     float *expected = calloc((size_t)RIG_SEQUENCES * rig.vocabulary, sizeof *expected);
     uint32_t lost = 0, kept = 0;
-    for (uint32_t p = 0; p < 6; p++) {
-        const uint32_t l = 1 + p % 2, e = (5 * p + 3) % c->experts;
+    for (uint32_t p = 0; p < 4; p++) {
+        const uint32_t l = p % 2, e = (5 * p + 3) % c->experts;
         const uint32_t group = e % 2, slot = e / 2;
         rig_plain(&rig, 0, RIG_SEQUENCES, p, expected);
         if (p % 3 == 0)
@@ -167,7 +163,7 @@ static void test_lost_rows(void **state) {
         for (uint32_t r = 0; r < RIG_SEQUENCES; r++) {
             bool chose = false;
             for (uint32_t s = 0; s < c->gate.k; s++)
-                chose |= result.choice[((l - 1) * RIG_SEQUENCES + r) * c->gate.k + s] == e;
+                chose |= result.choice[(l * RIG_SEQUENCES + r) * c->gate.k + s] == e;
             assert_int_equal(result.lost[r], chose ? l + 1 : 0);
             assert_true(chose || rig_same(&rig, r, expected + (size_t)r * rig.vocabulary));
             lost += chose;
@@ -180,7 +176,7 @@ static void test_lost_rows(void **state) {
             assert_true(rig_same(&rig, r, expected + (size_t)r * rig.vocabulary));
         }
     }
-    assert_true(lost > 3 && kept > 3);
+    assert_true(lost > 1 && kept > 1);
     free(expected);
     rig_close(&rig);
 }

@@ -128,10 +128,10 @@ bool some_stream_goes_on(void) {
     if (ready.empty())
         return false;
     stream *next = ready[emulated_draw((uint32_t)ready.size())];
-    if (emulated_draw(16) == 0)
+    if (emulated_draw(40) == 0)
         favourite = next;
     for (stream *s : ready)
-        if (s == favourite && emulated_draw(8) != 0)
+        if (s == favourite && emulated_draw(32) != 0)
             next = s;
     go_on(next);
     return true;
