@@ -71,6 +71,17 @@ expand_function expand_tiles_avx512, expand_tiles_vbmi;
 expand_function *expand_tiles_best(void);
 #endif
 
+/* Takes the outputs of a product as they are made, while they lie in the first-level cache, instead
+ * of y: `sums` are [rows][16] FP32 of rows [row, row + rows), at most 16, and outputs [output,
+ * output + outputs), at most 16, output a multiple of 16. Called from any thread of the product,
+ * once for each. `ask`, if there is one, says that the same will come in a moment. */
+struct matmul_sink {
+    void (*take)(void *argument, uint32_t row, uint32_t rows, uint32_t output, uint32_t outputs,
+                 const float *sums);
+    void (*ask)(void *argument, uint32_t row, uint32_t rows, uint32_t output);
+    void *argument;
+};
+
 /* One product and the part of it that a thread does: outputs of panels [panel_begin, panel_end),
  * rows [row_begin, row_end). */
 struct matmul_job {
@@ -82,6 +93,9 @@ struct matmul_job {
     size_t y_stride;
     const float
         *x_scale; /* fp8 profile: [rows, segments], multiplies the weights' scales; else NULL */
+    /* matmul_*_amx only, where not NULL: */
+    const struct matmul_sink *sink; /* instead of y */
+    const void *const *x_pages;     /* PAGE_TOKENS rows each, x_stride apart, instead of x */
 };
 typedef void matmul_job_function(const struct matmul_job *job, const struct parallel *parallel);
 matmul_job_function matmul_job_scalar;
@@ -123,6 +137,10 @@ struct matmul_part {
     uint32_t row_begin, row_end;
 };
 typedef void matmul_part_function(const struct matmul_job *job, const struct matmul_part *part);
+#if defined(__x86_64__)
+/* row_begin: a multiple of 32 where inputs lie in pages. */
+matmul_part_function matmul_part_amx;
+#endif
 
 /* Below part_min of work per part another thread costs more (microseconds to tens of them to wake)
  * than it saves. Work: n * k, once for bringing the weights here, once more for every rows_per_load

@@ -107,7 +107,7 @@ static void matmul_widened(const struct matrix *w, const uint8_t *x, size_t x_st
     if ((size_t)rows * w->k < 2 * (size_t)QUANTISE_PART_MIN)
         narrow.width = 1;
     run_parts(&narrow, widen_part, &it, rows);
-    const struct matmul_job job = {w, it.values, stride, rows, y, y_stride, it.scale};
+    const struct matmul_job job = {w, it.values, stride, rows, y, y_stride, it.scale, NULL, NULL};
     product(&job, parallel);
     scratch_release(mark);
 }
@@ -126,7 +126,7 @@ MATMUL_E4M3(matmul_e4m3_amx, e4m3_widen_avx512, matmul_job_amx)
 #define MATMUL_FP8(name, quantise, product)                                                        \
     void name(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,     \
               size_t y_stride, const struct parallel *parallel) {                                  \
-        const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL};                   \
+        const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL, NULL, NULL};                   \
         matmul_quantised(&job, quantise, product, parallel);                                       \
     }
 MATMUL_FP8(matmul_fp8_scalar, quantise_scalar, matmul_job_scalar)

@@ -25,7 +25,7 @@ static void part_f32(const struct matmul_job *job, const struct matmul_part *par
 void matmul_f32(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,
                 size_t y_stride, const struct parallel *parallel) {
     ASSERT(w->dtype == DTYPE_F32);
-    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL};
+    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL, NULL, NULL};
     const struct matmul_cost cost = {.rows_per_load = 1, .part_min = 1280 * 1024};
     matmul_run(&job, part_f32, 1, 1, &cost, parallel);
 }

@@ -18,6 +18,13 @@ struct walk {
     const bf16 *packed;   /* inputs as tiles [group][block][2] */
 };
 
+/* Inputs of a row. */
+static inline const bf16 *job_row(const struct matmul_job *job, size_t row) {
+    if (job->x_pages != NULL)
+        return (const bf16 *)job->x_pages[row / PAGE_TOKENS] + row % PAGE_TOKENS * job->x_stride;
+    return (const bf16 *)job->x + row * job->x_stride;
+}
+
 static inline const uint8_t *panel_at(const struct walk *walk, uint32_t panel) {
     return (const uint8_t *)walk->w->data + panel * walk->panel_bytes;
 }
@@ -92,7 +99,8 @@ static inline const bf16 *tile_weights(const struct walk *walk, uint32_t panel, 
 }
 
 /* Outputs of panels [panel_begin, panel_end), rows of `walk`: up to TILE_ROWS of them, or any
- * number, whose inputs should fit into a part of the second-level cache. */
+ * number, whose inputs should fit into a part of the second-level cache. A job with a sink or with
+ * pages of inputs takes the second. */
 void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end);
 void matmul_amx_many(struct walk *walk, uint32_t panel_begin, uint32_t panel_end);
 

@@ -22,7 +22,7 @@ static uint32_t block_rows(const struct matrix *w, uint32_t rows) {
     return ((rows + times - 1) / times + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
 }
 
-static void part_amx(const struct matmul_job *job, const struct matmul_part *part) {
+void matmul_part_amx(const struct matmul_job *job, const struct matmul_part *part) {
     numerics_enter();
     const struct matrix *w = job->w;
     struct walk walk = {.job = job,
@@ -33,7 +33,7 @@ static void part_amx(const struct matmul_job *job, const struct matmul_part *par
                         .row_end = part->row_end};
     walk.tile_bytes = TILE_ELEMENTS * (walk.e4m3 ? 1 : sizeof(bf16));
     walk.panel_bytes = walk.tile_bytes * matrix_blocks(w);
-    if (part->row_end - part->row_begin <= TILE_ROWS)
+    if (part->row_end - part->row_begin <= TILE_ROWS && job->sink == NULL && job->x_pages == NULL)
         matmul_amx_few(&walk, part->panel_begin, part->panel_end);
     else
         for (uint32_t row = part->row_begin; row < part->row_end; row = walk.row_end) {
@@ -48,12 +48,12 @@ static void part_amx(const struct matmul_job *job, const struct matmul_part *par
 void matmul_job_amx(const struct matmul_job *job, const struct parallel *parallel) {
     ASSERT(job->w->dtype == DTYPE_BF16 || job->w->dtype == DTYPE_E4M3);
     const struct matmul_cost cost = {.rows_per_load = 32, .part_min = 256 * 1024};
-    matmul_run(job, part_amx, job->rows <= TILE_ROWS ? FEW_PANELS : MANY_PANELS, ROW_STEP, &cost,
-               parallel);
+    matmul_run(job, matmul_part_amx, job->rows <= TILE_ROWS ? FEW_PANELS : MANY_PANELS, ROW_STEP,
+               &cost, parallel);
 }
 
 void matmul_bf16_amx(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                      float *y, size_t y_stride, const struct parallel *parallel) {
-    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL};
+    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL, NULL, NULL};
     matmul_job_amx(&job, parallel);
 }

@@ -129,6 +129,6 @@ void matmul_job_avx512(const struct matmul_job *job, const struct parallel *para
 
 void matmul_bf16_avx512(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows,
                         float *y, size_t y_stride, const struct parallel *parallel) {
-    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL};
+    const struct matmul_job job = {w, x, x_stride, rows, y, y_stride, NULL, NULL, NULL};
     matmul_job_avx512(&job, parallel);
 }

@@ -9,7 +9,13 @@ enum {
     GROUP_ROWS = 2 * TILE_ROWS,
     PAIR_PANELS = 2,
     TILE_LINES = TILE_ELEMENTS * sizeof(bf16) / 64,
-    CHUNK_BLOCKS = 8, /* 16 KiB of two panels' weights: a third of a first-level cache */
+    /* Weights of a chunk, both panels', stay in the first-level cache: 32 KiB of 48 where inputs
+     * pass it by; 16 where the next ones are expanded beside them, or where few groups pass and
+     * the chunk is hardly there before it is over. */
+    CHUNK_BLOCKS_MAX = 16,
+    CHUNK_BLOCKS_FEW = 8,
+    CHUNK_BLOCKS_EXPANDED = 8,
+    GROUPS_MANY = 8,
 };
 
 /* A chunk of K: blocks [begin, end) of one segment. */
@@ -36,17 +42,18 @@ struct ahead {
     uint32_t at, tiles;   /* E4M3: of [block][panel], done and all */
     uint32_t lines, done; /* BF16: lines of the cache of each panel, all and asked for */
     uint32_t per_step;    /* tiles, or lines of each panel */
-    bf16 *expanded;       /* E4M3: where the tiles go, [panel][CHUNK_BLOCKS] */
+    bf16 *expanded;       /* E4M3: where the tiles go, [panel][CHUNK_BLOCKS_EXPANDED] */
 };
 
 struct many {
     const struct walk *walk;
     uint32_t panel, panels; /* 1 or 2 */
     uint32_t groups;
-    group_sums *sums; /* [groups] of the segment, between chunks */
+    uint32_t chunk_blocks; /* of a chunk, at most */
+    group_sums *sums;      /* [groups] of the segment, between chunks */
     group_sums *acc; /* [groups] scaled sums of the segments before; NULL: weights have no scales */
-    group_sums *partial; /* [2] of a segment, still to be scaled */
-    bf16 *expanded;      /* E4M3: [2][panel][CHUNK_BLOCKS] tiles */
+    group_sums *partial; /* [2] of a segment, still to be scaled or to be taken by the sink */
+    bf16 *expanded;      /* E4M3: [2][panel][CHUNK_BLOCKS_EXPANDED] tiles */
     uint32_t turn;       /* which half of `expanded` this chunk has */
     struct ahead ahead;
     struct {
@@ -92,27 +99,33 @@ static inline void group_store(float *sums) {
 
 static inline void ahead_expand(const struct walk *walk, struct ahead *ahead) {
     const uint32_t p = ahead->panels == 2 ? ahead->at & 1 : 0, b = ahead->at / ahead->panels;
-    bf16 *to = ahead->expanded + ((size_t)p * CHUNK_BLOCKS + b) * TILE_ELEMENTS;
+    bf16 *to = ahead->expanded + ((size_t)p * CHUNK_BLOCKS_EXPANDED + b) * TILE_ELEMENTS;
     tile_weights(walk, ahead->panel + p, ahead->chunk.begin + b, to);
     ahead->at++;
 }
 
+/* Ends a chunk that begins at block `begin`: what is left of its segment, in equal shares. */
+static void chunk_end(const struct many *many, struct chunk *chunk) {
+    const uint32_t left = many->walk->w->segment_block[chunk->segment + 1] - chunk->begin;
+    const uint32_t times = (left + many->chunk_blocks - 1) / many->chunk_blocks;
+    chunk->end = chunk->begin + (times > 0 ? (left + times - 1) / times : 0);
+}
+
 /* The chunk after `chunk`; false: there is none. */
-static bool chunk_next(const struct matrix *w, struct chunk *chunk) {
+static bool chunk_next(const struct many *many, struct chunk *chunk) {
+    const struct matrix *w = many->walk->w;
     if (chunk->end == w->segment_block[chunk->segment + 1]) {
         if (++chunk->segment == w->segments)
             return false;
         chunk->begin = chunk->end = w->segment_block[chunk->segment];
     }
     chunk->begin = chunk->end;
-    const uint32_t left = w->segment_block[chunk->segment + 1] - chunk->begin;
-    chunk->end = chunk->begin + (left < CHUNK_BLOCKS ? left : CHUNK_BLOCKS);
+    chunk_end(many, chunk);
     return true;
 }
-static struct chunk chunk_first(const struct matrix *w) {
+static struct chunk chunk_first(const struct many *many) {
     struct chunk chunk = {0, 0, 0};
-    const uint32_t left = w->segment_block[1];
-    chunk.end = left < CHUNK_BLOCKS ? left : CHUNK_BLOCKS;
+    chunk_end(many, &chunk);
     return chunk;
 }
 
@@ -127,14 +140,14 @@ static void ahead_begin(struct many *many, const struct chunk *chunk, uint32_t p
     const struct walk *walk = many->walk;
     struct ahead *ahead = &many->ahead;
     *ahead = (struct ahead){.chunk = *chunk, .panel = many->panel, .panels = many->panels};
-    ahead->expanded =
-        many->expanded + (size_t)(many->turn ^ 1) * PAIR_PANELS * CHUNK_BLOCKS * TILE_ELEMENTS;
-    if (!chunk_next(walk->w, &ahead->chunk)) {
+    ahead->expanded = many->expanded + (size_t)(many->turn ^ 1) * PAIR_PANELS *
+                                           CHUNK_BLOCKS_EXPANDED * TILE_ELEMENTS;
+    if (!chunk_next(many, &ahead->chunk)) {
         ahead->panel += many->panels;
         if (ahead->panel >= panel_end)
             return;
         ahead->panels = panel_end - ahead->panel < PAIR_PANELS ? 1 : PAIR_PANELS;
-        ahead->chunk = chunk_first(walk->w);
+        ahead->chunk = chunk_first(many);
     }
     if (asks_close(many))
         return;
@@ -171,31 +184,32 @@ static struct inputs group_inputs(const struct many *many, uint32_t group,
         ret.stride_bytes = BLOCK_INPUTS * sizeof(bf16);
         ret.step = 2 * tile;
     } else {
-        const struct matmul_job *job = walk->job;
         const size_t row = walk->row_begin + (size_t)group * GROUP_ROWS;
         const uint32_t k = w->segment_k[chunk->segment] +
                            (chunk->begin - w->segment_block[chunk->segment]) * BLOCK_INPUTS;
-        ret.stride_bytes = job->x_stride * sizeof(bf16);
-        ret.low = (const uint8_t *)((const bf16 *)job->x + row * job->x_stride + k);
+        ret.stride_bytes = walk->job->x_stride * sizeof(bf16);
+        ret.low = (const uint8_t *)(job_row(walk->job, row) + k);
         ret.high = both ? ret.low + TILE_ROWS * ret.stride_bytes : NULL;
         ret.step = BLOCK_INPUTS * sizeof(bf16);
     }
     return ret;
 }
 
-/* Adds a chunk's products to the sums in tiles 0..3; tiles 4, 5: inputs; 6, 7: weights. */
+/* Adds a chunk's products to the sums in tiles 0..3; tiles 4, 5: inputs; 6, 7: weights. Inputs
+ * come from the second-level cache and are not wanted again before they have left the first, so
+ * they are loaded past it. */
 static inline __attribute__((always_inline)) void
 products(struct many *many, struct inputs in, const bf16 *w0, const bf16 *w1, uint32_t blocks,
          const uint8_t *ask0, const uint8_t *ask1, const uint32_t lines, const size_t ask_step,
-         const bool both_panels, const bool both_rows, const bool e4m3) {
+         const bool near, const bool both_panels, const bool both_rows, const bool e4m3) {
     const size_t row_bytes = 64;
     for (uint32_t b = 0; b < blocks; b++) {
         TILE_LOAD(6, w0, row_bytes);
         if (both_panels)
             TILE_LOAD(7, w1, row_bytes);
-        TILE_LOAD(4, in.low, in.stride_bytes);
+        TILE_LOAD_ONCE(4, in.low, in.stride_bytes);
         if (both_rows)
-            TILE_LOAD(5, in.high, in.stride_bytes);
+            TILE_LOAD_ONCE(5, in.high, in.stride_bytes);
         TILE_PRODUCT(0, 4, 6);
         if (both_panels)
             TILE_PRODUCT(1, 4, 7);
@@ -210,9 +224,15 @@ products(struct many *many, struct inputs in, const bf16 *w0, const bf16 *w1, ui
                 ahead_expand(many->walk, ahead);
         }
         for (uint32_t i = 0; !e4m3 && i < lines; i++) {
-            _mm_prefetch(ask0 + (size_t)64 * i, _MM_HINT_T0);
-            if (both_panels)
-                _mm_prefetch(ask1 + (size_t)64 * i, _MM_HINT_T0);
+            if (near) {
+                _mm_prefetch(ask0 + (size_t)64 * i, _MM_HINT_T0);
+                if (both_panels)
+                    _mm_prefetch(ask1 + (size_t)64 * i, _MM_HINT_T0);
+            } else {
+                _mm_prefetch(ask0 + (size_t)64 * i, _MM_HINT_T1);
+                if (both_panels)
+                    _mm_prefetch(ask1 + (size_t)64 * i, _MM_HINT_T1);
+            }
         }
         ask0 += ask_step;
         ask1 += ask_step;
@@ -235,9 +255,10 @@ static void group_products(struct many *many, const struct inputs *in, const bf1
         from.high = from.low;
     if (walk->e4m3) {
         if (both_panels && both_rows)
-            products(many, from, w0, w1, blocks, NULL, NULL, 0, 0, true, true, true);
+            products(many, from, w0, w1, blocks, NULL, NULL, 0, 0, false, true, true, true);
         else
-            products(many, from, w0, w1, blocks, NULL, NULL, 0, 0, both_panels, both_rows, true);
+            products(many, from, w0, w1, blocks, NULL, NULL, 0, 0, false, both_panels, both_rows,
+                     true);
         return;
     }
     uint32_t lines;
@@ -256,13 +277,16 @@ static void group_products(struct many *many, const struct inputs *in, const bf1
         step = (size_t)lines * 64;
         ahead->done += lines * blocks;
     }
-    if (both_panels && both_rows && lines == 1)
-        products(many, from, w0, w1, blocks, ask0, ask1, 1, step, true, true, false);
-    else if (both_panels && both_rows)
-        products(many, from, w0, w1, blocks, ask0, ask1, lines, step, true, true, false);
-    else
-        products(many, from, w0, w1, blocks, ask0, ask1, lines, step, both_panels, both_rows,
+    const bool near = asks_close(many);
+    if (!both_panels || !both_rows)
+        products(many, from, w0, w1, blocks, ask0, ask1, lines, step, near, both_panels, both_rows,
                  false);
+    else if (near)
+        products(many, from, w0, w1, blocks, ask0, ask1, lines, step, true, true, true, false);
+    else if (lines == 1)
+        products(many, from, w0, w1, blocks, ask0, ask1, 1, step, false, true, true, false);
+    else
+        products(many, from, w0, w1, blocks, ask0, ask1, lines, step, false, true, true, false);
 }
 
 /* A quarter of a group: what one tile holds. */
@@ -286,6 +310,15 @@ static struct quarter group_quarter(const struct many *many, uint32_t group, uin
     return ret;
 }
 
+/* Outputs of a quarter, to whoever takes them instead of y. */
+static void quarter_take(const struct many *many, const struct quarter *q, const float *sums) {
+    const struct matmul_sink *sink = many->walk->job->sink;
+    const uint32_t first = q->panel * PANEL_OUTPUTS, left = many->walk->w->n - first;
+    if (q->rows > 0)
+        sink->take(sink->argument, q->row, q->rows, first,
+                   left < PANEL_OUTPUTS ? left : PANEL_OUTPUTS, sums);
+}
+
 /* The sums of the last segment, to y. */
 static void group_finish(const struct many *many, uint32_t group, const float *sums) {
     const size_t y_stride = many->walk->job->y_stride;
@@ -300,8 +333,14 @@ static void group_finish(const struct many *many, uint32_t group, const float *s
 /* What is not in the first-level cache when it is stored holds up the stores behind it. */
 static void ask_y(const struct many *many, uint32_t group) {
     const size_t y_stride = many->walk->job->y_stride;
+    const struct matmul_sink *sink = many->walk->job->sink;
     for (uint32_t i = 0; i < 4; i++) {
         const struct quarter q = group_quarter(many, group, i);
+        if (sink != NULL) {
+            if (sink->ask != NULL && q.rows > 0)
+                sink->ask(sink->argument, q.row, q.rows, q.panel * PANEL_OUTPUTS);
+            continue;
+        }
         for (uint32_t r = 0; r < q.rows; r++)
             __builtin_prefetch(q.y + r * y_stride, 1);
     }
@@ -323,8 +362,8 @@ static bool group_finish_tiles(const struct many *many, uint32_t group) {
     return true;
 }
 
-/* acc + partial * scale, to acc or, the last one, to y; acc counts as 0 before the first segment.
- */
+/* acc + partial * scale, to acc or, the last one, to y (to the sink through acc); acc counts as 0
+ * before the first segment. */
 static inline __attribute__((always_inline)) void scale_quarter(const struct many *many,
                                                                 const struct quarter *q,
                                                                 const float *partial, float *acc,
@@ -334,21 +373,24 @@ static inline __attribute__((always_inline)) void scale_quarter(const struct man
     const uint32_t segment = many->waiting.segment;
     const __m512 scale = _mm512_loadu_ps(
         w->scales + ((size_t)segment * matrix_panels(w) + q->panel) * PANEL_OUTPUTS);
+    const bool sinks = walk->job->sink != NULL;
     float *y = q->y;
     for (uint32_t r = 0; r < q->rows; r++, y += walk->job->y_stride) {
         const __m512 before = first ? _mm512_setzero_ps() : _mm512_load_ps(acc + r * PANEL_OUTPUTS);
         const __m512 by = both_scales(walk, scale, q->row + r, segment);
         const __m512 after =
             _mm512_fmadd_ps(_mm512_load_ps(partial + r * PANEL_OUTPUTS), by, before);
-        if (last)
+        if (last && !sinks)
             _mm512_mask_storeu_ps(y, q->outputs, after);
         else
             _mm512_store_ps(acc + r * PANEL_OUTPUTS, after);
     }
+    if (last && sinks)
+        quarter_take(many, q, acc);
 }
 
-/* The segment that waits. */
-static void scale_waiting(struct many *many) {
+/* The group that waits: a segment of it is scaled, or its outputs are taken. */
+static void finish_waiting(struct many *many) {
     if (!many->waiting.any)
         return;
     many->waiting.any = false;
@@ -358,6 +400,10 @@ static void scale_waiting(struct many *many) {
     for (uint32_t i = 0; i < 4; i++) {
         const struct quarter q = group_quarter(many, group, i);
         const float *partial = many->partial[many->waiting.half] + q.sums;
+        if (many->acc == NULL) {
+            quarter_take(many, &q, partial);
+            continue;
+        }
         float *acc = many->acc[group] + q.sums;
         if (!first && !last)
             scale_quarter(many, &q, partial, acc, false, false);
@@ -381,16 +427,16 @@ static void group_chunk(struct many *many, uint32_t group, const struct chunk *c
     group_products(many, &in, w0, w1, chunk->end - chunk->begin, group);
     if (!last) {
         group_store(many->sums[group]);
-    } else if (w->scales == NULL) {
+    } else if (w->scales == NULL && many->walk->job->sink == NULL) {
         if (group_finish_tiles(many, group))
             return;
         group_store(many->sums[group]);
         group_finish(many, group, many->sums[group]);
     } else {
-        /* Scaled while the tiles work on the next group. */
+        /* Scaled, or taken, while the tiles work on the next group. */
         const uint32_t half = many->waiting.half ^ 1;
         group_store(many->partial[half]);
-        scale_waiting(many);
+        finish_waiting(many);
         many->waiting.any = true;
         many->waiting.group = group;
         many->waiting.segment = chunk->segment;
@@ -402,14 +448,13 @@ static const bf16 *chunk_weights(const struct many *many, uint32_t p, const stru
     const struct walk *walk = many->walk;
     if (walk->e4m3)
         return many->expanded +
-               ((size_t)many->turn * PAIR_PANELS + p) * CHUNK_BLOCKS * TILE_ELEMENTS;
+               ((size_t)many->turn * PAIR_PANELS + p) * CHUNK_BLOCKS_EXPANDED * TILE_ELEMENTS;
     return (const bf16 *)(const void *)(panel_at(walk, many->panel + p) +
                                         chunk->begin * walk->tile_bytes);
 }
 
 static void pair_run(struct many *many, uint32_t panel_end) {
-    const struct matrix *w = many->walk->w;
-    struct chunk chunk = chunk_first(w);
+    struct chunk chunk = chunk_first(many);
     do {
         const bf16 *w0 = chunk_weights(many, 0, &chunk);
         const bf16 *w1 = many->panels > 1 ? chunk_weights(many, 1, &chunk) : NULL;
@@ -417,8 +462,8 @@ static void pair_run(struct many *many, uint32_t panel_end) {
         for (uint32_t g = 0; g < many->groups; g++)
             group_chunk(many, g, &chunk, w0, w1);
         ahead_end(many);
-    } while (chunk_next(w, &chunk));
-    scale_waiting(many);
+    } while (chunk_next(many, &chunk));
+    finish_waiting(many);
 }
 
 /* Inputs of groups from `first` on as tiles, zeros where a segment or the rows end inside one. */
@@ -430,7 +475,7 @@ static void pack_inputs(struct walk *walk, uint32_t first, bf16 *to) {
     walk->packed = to;
     walk->packed_from = first;
     for (uint32_t r = first * GROUP_ROWS; r < (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS; r++) {
-        const bf16 *row = (const bf16 *)job->x + (walk->row_begin + (size_t)r) * job->x_stride;
+        const bf16 *row = r < rows ? job_row(job, walk->row_begin + (size_t)r) : NULL;
         bf16 *tiles = to + (r / GROUP_ROWS - first) * group_elements +
                       (size_t)(r / TILE_ROWS % 2) * TILE_ELEMENTS +
                       (size_t)(r % TILE_ROWS) * BLOCK_INPUTS;
@@ -440,7 +485,8 @@ static void pack_inputs(struct walk *walk, uint32_t first, bf16 *to) {
                 const uint32_t left = r < rows ? w->segment_k[s + 1] - k : 0;
                 const __mmask32 lanes = left < BLOCK_INPUTS ? (1u << left) - 1 : 0xffffffff;
                 _mm512_store_si512(tiles + (size_t)b * 2 * TILE_ELEMENTS,
-                                   _mm512_maskz_loadu_epi16(lanes, row + k));
+                                   lanes == 0 ? _mm512_setzero_si512()
+                                              : _mm512_maskz_loadu_epi16(lanes, row + k));
             }
     }
 }
@@ -460,6 +506,7 @@ static uint32_t groups_in_place(const struct walk *walk) {
 }
 
 static void zero_rows(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
+    ASSERT(walk->job->sink == NULL);
     for (uint32_t r = walk->row_begin; r < walk->row_end; r++)
         for (uint32_t p = panel_begin; p < panel_end; p++)
             _mm512_mask_storeu_ps(walk->job->y + r * walk->job->y_stride +
@@ -479,11 +526,14 @@ void matmul_amx_many(struct walk *walk, uint32_t panel_begin, uint32_t panel_end
     tiles_configure(rows_of);
     const struct scratch_mark mark = scratch_mark();
     struct many many = {.walk = walk, .groups = groups};
+    many.chunk_blocks = walk->e4m3             ? CHUNK_BLOCKS_EXPANDED
+                        : groups < GROUPS_MANY ? CHUNK_BLOCKS_FEW
+                                               : CHUNK_BLOCKS_MAX;
     many.sums = scratch_take(groups, sizeof(group_sums));
-    if (w->scales != NULL) {
+    if (w->scales != NULL)
         many.acc = scratch_take(groups, sizeof(group_sums));
+    if (w->scales != NULL || walk->job->sink != NULL)
         many.partial = scratch_take(2, sizeof(group_sums));
-    }
     const uint32_t in_place = groups_in_place(walk);
     walk->packed_from = groups;
     if (in_place < groups)
@@ -491,9 +541,9 @@ void matmul_amx_many(struct walk *walk, uint32_t panel_begin, uint32_t panel_end
             walk, in_place,
             scratch_take((size_t)(groups - in_place) * blocks * 2 * TILE_ELEMENTS, sizeof(bf16)));
     if (walk->e4m3) {
-        many.expanded =
-            scratch_take((size_t)2 * PAIR_PANELS * CHUNK_BLOCKS * TILE_ELEMENTS, sizeof(bf16));
-        const struct chunk chunk = chunk_first(w);
+        many.expanded = scratch_take(
+            (size_t)2 * PAIR_PANELS * CHUNK_BLOCKS_EXPANDED * TILE_ELEMENTS, sizeof(bf16));
+        const struct chunk chunk = chunk_first(&many);
         const uint32_t panels = panel_end - panel_begin < PAIR_PANELS ? 1 : PAIR_PANELS;
         many.ahead = (struct ahead){.chunk = chunk,
                                     .panel = panel_begin,

@@ -50,10 +50,14 @@ void amx_queries_finish(const struct amx_queries *self, uint32_t query, uint32_t
  * Meanwhile asks for the 64 rows at `next` (NULL: none), which will be wanted next. */
 void amx_values_pack(bf16 *ret, uint32_t chunks, const bf16 *rows, size_t stride, uint32_t count,
                      uint32_t width, const bf16 *next);
-/* The same from floats, rounded to BF16. */
-void amx_values_pack_float(bf16 *ret, uint32_t chunks, const float *rows, size_t stride,
-                           uint32_t count, uint32_t width);
-/* ret [64, blocks of 32] = BF16(rows [count, stride]), `width` wide; zeros elsewhere. */
-void amx_keys_round(bf16 *ret, const float *rows, size_t stride, uint32_t count, uint32_t width);
+/* Sums [rows][16] of positions `first` .. of a block, rounded to BF16: 16 elements of keys [64,
+ * stride] that begin at `element`, or chunk `chunk` of packed values. first is even; at most 16
+ * rows; of values an odd last position is joined by a zero. */
+void amx_keys_take(bf16 *keys, size_t stride, uint32_t first, uint32_t element, const float *sums,
+                   uint32_t rows);
+void amx_values_take(bf16 *values, uint32_t chunks, uint32_t first, uint32_t chunk,
+                     const float *sums, uint32_t rows);
+/* One element of packed values. */
+void amx_value_set(bf16 *values, uint32_t chunks, uint32_t position, uint32_t element, float value);
 
 #endif

@@ -61,34 +61,30 @@ void amx_values_pack(bf16 *ret, uint32_t chunks, const bf16 *rows, size_t stride
     }
 }
 
-INLINE __m512i rounded_bits(const float *from, __mmask16 lanes) {
-    return _mm512_srli_epi32(
-        _mm512_castps_si512(round_to_bf16_avx512(_mm512_maskz_loadu_ps(lanes, from))), 16);
+void amx_keys_take(bf16 *keys, size_t stride, uint32_t first, uint32_t element, const float *sums,
+                   uint32_t rows) {
+    bf16 *to = keys + first * stride + element;
+    for (uint32_t r = 0; r < rows; r++, to += stride)
+        _mm256_storeu_si256((__m256i *)(void *)to,
+                            narrow_to_bf16_avx512(_mm512_load_ps(sums + r * 16)));
 }
 
-void amx_values_pack_float(bf16 *ret, uint32_t chunks, const float *rows, size_t stride,
-                           uint32_t count, uint32_t width) {
-    for (uint32_t pair = 0; pair < PAGE_TOKENS / 2; pair++) {
-        const float *first = rows + 2 * pair * stride, *second = first + stride;
-        const bool has_first = 2 * pair < count, has_second = 2 * pair + 1 < count;
-        for (uint32_t c = 0; c < chunks; c++) {
-            const __mmask16 lanes = first_lanes(width - 16 * c);
-            const __m512i a = rounded_bits(first + 16 * c, has_first ? lanes : 0);
-            const __m512i b = rounded_bits(second + 16 * c, has_second ? lanes : 0);
-            _mm512_store_si512(values_at(ret, chunks, pair, c), interleave(a, b));
-        }
+void amx_values_take(bf16 *values, uint32_t chunks, uint32_t first, uint32_t chunk,
+                     const float *sums, uint32_t rows) {
+    for (uint32_t r = 0; r < rows; r += 2) {
+        const __m512i a = _mm512_castps_si512(round_to_bf16_avx512(_mm512_load_ps(sums + r * 16)));
+        __m512i b = _mm512_setzero_si512();
+        if (r + 1 < rows)
+            b = _mm512_castps_si512(round_to_bf16_avx512(_mm512_load_ps(sums + (r + 1) * 16)));
+        _mm512_store_si512(values_at(values, chunks, (first + r) / 2, chunk),
+                           _mm512_or_si512(_mm512_srli_epi32(a, 16), b));
     }
 }
 
-void amx_keys_round(bf16 *ret, const float *rows, size_t stride, uint32_t count, uint32_t width) {
-    const uint32_t padded = (width + BLOCK_INPUTS - 1) / BLOCK_INPUTS * BLOCK_INPUTS;
-    for (uint32_t j = 0; j < PAGE_TOKENS; j++)
-        for (uint32_t i = 0; i < padded; i += 16) {
-            const __mmask16 lanes = j < count && i < width ? first_lanes(width - i) : 0;
-            const __m512 values = _mm512_maskz_loadu_ps(lanes, rows + j * stride + i);
-            _mm256_store_si256((__m256i *)(void *)(ret + j * (size_t)padded + i),
-                               narrow_to_bf16_avx512(values));
-        }
+void amx_value_set(bf16 *values, uint32_t chunks, uint32_t position, uint32_t element,
+                   float value) {
+    values_at(values, chunks, position / 2, element / 16)[element % 16 * 2 + position % 2] =
+        round_bf16(value);
 }
 
 /* ---- Scores ---- */

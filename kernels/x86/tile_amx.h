@@ -11,6 +11,10 @@ enum { TILE_ROWS = 16 };
 #define TILE_LOAD(tile, base, stride_bytes)                                                        \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(base), "r"((size_t)(stride_bytes))   \
                      : "memory")
+/* The same for what is not wanted again soon: from the second-level cache past the first one. */
+#define TILE_LOAD_ONCE(tile, base, stride_bytes)                                                   \
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile ::"r"(base), "r"((size_t)(stride_bytes)) \
+                     : "memory")
 #define TILE_STORE(tile, base, stride_bytes)                                                       \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(base),                           \
                      "r"((size_t)(stride_bytes))                                                   \
