@@ -82,6 +82,9 @@ struct attention {
     uint32_t cache_layers; /* layers, and one of the MTP module */
     uint8_t *cache;     /* [pages][cache_layers][PAGE_TOKENS][absorbed_stride] activations */
     uint8_t *page_used; /* [pages]: written since it was cleared */
+    /* Actors hand out low pages first. Read by whoever makes memory ready ahead of the rows. */
+    _Atomic uint32_t pages_reached; /* no page from here on was ever written */
+    _Atomic size_t cache_given;     /* bytes, from the beginning */
     float *cos_sin; /* [context][rope / 2][2], filled in blocks of PAGE_TOKENS positions when first
                        needed */
     uint8_t *cos_sin_ready; /* [context / PAGE_TOKENS rounded up] */

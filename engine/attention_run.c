@@ -1,6 +1,7 @@
 /* The programs of an attention engine (engine/engine.h says what each does). A slot goes EMBED,
  * then for each layer LAYER, in MoE layers SHARED, SCATTER until every chosen expert has answered,
  * COMBINE, and at the end FINISH and DRAFT. */
+#include <stdatomic.h>
 #include <string.h>
 
 #include "engine/attention.h"
@@ -84,6 +85,8 @@ int attention_prepare_rows(struct engine *self, const struct batch_row *row, uin
         uint32_t page = row[r].pages[row[r].position / PAGE_TOKENS];
         ASSERT(page < a->pages);
         a->page_used[page] = 1;
+        if (page >= atomic_load_explicit(&a->pages_reached, memory_order_relaxed))
+            atomic_store_explicit(&a->pages_reached, page + 1, memory_order_relaxed);
         prepare_rotation(a, self->config, row[r].position);
     }
     return error;
@@ -237,12 +240,38 @@ static void run_finish(struct engine *self, struct attention_slot *slot,
     }
 }
 
+static size_t cache_page_bytes(const struct engine *self) {
+    const struct attention *a = self->attention;
+    return (size_t)a->cache_layers * PAGE_TOKENS * a->absorbed_stride *
+           self->kernels->activation_bytes;
+}
+
+size_t attention_cache_wanted(const struct engine *self, size_t ahead_bytes) {
+    const struct attention *a = self->attention;
+    const size_t page_bytes = cache_page_bytes(self), all = a->pages * page_bytes;
+    const size_t used =
+        atomic_load_explicit(&a->pages_reached, memory_order_relaxed) * page_bytes;
+    const size_t end = all - used < ahead_bytes ? all : used + ahead_bytes;
+    const size_t given = atomic_load_explicit(&a->cache_given, memory_order_relaxed);
+    return given < end ? end - given : 0;
+}
+
+size_t attention_cache_ahead(struct engine *self, size_t ahead_bytes, void **ret) {
+    struct attention *a = self->attention;
+    const size_t piece = (size_t)2 << 20, wanted = attention_cache_wanted(self, ahead_bytes);
+    const size_t given = atomic_load_explicit(&a->cache_given, memory_order_relaxed);
+    *ret = a->cache + given;
+    const size_t to_border = piece - (uintptr_t)*ret % piece; /* a huge page at a time */
+    const size_t bytes = wanted < to_border ? wanted : to_border;
+    atomic_store_explicit(&a->cache_given, given + bytes, memory_order_relaxed);
+    return bytes;
+}
+
 /* A page that was never written since it was last cleared is zero: it is left alone, so that fresh
  * memory stays untouched. */
 static void run_clear_pages(struct engine *self, const struct program *program) {
     struct attention *a = self->attention;
-    size_t page_bytes = (size_t)a->cache_layers * PAGE_TOKENS * a->absorbed_stride *
-                        self->kernels->activation_bytes;
+    const size_t page_bytes = cache_page_bytes(self);
     for (uint32_t i = 0; i < program->items; i++) {
         ASSERT(program->select[i] < a->pages);
         if (a->page_used[program->select[i]])

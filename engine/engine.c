@@ -118,6 +118,14 @@ void engine_gather(const struct engine *self, enum region region, uint32_t slot,
     }
 }
 
+size_t engine_cache_ahead(struct engine *self, size_t ahead_bytes, void **ret) {
+    return self->role == ENGINE_ATTENTION ? attention_cache_ahead(self, ahead_bytes, ret) : 0;
+}
+
+bool engine_cache_wants(const struct engine *self, size_t ahead_bytes) {
+    return self->role == ENGINE_ATTENTION && attention_cache_wanted(self, ahead_bytes) > 0;
+}
+
 uint64_t engine_memory_bytes(const struct engine *self) {
     return self->memory_bytes;
 }

@@ -169,4 +169,13 @@ bool engine_expert_held(const struct engine *self, uint32_t layer, uint32_t expe
 
 uint64_t engine_memory_bytes(const struct engine *self);
 
+/* ATTENTION: the next piece of the latent cache, from its beginning on, that the system should give memory for
+ * before rows are written there: what it costs to clear fresh memory is then paid by nobody who waits. Returns its
+ * bytes, at most 2 MiB; 0: nothing is wanted as long as `ahead_bytes` beyond what rows have used are given. One
+ * thread at a time, beside engine_run; it may change nothing there (adding 0 to a byte is right), for rows may come
+ * at any moment. */
+size_t engine_cache_ahead(struct engine *self, size_t ahead_bytes, void **ret);
+/* Whether that would give something; any thread. */
+bool engine_cache_wants(const struct engine *self, size_t ahead_bytes);
+
 #endif

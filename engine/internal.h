@@ -134,6 +134,8 @@ int attention_open(struct engine *self, const struct engine_options *options,
                    struct failure *failure);
 void attention_close(struct engine *self);
 void attention_run(struct engine *self, const struct program *program, struct program_result *ret);
+size_t attention_cache_ahead(struct engine *self, size_t ahead_bytes, void **ret);
+size_t attention_cache_wanted(const struct engine *self, size_t ahead_bytes); /* bytes, all pieces */
 const void *attention_region(const struct engine *self, enum region region, uint32_t slot,
                              uint32_t *ret_rows);
 

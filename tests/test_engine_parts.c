@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "engine/attention.h"
 #include "engine/internal.h"
 #include "tests/support/one_process.h"
 #include "tests/support/random.h"
@@ -424,6 +425,40 @@ static void the_gate_takes_its_options(void **state) {
     engine_close(&mass);
 }
 
+/* Pieces cover the cache from its beginning without a gap, go no further than asked ahead of what rows
+ * have reached, and end with it. */
+static void memory_is_wanted_ahead_of_rows(void **state) {
+    (void)state;
+    struct failure failure;
+    struct engine *engine = NULL;
+    struct engine_options options = options_for(ENGINE_ATTENTION);
+    options.pages = 40;
+    assert_int_equal(engine_open(&engine, serial.model, &options, &failure), 0);
+    const struct attention *a = engine->attention;
+    const size_t page_bytes = (size_t)(cache_at(engine, 1, 0) - cache_at(engine, 0, 0));
+    const uint32_t pages[] = {0, 20, 39}; /* that rows come to */
+    size_t given = 0;
+    assert_false(engine_cache_wants(serial.expert, 100));
+    for (size_t i = 0; i < sizeof pages / sizeof *pages; i++) {
+        const size_t used = i == 0 ? 0 : (pages[i] + 1) * page_bytes;
+        const size_t all = 40 * page_bytes, ahead = 3 * page_bytes + 100;
+        const size_t end = all - used < ahead ? all : used + ahead;
+        if (i > 0) {
+            const struct batch_row row = {.token = 1, .pages = &pages[i], .form = MLA_EXPANDED};
+            assert_int_equal(attention_prepare_rows(engine, &row, 1), 0);
+        }
+        assert_true(engine_cache_wants(engine, ahead));
+        void *memory;
+        for (size_t bytes; (bytes = engine_cache_ahead(engine, ahead, &memory)) > 0; given += bytes) {
+            assert_ptr_equal(memory, a->cache + given);
+            assert_true(bytes <= (size_t)2 << 20);
+        }
+        assert_int_equal(given, end);
+        assert_false(engine_cache_wants(engine, ahead));
+    }
+    engine_close(&engine);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(impossible_options_are_refused),
@@ -434,6 +469,7 @@ int main(void) {
         cmocka_unit_test(an_output_depends_on_its_item_only),
         cmocka_unit_test(experts_of_prediction_layers_can_be_packed),
         cmocka_unit_test(the_gate_takes_its_options),
+        cmocka_unit_test(memory_is_wanted_ahead_of_rows),
     };
     return cmocka_run_group_tests(tests, open_both, close_both);
 }

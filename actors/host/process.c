@@ -219,6 +219,7 @@ static void carry_compute(struct process *self, const struct effect *effect) {
     engine_run(self->engine, &program, &self->computed[at]);
     pool_end(self->pool);
     self->placed.crc = self->computed[at].output_crc;
+    cache_ahead_look(self->cache_ahead);
     self->computed[at].began_ns = began_ns;
     self->computed[at].ended_ns = clock_now_ns();
 }

@@ -345,6 +345,8 @@ static int open_engine(struct process *self, struct failure *failure) {
     if (error == 0 && self->role == ROLE_EXPERT)
         error = loader_open(&self->loader, &self->directory, self->kernels, &self->bell,
                             settings->background_nice, failure);
+    if (error == 0 && self->role == ROLE_ATTENTION && !options_on_gpu(self->options))
+        error = cache_ahead_open(&self->cache_ahead, self->engine, failure);
     if (error == 0 && self->role != ROLE_EXPERT) /* an expert actor counts what it is assigned */
         self->identity.memory_bytes = engine_memory_bytes(self->engine);
     model_directory_forget(&self->directory);
@@ -569,6 +571,7 @@ void process_close(struct process *self) {
     http_close(&self->admin_http, 0);
     feed_journal_close(&self->journal);
     loader_close(&self->loader);
+    cache_ahead_close(&self->cache_ahead);
     mailbox_close(&self->control, self->exit_code == 0 ? DRAIN_MS : 0);
     if (self->nccl != NULL)
         self->nccl->class->close(&self->nccl);

@@ -9,6 +9,7 @@
 #include "actors/host/files.h"
 #include "actors/host/http.h"
 #include "actors/host/inject.h"
+#include "actors/host/cache_ahead.h"
 #include "actors/host/loader.h"
 #include "actors/host/log.h"
 #include "actors/host/mailbox.h"
@@ -42,6 +43,7 @@ struct process {
     struct pool *pool;
     struct engine *engine;
     struct loader *loader;
+    struct cache_ahead *cache_ahead; /* attention on processors; else NULL */
     struct mailbox *control;
     struct neighbours *together; /* in one process with others: instead of sockets, pool and bell of its own */
     struct neighbour *neighbour;
