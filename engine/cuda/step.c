@@ -40,6 +40,11 @@ static int check(const struct step_model *m, const struct step_options *o,
         return fail(failure, ERR_UNSUPPORTED,
                     "there are no GPU kernels for latents of %u and rotated keys of %u", m->kv_lora,
                     m->rope);
+    const struct mla_expanded_args shape = {.nope = m->nope, .rope = m->rope, .v = m->v};
+    if (o->prompts && (!mla_expanded_offers_cuda(&shape) || m->layer[0].kv_b.n == 0))
+        return fail(failure, ERR_UNSUPPORTED,
+                    "there are no GPU kernels for prompts with keys of %u + %u and values of %u",
+                    m->nope, m->rope, m->v);
     if (m->expert_fp8 && m->expert_width % 128 != 0)
         return fail(failure, ERR_UNSUPPORTED,
                     "E4M3 experts on the GPU: expected a width that is a multiple of 128, found %u",
@@ -121,6 +126,7 @@ void step_close(struct step **step) {
         free(self->recording[i].product);
         free(self->recording[i].mla);
     }
+    free(self->prompt.product);
     for (uint32_t g = 0; g < self->options.groups; g++) {
         for (uint32_t i = 0; i < self->options.micro; i++)
             edge_close(&self->micro[i].edge[g]);
@@ -211,7 +217,7 @@ int step_bias(struct step *self, uint32_t number, const float *delta) {
 
 int step_clear_pages(struct step *self, const uint32_t *pages, uint32_t count) {
     const size_t elements = PAGE_TOKENS * self->cache_stride;
-    int error = 0;
+    int error = device_enter_cuda();
     for (uint32_t i = 0; i < count && error == 0; i++) {
         ASSERT(pages[i] < self->options.pages);
         error = stream_clear_cuda(self->stream, self->latents + pages[i] * elements,
@@ -350,6 +356,7 @@ int step_begin(struct step *self, const struct step_row *row, uint32_t rows) {
     ASSERT(self->rows_running == 0);
     if (!rows_valid(self, row, rows))
         return ERR_INVALID;
+    did(self, device_enter_cuda());
     self->now = recording_for(self, row, rows);
     const bool planned = self->now->products > 0;
     const size_t bytes = fill_tables(self, row, rows);
@@ -365,6 +372,31 @@ int step_begin(struct step *self, const struct step_row *row, uint32_t rows) {
         if (self->error == 0)
             did(self, graph_run_cuda(self->now->graph, self->stream));
     }
+    self->rows_running = rows;
+    return self->error;
+}
+
+int step_prompt(struct step *self, const struct step_row *row, uint32_t rows) {
+    ASSERT(self->rows_running == 0);
+    if (!self->options.prompts || rows > self->options.rows || !rows_valid(self, row, rows))
+        return ERR_INVALID;
+    for (uint32_t r = 1; r < rows; r++)
+        if (row[r].position <= row[r - 1].position || row[r].pages != row[0].pages)
+            return ERR_INVALID;
+    const uint32_t last = row[rows - 1].position;
+    struct step_recording *now = &self->prompt;
+    now->rows = rows;
+    now->micro = 1;
+    now->splits = last / PAGE_TOKENS / MLA_SPLIT_CUDA + 1;
+    now->products = 0; /* planned for these rows */
+    now->prompt_pages = row[0].pages;
+    now->positions = last + 1;
+    self->now = now;
+    did(self, device_enter_cuda());
+    const size_t bytes = fill_tables(self, row, rows);
+    put_placement(self);
+    enqueue(self, bytes);
+    now->prompt_pages = NULL; /* borrowed for the call */
     self->rows_running = rows;
     return self->error;
 }

@@ -23,6 +23,7 @@ struct step_options {
     uint32_t pages;     /* of the latent cache */
     uint32_t positions; /* longest sequence */
     uint32_t biases;    /* versions of the routing bias that may be in use together; may be 0 */
+    bool prompts;       /* step_prompt() will be called */
     bool graphs;        /* false: kernels are launched one by one */
 };
 
@@ -69,6 +70,9 @@ int step_clear_pages(struct step *self, const uint32_t *pages, uint32_t count);
 /* Enqueues a step; rows at most options->rows * micro, no two of one page and position. 0, or an
  * error of CUDA (the device is lost) or ERR_INVALID. */
 int step_begin(struct step *self, const struct step_row *row, uint32_t rows);
+/* The same for prompt tokens (the expanded form): at most options->rows rows of one sequence,
+ * ascending. Their number is what it is, so nothing is captured. */
+int step_prompt(struct step *self, const struct step_row *row, uint32_t rows);
 /* The one place that waits. */
 int step_end(struct step *self, struct step_result *ret);
 bool step_done(struct step *self); /* step_end() would not wait */

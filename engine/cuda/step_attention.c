@@ -68,15 +68,64 @@ static struct mla_absorbed_cuda *mla_plan(struct step *self, const bf16 *cache,
     return plan;
 }
 
-/* Latents into the cache, then everything that attends to them (DeepSeek-V2, 2405.04434, section
- * 2.1.2). */
+/* Generated tokens: queries go to the latents (DeepSeek-V2, 2405.04434, section 2.1.2). */
+static void absorbed(struct step *self, const struct step_layer *layer, const bf16 *cache,
+                     const struct micro_tables *tables, const struct mla_rows_cuda *args) {
+    struct step_attention *work = &self->work;
+    const struct step_model *m = self->model;
+    const uint32_t rows = self->now->rows, nope = (uint32_t)activation_stride(m->nope);
+    const uint32_t latent = (uint32_t)activation_stride(m->kv_lora), width = m->heads * m->v;
+    did(self, mla_query_cuda(self->stream, args, work->q, (size_t)m->heads * (m->nope + m->rope),
+                             rows, work->q_nope, nope, work->query + latent, self->cache_stride));
+    step_product_heads(self, &layer->w_uk, work->q_nope, nope, rows, work->q_latent, m->kv_lora);
+    did(self, convert_cuda(self->stream, work->q_latent, m->kv_lora, rows * m->heads, m->kv_lora,
+                           work->query, self->cache_stride));
+    did(self,
+        mla_absorbed_cuda(self->stream, mla_plan(self, cache, tables), rows, work->latent, latent));
+    step_product_heads(self, &layer->w_uv, work->latent, latent, rows, work->values, m->v);
+    did(self, convert_cuda(self->stream, work->values, width, rows, width, work->attended,
+                           activation_stride(width)));
+}
+
+/* Prompt tokens: keys and values of all positions come to the queries. */
+static void expanded(struct step *self, const struct step_layer *layer, const bf16 *cache,
+                     const struct micro_tables *tables, const struct mla_rows_cuda *args) {
+    struct step_attention *work = &self->work;
+    const struct step_model *m = self->model;
+    const struct step_recording *now = self->now;
+    const size_t nope = activation_stride(m->nope), stride = nope + activation_stride(m->rope);
+    const size_t page = PAGE_TOKENS * self->cache_stride;
+    const struct mla_expanded_args own = {.rows = now->rows,
+                                          .heads = m->heads,
+                                          .nope = m->nope,
+                                          .rope = m->rope,
+                                          .v = m->v,
+                                          .q_stride = (uint32_t)stride,
+                                          .scale = m->softmax_scale,
+                                          .position = tables->position};
+    did(self, mla_query_cuda(self->stream, args, work->q, (size_t)m->heads * (m->nope + m->rope),
+                             now->rows, work->expanded, stride, work->expanded + nope, stride));
+    for (uint32_t p = 0; p * PAGE_TOKENS < now->positions; p++)
+        did(self, stream_copy_cuda(self->stream, work->seen + p * page,
+                                   cache + now->prompt_pages[p] * page, page * sizeof(bf16)));
+    step_product(self, &layer->kv_b, work->seen, self->cache_stride, now->positions, work->seen_kv,
+                 layer->kv_b.n);
+    did(self, mla_expand_cuda(self->stream, &own, work->seen_kv, layer->kv_b.n, cache,
+                              self->cache_stride, (uint32_t)activation_stride(m->kv_lora),
+                              tables->pages + (now->rows - 1) * (size_t)tables->pages_stride,
+                              now->positions, work->key, work->value));
+    did(self, mla_expanded_cuda(self->stream, &own, work->expanded, work->key, work->value,
+                                now->positions, work->attended,
+                                activation_stride((size_t)m->heads * m->v)));
+}
+
+/* Latents into the cache, then everything that attends to them. */
 static void attend(struct step *self, uint32_t l, uint32_t micro) {
     struct step_attention *work = &self->work;
     const struct step_model *m = self->model;
     const struct step_layer *layer = &m->layer[l];
     const struct micro_tables tables = step_micro_tables(self, micro);
-    const uint32_t rows = self->now->rows, nope = (uint32_t)activation_stride(m->nope);
-    const uint32_t latent = (uint32_t)activation_stride(m->kv_lora);
+    const uint32_t rows = self->now->rows;
     bf16 *cache = self->latents + l * self->layer_elements;
     const struct mla_rows_cuda args = {.heads = m->heads,
                                        .nope = m->nope,
@@ -91,17 +140,11 @@ static void attend(struct step *self, uint32_t l, uint32_t micro) {
     queries(self, layer);
     did(self, mla_store_cuda(self->stream, &args, work->kv, m->kv_lora + m->rope, layer->kv_a_norm,
                              m->norm_eps, rows, cache));
-    did(self, mla_query_cuda(self->stream, &args, work->q, (size_t)m->heads * (m->nope + m->rope),
-                             rows, work->q_nope, work->query));
-    step_product_heads(self, &layer->w_uk, work->q_nope, nope, rows, work->q_latent, m->kv_lora);
-    did(self, convert_cuda(self->stream, work->q_latent, m->kv_lora, rows * m->heads, m->kv_lora,
-                           work->query, self->cache_stride));
-    did(self, mla_absorbed_cuda(self->stream, mla_plan(self, cache, &tables), rows, work->latent,
-                                latent));
-    step_product_heads(self, &layer->w_uv, work->latent, latent, rows, work->values, m->v);
+    if (self->now->prompt_pages != NULL)
+        expanded(self, layer, cache, &tables, &args);
+    else
+        absorbed(self, layer, cache, &tables, &args);
     const uint32_t width = m->heads * m->v;
-    did(self, convert_cuda(self->stream, work->values, width, rows, width, work->attended,
-                           activation_stride(width)));
     work->quantised_of = NULL;
     step_product(self, &layer->o, work->attended, activation_stride(width), rows, work->projected,
                  m->hidden);

@@ -37,6 +37,10 @@ struct step_attention {
     bf16 *mlp_inner;          /* [R, mlp_width padded] */
     uint8_t *quantised;       /* [R, widest k padded to 128] */
     float *scales;            /* [R, of 128] */
+    bf16 *expanded;           /* prompts: [R, heads, nope padded | rope padded] */
+    bf16 *seen;               /* [P, cache_stride]: the latents of all positions, in order */
+    float *seen_kv;           /* [P, heads, nope | v] */
+    bf16 *key, *value;        /* mla_expand_cuda() */
     const void *quantised_of; /* while enqueuing: what `quantised` holds */
 };
 
@@ -82,6 +86,8 @@ struct step_recording {
     uint32_t products, mlas; /* planned so far */
     uint32_t products_room;
     void *graph;
+    const uint32_t *prompt_pages; /* a prompt's, on the host; NULL: generated tokens */
+    uint32_t positions;           /* that the prompt's last row sees */
 };
 #define STEP_RECORDINGS_MAX 64
 
@@ -118,6 +124,7 @@ struct step {
     void *stream;
     struct step_recording recording[STEP_RECORDINGS_MAX];
     uint32_t recordings;
+    struct step_recording prompt; /* made anew each time */
     /* While enqueuing: */
     struct step_recording *now;
     uint32_t next_product, next_mla;

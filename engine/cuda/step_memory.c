@@ -88,6 +88,24 @@ static int take_attention(struct step *self, struct failure *failure) {
     return TAKE(self, needs, "attention", failure);
 }
 
+/* What the expanded form needs: keys and values of the longest sequence. */
+static int take_prompts(struct step *self, struct failure *failure) {
+    const struct step_model *m = self->model;
+    struct step_attention *work = &self->work;
+    const size_t rows = self->options.rows, heads = m->heads, seen = self->pages_max * PAGE_TOKENS;
+    const struct mla_expanded_args shape = {
+        .heads = m->heads, .nope = m->nope, .rope = m->rope, .v = m->v};
+    const struct need needs[] = {
+        {&work->expanded, rows * heads * (activation_stride(m->nope) + activation_stride(m->rope)),
+         sizeof(bf16)},
+        {&work->seen, seen * self->cache_stride, sizeof(bf16)},
+        {&work->seen_kv, seen * heads * (m->nope + m->v), sizeof(float)},
+        {&work->key, mla_expanded_key_bytes_cuda(&shape, (uint32_t)seen), 1},
+        {&work->value, mla_expanded_value_bytes_cuda(&shape, (uint32_t)seen), 1},
+    };
+    return self->options.prompts ? TAKE(self, needs, "prompts", failure) : 0;
+}
+
 static int take_micro(struct step *self, struct step_micro *to, struct failure *failure) {
     const struct step_model *m = self->model;
     const size_t rows = self->options.rows, k = m->gate.k, groups = self->options.groups;
@@ -179,6 +197,8 @@ int step_memory_open(struct step *self, struct failure *failure) {
     const size_t rows = self->options.rows, micro = self->options.micro;
     const size_t entries = (size_t)m->layers * m->gate.experts;
     int error = take_attention(self, failure);
+    if (error == 0)
+        error = take_prompts(self, failure);
     for (uint32_t i = 0; i < micro && error == 0; i++)
         error = take_micro(self, &self->micro[i], failure);
     for (uint32_t g = 0; g < self->options.groups && error == 0; g++)

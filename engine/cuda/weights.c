@@ -8,7 +8,7 @@
 #include "engine/attention.h"
 #include "kernels/cuda/table.h"
 
-enum { MATRICES_MAX = 9, VECTORS_MAX = 7 }; /* of a layer */
+enum { MATRICES_MAX = 8, VECTORS_MAX = 7 }; /* of a layer */
 
 struct step_matrix step_matrix_of(const struct matrix *matrix) {
     const struct device_matrix *on_device = kernels_cuda_matrix(matrix);
@@ -124,6 +124,8 @@ static int open_layer(struct step_weights *self, const struct model *model,
         {&to->mlp_down, to->moe ? W_SHARED_DOWN : W_DENSE_DOWN, mlp},
         {&to->gate, W_GATE, to->moe},
     };
+    int error =
+        matrix(self, kernels, &to->kv_b, attention_kv_b(model, l), "layer weights", failure);
     const struct {
         const float **ret;
         enum weight which;
@@ -136,7 +138,6 @@ static int open_layer(struct step_weights *self, const struct model *model,
         {&to->q_a_norm, W_Q_A_NORM, c->q_lora, c->q_lora != 0},
         {&to->gate_bias, W_GATE_BIAS, c->experts, to->moe},
     };
-    int error = 0;
     for (int i = 0; i < MATRICES_MAX && error == 0; i++)
         if (matrices[i].there)
             error = matrix(self, kernels, matrices[i].ret,
@@ -225,7 +226,7 @@ int step_weights_open(struct step_weights *ret, const struct model *model,
                       const struct kernels *kernels, struct failure *failure) {
     const struct model_config *c = model_config(model);
     struct step_weights self = {0};
-    self.packed = calloc((size_t)c->layers * MATRICES_MAX + 2, sizeof *self.packed);
+    self.packed = calloc((size_t)c->layers * (MATRICES_MAX + 1) + 2, sizeof *self.packed);
     self.memory = calloc((size_t)c->layers * (VECTORS_MAX + 2) + 2, sizeof *self.memory);
     self.model.layer = calloc(c->layers, sizeof *self.model.layer);
     int error = 0;

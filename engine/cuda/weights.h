@@ -18,6 +18,7 @@ struct step_layer {
     const float *input_norm, *post_norm, *q_a_norm, *kv_a_norm;
     struct step_matrix q_a, q_b; /* q_a.n 0: q_b takes the hidden row */
     struct step_matrix kv_a, o;
+    struct step_matrix kv_b;       /* the expanded form; BF16; n 0: no prompts */
     struct step_matrix w_uk, w_uv; /* heads one after the other; n is one head's; BF16 */
     bool moe;
     struct step_matrix mlp_gate, mlp_up, mlp_down; /* the dense layer's, or the shared expert's */

@@ -55,6 +55,8 @@ int rope_cuda(void *stream, float *x, size_t x_stride, size_t head_stride, uint3
 
 /* The device of all that follows, in every thread; 0 at the start. */
 void device_use_cuda(int index);
+/* Makes it the calling thread's, for launches and streams; what follows here does so by itself. */
+int device_enter_cuda(void);
 int device_take_cuda(size_t bytes, void **ret);
 void device_give_cuda(void *memory);
 int device_put_cuda(void *memory, const void *from, size_t bytes);
@@ -306,10 +308,12 @@ struct mla_rows_cuda {
 /* kv: [rows, kv_lora | rope]. The normed latent and the rotated key go to the row's position. */
 int mla_store_cuda(void *stream, const struct mla_rows_cuda *args, const float *kv,
                    size_t kv_stride, const float *weight, float eps, uint32_t rows, bf16 *cache);
-/* q: [rows, heads, nope | rope]. ret_nope: [rows, heads, nope padded to 32], what w_uk takes;
- * ret_query: [rows, heads, cache_stride], of which the rotated part is written here. */
+/* q: [rows, heads, nope | rope]. Of each head the first part and the rotated one, each padded to
+ * 32, nope_stride and rope_stride elements from head to head: apart from each other for the
+ * absorbed form (w_uk takes the first), side by side for the expanded one. */
 int mla_query_cuda(void *stream, const struct mla_rows_cuda *args, const float *q, size_t q_stride,
-                   uint32_t rows, bf16 *ret_nope, bf16 *ret_query);
+                   uint32_t rows, bf16 *ret_nope, size_t nope_stride, bf16 *ret_rope,
+                   size_t rope_stride);
 
 /* Expanded form, of one sequence: rows with ascending positions. q: [rows, heads, q_stride] as
  * kernels->mla_expanded has it. nope and rope, each padded to 32, in 3 chunks of 64 with v at most

@@ -9,6 +9,10 @@ void device_use_cuda(int index) {
     (void)index;
 }
 
+int device_enter_cuda(void) {
+    return 0;
+}
+
 int device_take_cuda(size_t bytes, void **ret) {
     *ret = aligned_alloc(1024, (bytes + 1024) / 1024 * 1024);
     return *ret != NULL ? 0 : 2; /* cudaErrorMemoryAllocation */
@@ -33,6 +37,10 @@ void device_use_cuda(int index) {
 /* Threads begin with device 0. */
 static int use(void) {
     return (int)cudaSetDevice(device_index);
+}
+
+int device_enter_cuda(void) {
+    return use();
 }
 
 int device_take_cuda(size_t bytes, void **ret) {

@@ -377,7 +377,8 @@ static void test_latents_and_queries(void **state) {
                                     1e-6f, ROWS, array_device(&cache)),
                      0);
     assert_int_equal(mla_query_cuda(NULL, &args, array_device(&q), q_width, ROWS,
-                                    array_device(&nope), array_device(&query)),
+                                    array_device(&nope), nope_wide,
+                                    (bf16 *)array_device(&query) + lora_wide, stride),
                      0);
     array_get(&cache), array_get(&nope), array_get(&query);
     for (uint32_t r = 0; r < ROWS; r++) {

@@ -5,19 +5,19 @@
 
 /* Sequences join and leave from position to position; each row is what it is in the plain form. */
 static void compare(const char *directory, bool fp8, struct step_options options,
-                    uint32_t positions, bool mixed) {
+                    uint32_t sequences, uint32_t positions, bool mixed) {
     struct rig rig;
     rig_open(&rig, directory, fp8, options);
     float *expected = calloc((size_t)RIG_SEQUENCES * rig.vocabulary, sizeof *expected);
     for (uint32_t p = 0; p < positions; p++) {
         gpu_schedule(p + 1);
-        rig_plain(&rig, 0, RIG_SEQUENCES, p, expected);
+        rig_plain(&rig, 0, sequences, p, expected);
         const uint32_t alone = mixed && p % 2; /* one by itself, then the others */
         if (alone == 1) {
             rig_step(&rig, 0, 1, p);
             assert_true(rig_same(&rig, 0, expected));
         }
-        const struct step_result result = rig_step(&rig, alone, RIG_SEQUENCES - alone, p);
+        const struct step_result result = rig_step(&rig, alone, sequences - alone, p);
         for (uint32_t r = 0; r < result.rows; r++) {
             assert_int_equal(result.lost[r], 0);
             if (!rig_same(&rig, r, expected + (size_t)(r + alone) * rig.vocabulary))
@@ -32,19 +32,64 @@ static void compare(const char *directory, bool fp8, struct step_options options
 static void test_same_bits_bf16(void **state) {
     (void)state;
     compare(NULL, false, (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = false},
-            2, false);
+            5, 2, false);
     compare(NULL, false, (struct step_options){.rows = 3, .micro = 2, .groups = 3, .graphs = true},
-            4, true);
+            5, 4, true);
 }
 static void test_same_bits_fp8(void **state) {
     (void)state;
     compare(NULL, true, (struct step_options){.rows = 3, .micro = 2, .groups = 2, .graphs = true},
-            2, false);
+            5, 2, false);
 }
 static void test_same_bits_demo(void **state) {
     (void)state;
     compare("models/demo", true,
-            (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = true}, 2, false);
+            (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = true}, 2, 2, false);
+}
+
+/* Prompts in pieces of any length, then a generated token, over the end of a page. */
+static void test_prompts(void **state) {
+    (void)state;
+    const uint32_t first[] = {62, 64, 65}, rows[] = {2, 1, 3};
+    for (int fp8 = 0; fp8 < 2; fp8++) {
+        struct rig rig;
+        rig_open(&rig, NULL, fp8 != 0,
+                 (struct step_options){
+                     .rows = 5, .micro = 1, .groups = 2, .prompts = true, .graphs = true});
+        float *expected = calloc((size_t)8 * rig.vocabulary, sizeof *expected);
+        struct batch_row plain[6];
+        uint32_t select[6];
+        for (uint32_t i = 0; i < 6; i++) {
+            plain[i] =
+                one_process_row(&rig.plain, 0, 62 + i, rig_token(&rig, 0, 62 + i), MLA_EXPANDED);
+            select[i] = i;
+        }
+        one_process_step(&rig.plain, plain, 6, select, 6, expected);
+        for (int piece = 0; piece < 3; piece++) {
+            struct step_row row[3];
+            struct step_result result;
+            for (uint32_t i = 0; i < rows[piece]; i++)
+                row[i] = (struct step_row){rig_token(&rig, 0, first[piece] + i), first[piece] + i,
+                                           rig.pages[0], STEP_NO_BIAS};
+            gpu_schedule((uint64_t)piece + 1);
+            assert_int_equal(step_prompt(rig.step, row, rows[piece]), 0);
+            result = rig_end(&rig);
+            for (uint32_t i = 0; i < result.rows; i++)
+                assert_true(
+                    rig_same(&rig, i, expected + (size_t)(first[piece] - 62 + i) * rig.vocabulary));
+        }
+        rig_plain(&rig, 0, 1, 68, expected);
+        rig_step(&rig, 0, 1, 68);
+        assert_true(rig_same(&rig, 0, expected));
+        /* rows of two sequences, or out of order, are no prompt */
+        struct step_row wrong[2] = {{0, 1, rig.pages[0], STEP_NO_BIAS},
+                                    {0, 2, rig.pages[1], STEP_NO_BIAS}};
+        assert_int_equal(step_prompt(rig.step, wrong, 2), ERR_INVALID);
+        wrong[1] = wrong[0];
+        assert_int_equal(step_prompt(rig.step, wrong, 2), ERR_INVALID);
+        free(expected);
+        rig_close(&rig);
+    }
 }
 
 /* Positions of two pages: the first page's rows are read through the table. */
@@ -208,10 +253,15 @@ static void test_refuses_what_is_not_there(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_same_bits_bf16),    cmocka_unit_test(test_same_bits_fp8),
-        cmocka_unit_test(test_same_bits_demo),    cmocka_unit_test(test_pages_are_data),
-        cmocka_unit_test(test_placement_is_data), cmocka_unit_test(test_biases_are_data),
-        cmocka_unit_test(test_lost_rows),         cmocka_unit_test(test_refuses_what_is_not_there),
+        cmocka_unit_test(test_same_bits_bf16),
+        cmocka_unit_test(test_same_bits_fp8),
+        cmocka_unit_test(test_same_bits_demo),
+        cmocka_unit_test(test_prompts),
+        cmocka_unit_test(test_pages_are_data),
+        cmocka_unit_test(test_placement_is_data),
+        cmocka_unit_test(test_biases_are_data),
+        cmocka_unit_test(test_lost_rows),
+        cmocka_unit_test(test_refuses_what_is_not_there),
     };
     return cmocka_run_group_tests_name("cuda step", tests, device_name, NULL);
 }

@@ -3,7 +3,7 @@
 #include "tests/gpu/step_rig.h"
 #include "tests/support/cuda_emulator_streams.h"
 
-enum { SEEDS = 16 };
+enum { SEEDS = 10 };
 
 static struct step_options OPTIONS = {.rows = 2, .micro = 2, .groups = 2, .graphs = false};
 
