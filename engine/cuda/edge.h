@@ -37,6 +37,10 @@ struct edge {
 };
 
 int edge_local_open(struct edge *ret);
-void edge_close(struct edge *self);
+static inline void edge_close(struct edge *self) {
+    if (self->operations != NULL)
+        self->operations->close(self->state);
+    *self = (struct edge){NULL, NULL};
+}
 
 #endif

@@ -47,9 +47,3 @@ int edge_local_open(struct edge *ret) {
     const int error = event_make_cuda(&self->asked);
     return error != 0 ? error : event_make_cuda(&self->answered);
 }
-
-void edge_close(struct edge *self) {
-    if (self->operations != NULL)
-        self->operations->close(self->state);
-    *self = (struct edge){0};
-}
