@@ -214,17 +214,25 @@ $(BUILD)/bench-gpu: $(BUILD)/bench/gpu/bench_gpu.o $(CUDA_OBJECTS)
 	@echo "  LD $@"
 	@$(CXX) -o $@ $^ $(CUBLASLT) -Wl,-rpath,$(dir $(CUBLASLT)) $(CUDA_LIBRARIES)/libcudart_static.a -ldl -lrt -lpthread
 
-.PHONY: cuda test-gpu bench-gpu
-bench-gpu: $(BENCH_GPU) ## measure the kernels on a card, beside cuBLASLt
-	@$(if $(BENCH_GPU),$(BENCH_GPU),echo "this needs nvcc and cuBLASLt" >&2; exit 1)
+# The resident step: needs no other library.
+BENCH_STEP := $(if $(NVCC),$(BUILD)/bench-gpu-step)
+$(BUILD)/tests/bench/gpu_step.o: CPPFLAGS += -isystem $(CUDA_ROOT)/include
+$(BUILD)/bench-gpu-step: $(BUILD)/tests/bench/gpu_step.o $(BUILD)/libtroupe.a
+	@echo "  LD $@"
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LDLIBS)
 
-cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS) $(BENCH_GPU)) ## build everything for the GPU (needs nvcc, no card)
+.PHONY: cuda test-gpu bench-gpu
+bench-gpu: $(BENCH_GPU) $(BENCH_STEP) ## measure the kernels on a card, beside cuBLASLt, and the decode step with and without graphs
+	@$(if $(BENCH_GPU),$(BENCH_GPU),echo "this needs nvcc and cuBLASLt" >&2; exit 1)
+	@$(BENCH_STEP)
+
+cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS) $(BENCH_GPU) $(BENCH_STEP)) ## build everything for the GPU (needs nvcc, no card)
 	@$(if $(NVCC),true,echo "there is no nvcc: set CUDA_HOME or put it on the PATH" >&2; exit 1)
 
 test-gpu: cuda ## run the kernel tests on a card
 	@for test in $(GPU_TESTS); do echo "$$test"; $$test || exit 1; done
 
--include $(EMULATED:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TESTS:$(BUILD)/tests/%=$(BUILD)/tests/gpu/%.d) $(BUILD)/tests-gpu/gpu_card.d $(BUILD)/bench/gpu/bench_gpu.d
+-include $(EMULATED:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TESTS:$(BUILD)/tests/%=$(BUILD)/tests/gpu/%.d) $(BUILD)/tests-gpu/gpu_card.d $(BUILD)/bench/gpu/bench_gpu.d $(BUILD)/tests/bench/gpu_step.d
 
 $(BUILD)/tests/%: $(BUILD)/tests/%.o $(TEST_SUPPORT) $(BUILD)/libtroupe.a
 	@echo "  LD $@"
