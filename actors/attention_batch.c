@@ -205,13 +205,14 @@ struct program *batch_program(struct attention *self, struct effects *out, enum 
     return &effect->compute;
 }
 
-/* Layers from `layer` on, up to the gate of the next MoE layer or to the end. */
+/* Layers from `layer` on, up to the gate of the next MoE layer or to the end: that at once where the device
+ * holds the experts as well. */
 static void run_layers(struct attention *self, uint32_t layer, struct effects *out) {
     struct batch *batch = &self->batch;
     batch->phase = BATCH_LAYERS;
     for (; layer < self->config.layers; layer++) {
         batch_program(self, out, PROGRAM_LAYER, layer);
-        if (model_layer_is_moe(&self->config, layer))
+        if (model_layer_is_moe(&self->config, layer) && !self->settings.resident)
             break;
     }
     batch->layer = layer;

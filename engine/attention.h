@@ -77,6 +77,9 @@ struct attention {
     uint32_t slots;
     struct attention_slot slot[BATCH_SLOTS_MAX];
 
+    const struct resident_operations *resident_operations;
+    void *resident; /* a device of whole steps: it has weights and cache, `layer` and `cache` are NULL then */
+
     uint32_t pages;
     struct draft *draft;   /* the MTP module; NULL: left out */
     uint32_t cache_layers; /* layers, and one of the MTP module */
@@ -118,8 +121,17 @@ void attention_mla(struct engine *self, struct attention_slot *slot, uint32_t la
 void attention_store(struct engine *self, struct attention_slot *slot, uint32_t layer);
 /* Checks rows against the rules of struct batch_row, makes room for their page tables and the rotations of their positions. */
 int attention_prepare_rows(struct engine *self, const struct batch_row *row, uint32_t rows);
+/* The check alone; returns the entries of page tables that they need. */
+size_t attention_check_rows(struct engine *self, const struct batch_row *row, uint32_t rows);
 /* The token's embedding, [hidden]. */
 void attention_embedding(const struct engine *self, uint32_t token, float *ret);
+
+/* engine/attention_resident.c */
+int attention_resident_open(struct engine *self, const struct engine_options *options,
+                            struct failure *failure);
+void attention_resident_close(struct engine *self);
+void attention_resident_run(struct engine *self, const struct program *program,
+                            struct program_result *ret);
 
 /* engine/draft.c */
 int draft_open(struct engine *self, uint32_t steps, struct failure *failure);

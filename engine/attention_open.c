@@ -228,6 +228,10 @@ int attention_open(struct engine *self, const struct engine_options *options,
     a->attended_stride = row_stride((size_t)c->heads * c->v);
     a->embedding = model_weight(self->model, W_EMBED, 0);
     int error = set_gate(self, options, failure);
+    for (uint32_t s = 0; options->resident != NULL && error == 0 && s < a->slots; s++)
+        error = open_slot(self, &a->slot[s], failure);
+    if (options->resident != NULL)
+        return error != 0 ? error : attention_resident_open(self, options, failure);
     if (error == 0)
         error = open_norm(self, &a->final_norm, W_FINAL_NORM, 0, c->hidden, failure);
     if (error != 0)
@@ -277,6 +281,7 @@ void attention_close(struct engine *self) {
     struct attention *a = self->attention;
     if (a == NULL)
         return;
+    attention_resident_close(self);
     draft_close(self);
     for (uint32_t l = 0; a->layer != NULL && l < a->cache_layers; l++)
         close_layer(&a->layer[l], self->config->heads);

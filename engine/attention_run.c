@@ -30,7 +30,7 @@ static void prepare_rotation(struct attention *a, const struct model_config *c, 
 
 /* Checks the rows against the rules of struct batch_row and counts the page table entries that they
  * need. */
-static size_t check_rows(struct engine *self, const struct batch_row *row, uint32_t rows) {
+size_t attention_check_rows(struct engine *self, const struct batch_row *row, uint32_t rows) {
     const struct model_config *c = self->config;
     size_t entries = 0;
     for (uint32_t r = 0; r < rows; r++) {
@@ -77,7 +77,7 @@ static void embed_rows(void *argument, uint32_t first, uint32_t end, int part) {
 
 int attention_prepare_rows(struct engine *self, const struct batch_row *row, uint32_t rows) {
     struct attention *a = self->attention;
-    size_t entries = check_rows(self, row, rows);
+    size_t entries = attention_check_rows(self, row, rows);
     struct failure failure;
     int error = memory_grow(&a->page_table, &a->page_table_bytes, entries, sizeof(void *),
                             "page tables of a batch", &self->memory_bytes, &failure);
@@ -281,6 +281,10 @@ static void run_clear_pages(struct engine *self, const struct program *program) 
 }
 
 void attention_run(struct engine *self, const struct program *program, struct program_result *ret) {
+    if (self->attention->resident != NULL) {
+        attention_resident_run(self, program, ret);
+        return;
+    }
     if (program->kind == PROGRAM_CLEAR_PAGES) {
         run_clear_pages(self, program);
         return;

@@ -115,6 +115,7 @@ enum region {
 };
 
 struct engine;
+struct resident_operations; /* engine/resident.h */
 
 /* Packed weights lie in large regions, aligned to pages of 2 MiB. A host that can ask its system for such
  * pages says how, before it opens the first engine; it changes nothing but speed. Unset: nobody asks. */
@@ -130,6 +131,7 @@ struct engine_options {
     uint32_t experts_per_token_override; /* 0: the model's */
     float gate_top_p;    /* 0: off */
     bool latent_fp8;     /* attention: latents in the cache have the values of their E4M3 form (kernels/ops.h); not in the f32 profile */
+    const struct resident_operations *resident; /* attention: a device of whole steps; NULL: none */
     uint32_t mtp_steps;  /* attention: most guesses of a row; 0: the MTP module is left out */
 };
 

@@ -53,6 +53,7 @@ static int open_engine(struct world *self, struct node *node, struct failure *fa
         options.role = ENGINE_ATTENTION;
         options.batch_rows = settings->batch_tokens;
         options.pages = settings->kv_cache_tokens / PAGE_TOKENS;
+        options.resident = settings->resident ? self->options.resident : NULL;
         break;
     case ROLE_EXPERT:
         options.role = ENGINE_EXPERT;

@@ -22,6 +22,7 @@ struct world_options {
     struct settings settings;
     const struct model *model;
     const struct kernels *kernels;
+    const struct resident_operations *resident; /* used if settings.resident */
     struct parallel parallel;
     uint32_t attention, experts, samplers; /* processes of each role; one coordinator */
     uint32_t fileless; /* so many expert processes, the last ones, have no file of weights */

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include "actors/errors.h"
+#include "engine/resident.h"
 #include "kernels/ops.h"
 
 struct gpu_device {
@@ -32,6 +33,9 @@ int gpu_device_pin(const struct gpu_device *self, struct failure *failure);
  * NULL: as above. One for the process, one thread at a time. */
 const struct kernels *gpu_device_kernels(const struct gpu_device *self, const char *numerics,
                                          struct failure *failure);
+
+/* Whole steps on it (engine/resident.h); NULL: this build has no CUDA. */
+const struct resident_operations *gpu_device_resident(void);
 
 /* Whether it has kernels for a model's attention; ERR_UNSUPPORTED names the widths. */
 int gpu_device_offers(const struct mla_shape *shape, struct failure *failure);

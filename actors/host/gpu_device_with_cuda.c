@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "engine/cuda/resident.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/table.h"
 
@@ -48,6 +49,10 @@ const struct kernels *gpu_device_kernels(const struct gpu_device *self, const ch
                                          struct failure *failure) {
     device_use_cuda((int)self->index);
     return kernels_cuda(numerics, strncmp(numerics, "fp8", 3) == 0, failure);
+}
+
+const struct resident_operations *gpu_device_resident(void) {
+    return &RESIDENT_CUDA;
 }
 
 int gpu_device_offers(const struct mla_shape *shape, struct failure *failure) {

@@ -16,6 +16,10 @@ const struct kernels *gpu_device_kernels(const struct gpu_device *self, const ch
     return NULL;
 }
 
+const struct resident_operations *gpu_device_resident(void) {
+    return NULL;
+}
+
 int gpu_device_offers(const struct mla_shape *shape, struct failure *failure) {
     (void)shape;
     return fail(failure, ERR_UNSUPPORTED, "this troupe was built without CUDA");

@@ -1,6 +1,8 @@
 /* A world with zero delays and one probe. */
 #include "actors/host/local_world.h"
 
+#include "actors/host/gpu_device.h"
+
 #include "actors/host/process.h"
 
 int local_world_open(struct local_world *ret, const char *model, const struct options *options,
@@ -32,6 +34,7 @@ int local_world_start(struct local_world *self, const struct options *options,
         .settings = options->settings,
         .model = self->directory.model,
         .kernels = self->kernels,
+        .resident = gpu_device_resident(),
         .parallel = pool_parallel(self->pool),
         .attention = (uint32_t)options->attention,
         .experts = (uint32_t)options->experts,

@@ -54,6 +54,10 @@ bool options_on_gpu(const struct options *options) {
 int options_check_model(const struct options *options, const struct model_config *config,
                         struct failure *failure) {
     const struct mla_shape shape = {.nope = config->nope, .rope = config->rope, .v = config->v};
+    if (options->settings.resident && !options_on_gpu(options))
+        return fail(failure, ERR_INVALID,
+                    "--resident 1 needs --numerics bf16-sm90 or fp8-sm90, found %s",
+                    options->numerics);
     return options_on_gpu(options) ? gpu_device_offers(&shape, failure) : 0;
 }
 
@@ -311,6 +315,7 @@ static int pack_engine(void *argument, struct failure *failure) {
         .batch_rows = settings->batch_tokens,
         .batch_slots = 1,
         .pages = settings->kv_cache_tokens / PAGE_TOKENS,
+        .resident = settings->resident ? gpu_device_resident() : NULL,
         .gate_top_p = (float)settings->gate_top_p,
         .latent_fp8 = settings->latent_fp8 != 0,
         .mtp_steps = settings->mtp_steps,

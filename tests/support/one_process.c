@@ -33,6 +33,12 @@ void one_process_use_e4m3_rows(bool on) {
     e4m3_rows = on;
 }
 
+static const struct resident_operations *resident;
+
+void one_process_use_resident(const struct resident_operations *operations) {
+    resident = operations;
+}
+
 static bool open_engines(struct one_process *self, const struct kernels *kernels,
                          const struct parallel *parallel, struct failure *failure) {
     struct engine_options options = {
@@ -43,7 +49,8 @@ static bool open_engines(struct one_process *self, const struct kernels *kernels
         .batch_slots = 1,
         .pages = self->pages_per_sequence * ONE_PROCESS_SEQUENCES,
         .latent_fp8 = latent_fp8,
-        .mtp_steps = 2,
+        .resident = resident,
+        .mtp_steps = resident != NULL ? 0 : 2,
     };
     if (engine_open(&self->attention, self->model, &options, failure) != 0)
         return false;

@@ -11,6 +11,10 @@
 
 #define ONE_PROCESS_SEQUENCES 8
 
+struct resident_operations;
+/* From the next one_process_open() on the attention engine has this device of whole steps; NULL: none. */
+void one_process_use_resident(const struct resident_operations *resident);
+
 struct one_process {
     struct model_files files;
     struct model *model;
