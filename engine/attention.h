@@ -57,6 +57,7 @@ struct mla_work {
     float *values;                   /* [b, heads * v] */
     uint32_t *absorbed_row;          /* [n]: batch rows of the absorbed form */
     uint32_t *position;              /* [n] */
+    const float **cos_sin;           /* [n]: of rows of the expanded form; others NULL */
     const void *const **pages;       /* [n] */
     uint32_t *block_position;        /* [b] */
     const void *const **block_pages; /* [b] */

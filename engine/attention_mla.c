@@ -35,6 +35,7 @@ size_t mla_work_layout(const struct engine *self, struct mla_work *ret, uint8_t 
     ret->values = layout_take(&layout, b * heads * c->v, sizeof(float));
     ret->absorbed_row = layout_take(&layout, n, sizeof *ret->absorbed_row);
     ret->position = layout_take(&layout, n, sizeof *ret->position);
+    ret->cos_sin = layout_take(&layout, n, sizeof *ret->cos_sin);
     ret->pages = layout_take(&layout, n, sizeof *ret->pages);
     ret->block_position = layout_take(&layout, b, sizeof *ret->block_position);
     ret->block_pages = layout_take(&layout, b, sizeof *ret->block_pages);
@@ -49,6 +50,7 @@ struct mla_job {
     struct mla_work *work;
     uint32_t layer;
     uint32_t block_first, block_rows; /* absorbed form: rows of work->absorbed_row */
+    bool queries_made;                /* q_expanded came with the product */
 };
 
 /* A thread's own row of queries: [heads, expanded_stride] floats. */
@@ -150,8 +152,9 @@ static void run_expanded(struct mla_job *job) {
     const struct attention *a = self->attention;
     const struct attention_slot *slot = job->slot;
     struct mla_work *work = job->work;
-    rows_run(&self->parallel, slot->rows, self->config->heads * a->expanded_stride / 4,
-             expanded_query_rows, job);
+    if (!job->queries_made)
+        rows_run(&self->parallel, slot->rows, self->config->heads * a->expanded_stride / 4,
+                 expanded_query_rows, job);
     for (uint32_t first = 0; first < slot->rows;) {
         uint32_t end = first + 1;
         if (slot->row[first].form != MLA_EXPANDED) {
@@ -284,14 +287,40 @@ static void run_absorbed(struct mla_job *job) {
     }
 }
 
-static void project_queries(const struct engine *self, const struct attention_layer *weights,
-                            const struct attention_slot *slot, struct mla_work *work) {
+/* W_Q x, or W_QB x: queries of the expanded form as attention wants them where the kernels make
+ * them so. */
+static void make_queries(struct mla_job *job, const void *x, size_t x_stride) {
+    const struct engine *self = job->engine;
+    const struct model_config *c = self->config;
+    const struct attention *a = self->attention;
+    const struct attention_slot *slot = job->slot;
+    struct mla_work *work = job->work;
+    const struct matrix *w = &job->weights->q_b.matrix;
+    const size_t q_width = (size_t)c->heads * (c->nope + c->rope);
+    bool any = false;
+    for (uint32_t r = 0; r < slot->rows; r++) {
+        const bool expanded = slot->row[r].form == MLA_EXPANDED;
+        work->cos_sin[r] = expanded ? a->cos_sin + (size_t)slot->row[r].position * c->rope : NULL;
+        any = any || expanded;
+    }
+    job->queries_made = any && self->kernels->mla_queries != NULL && slot->rows >= MANY_ROWS &&
+                        c->nope % 32 == 0 && c->rope % 32 == 0;
+    if (job->queries_made)
+        self->kernels->mla_queries(&a->shape, w, x, x_stride, slot->rows, work->cos_sin, work->q,
+                                   q_width, work->q_expanded, a->expanded_stride, &self->parallel);
+    else
+        self->kernels->matmul(w, x, x_stride, slot->rows, work->q, q_width, &self->parallel);
+}
+
+static void project_queries(struct mla_job *job) {
+    const struct engine *self = job->engine;
+    const struct attention_layer *weights = job->weights;
+    const struct attention_slot *slot = job->slot;
+    struct mla_work *work = job->work;
     const struct model_config *c = self->config;
     const struct kernels *kernels = self->kernels;
-    const size_t q_width = (size_t)c->heads * (c->nope + c->rope);
     if (c->q_lora == 0) {
-        kernels->matmul(&weights->q_b.matrix, slot->normed, self->hidden_stride, slot->rows,
-                        work->q, q_width, &self->parallel);
+        make_queries(job, slot->normed, self->hidden_stride);
         return;
     }
     const size_t low_stride = sums_stride(c->q_lora), norm_stride = row_stride(c->q_lora);
@@ -299,8 +328,25 @@ static void project_queries(const struct engine *self, const struct attention_la
                     work->q_low, low_stride, &self->parallel);
     rows_norm(self, work->q_low, low_stride, weights->q_a_norm, slot->rows, c->q_lora,
               work->q_low_norm, norm_stride);
-    kernels->matmul(&weights->q_b.matrix, work->q_low_norm, norm_stride, slot->rows, work->q,
-                    q_width, &self->parallel);
+    make_queries(job, work->q_low_norm, norm_stride);
+}
+
+/* residual += W_O attended. */
+static void project_output(const struct mla_job *job) {
+    const struct engine *self = job->engine;
+    const struct matrix *w = &job->weights->o.matrix;
+    const struct attention_slot *slot = job->slot;
+    const struct mla_work *work = job->work;
+    const size_t stride = self->attention->attended_stride;
+    if (self->kernels->matmul_add != NULL && slot->rows >= MANY_ROWS) {
+        self->kernels->matmul_add(w, work->attended, stride, slot->rows, slot->residual,
+                                  self->hidden, &self->parallel);
+        return;
+    }
+    self->kernels->matmul(w, work->attended, stride, slot->rows, work->projected, self->hidden,
+                          &self->parallel);
+    rows_add(self, slot->residual, self->hidden, work->projected, self->hidden, slot->rows,
+             self->hidden);
 }
 
 void attention_store(struct engine *self, struct attention_slot *slot, uint32_t layer) {
@@ -308,7 +354,7 @@ void attention_store(struct engine *self, struct attention_slot *slot, uint32_t 
     const struct attention_layer *weights = &self->attention->layer[layer];
     struct mla_work work;
     mla_work_layout(self, &work, self->attention->work);
-    struct mla_job job = {self, slot, weights, &work, layer, 0, 0};
+    struct mla_job job = {self, slot, weights, &work, layer, 0, 0, false};
     self->kernels->matmul(&weights->kv_a.matrix, slot->normed, self->hidden_stride, slot->rows,
                           work.kv, c->kv_lora + c->rope, &self->parallel);
     rows_run(&self->parallel, slot->rows, (c->kv_lora + c->rope) / 2, store_rows, &job);
@@ -321,16 +367,13 @@ void attention_mla(struct engine *self, struct attention_slot *slot, uint32_t la
     const struct attention_layer *weights = &a->layer[layer];
     struct mla_work work;
     mla_work_layout(self, &work, a->work);
-    struct mla_job job = {self, slot, weights, &work, layer, 0, 0};
+    struct mla_job job = {self, slot, weights, &work, layer, 0, 0, false};
     fill_page_tables(&job);
-    project_queries(self, weights, slot, &work);
+    project_queries(&job);
     kernels->matmul(&weights->kv_a.matrix, slot->normed, self->hidden_stride, slot->rows, work.kv,
                     c->kv_lora + c->rope, &self->parallel);
     rows_run(&self->parallel, slot->rows, (c->kv_lora + c->rope) / 2, store_rows, &job);
     run_expanded(&job);
     run_absorbed(&job);
-    kernels->matmul(&weights->o.matrix, work.attended, a->attended_stride, slot->rows,
-                    work.projected, self->hidden, &self->parallel);
-    rows_add(self, slot->residual, self->hidden, work.projected, self->hidden, slot->rows,
-             self->hidden);
+    project_output(&job);
 }

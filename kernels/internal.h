@@ -100,7 +100,7 @@ struct matmul_job {
 typedef void matmul_job_function(const struct matmul_job *job, const struct parallel *parallel);
 matmul_job_function matmul_job_scalar;
 #if defined(__x86_64__)
-matmul_job_function matmul_job_avx512, matmul_job_amx;
+matmul_job_function matmul_job_avx512, matmul_job_amx, matmul_job_fp8_amx;
 #endif
 
 /* Activations to E4M3, held as BF16, for each row and segment of w:

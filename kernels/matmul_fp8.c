@@ -52,6 +52,12 @@ static void matmul_quantised(const struct matmul_job *plain, quantise_function *
     scratch_release(mark);
 }
 
+#if defined(__x86_64__)
+void matmul_job_fp8_amx(const struct matmul_job *job, const struct parallel *parallel) {
+    matmul_quantised(job, quantise_avx512, matmul_job_amx, parallel);
+}
+#endif
+
 /* ---- Rows that were quantised before they came here ---- */
 
 row_to_e4m3_function *row_to_e4m3_best(void) {

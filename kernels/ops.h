@@ -90,6 +90,8 @@ struct mla_rows {
     const void *const *const *pages; /* [rows]: pointer to the row's page table (page p holds positions 64p..64p+63) */
 };
 
+#define MANY_ROWS 33
+
 struct kernels {
     const char *name; /* "f32 scalar", "bf16 amx", ... */
     enum profile profile;
@@ -138,6 +140,17 @@ struct kernels {
     /* Rotates pairs (2i, 2i+1) of `count` vectors of width `rope`, `stride` floats apart, by the angles of one position:
      * cos_sin [rope/2][2] floats. */
     void (*rope)(float *x, size_t stride, uint32_t count, uint32_t rope, const float *cos_sin);
+
+    /* Products of many rows whose outputs never go to memory as they are. NULL: there is no such form, and rows go
+     * through matmul and the operations above, with the same bits. For fewer than MANY_ROWS rows that is faster anyway. */
+    /* y += W x, as matmul and add. */
+    void (*matmul_add)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,
+                       size_t y_stride, const struct parallel *parallel);
+    /* W x of each row, heads x [nope | rope], both multiples of 32: where cos_sin[r] is not NULL the rope part rotated by these
+     * angles, all rounded, to ret [rows, heads, ret_stride] activations, as mla_expanded wants it; else to y as matmul. */
+    void (*mla_queries)(const struct mla_shape *shape, const struct matrix *w, const void *x, size_t x_stride,
+                        uint32_t rows, const float *const *cos_sin, float *y, size_t y_stride, void *ret,
+                        size_t ret_stride, const struct parallel *parallel);
 
     /* Absorbed form (generated tokens). q: [rows, heads, q_stride] activations laid out as a row of the cache: [q_nope W_UK (kv_lora
      * wide), padded to activation_stride(kv_lora) | rotated q (rope), padded]; q_stride at least cache_stride(kv_lora, rope).

@@ -124,6 +124,14 @@ typedef void mla_expanded_function(const struct mla_shape *shape, const struct m
                                    const struct matrix *kv_b, const void *q, size_t q_stride,
                                    void *ret, size_t ret_stride, const struct parallel *parallel);
 
+typedef void matmul_add_function(const struct matrix *w, const void *x, size_t x_stride,
+                                 uint32_t rows, float *y, size_t y_stride,
+                                 const struct parallel *parallel);
+typedef void mla_queries_function(const struct mla_shape *shape, const struct matrix *w,
+                                  const void *x, size_t x_stride, uint32_t rows,
+                                  const float *const *cos_sin, float *y, size_t y_stride, void *ret,
+                                  size_t ret_stride, const struct parallel *parallel);
+
 rms_norm_function rms_norm_f32, rms_norm_bf16_scalar;
 convert_function convert_f32, convert_bf16_scalar;
 silu_mul_function silu_mul_f32, silu_mul_bf16_scalar;
@@ -141,6 +149,8 @@ add_function add_avx512;
 rope_function rope_avx512;
 mla_absorbed_function mla_absorbed_bf16_avx512, mla_absorbed_bf16_amx;
 mla_expanded_function mla_expanded_bf16_avx512, mla_expanded_bf16_amx;
+matmul_add_function matmul_add_bf16_amx, matmul_add_fp8_amx;
+mla_queries_function mla_queries_bf16_amx, mla_queries_fp8_amx;
 #endif
 
 #endif

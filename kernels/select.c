@@ -86,6 +86,8 @@ static const struct kernels BF16_AMX = {
     .isa = ISA_AMX,
     MATRICES,
     PRODUCTS(bf16, amx),
+    .matmul_add = matmul_add_bf16_amx,
+    .mla_queries = mla_queries_bf16_amx,
     ROWS(avx512),
 };
 static const struct kernels FP8_AMX = {
@@ -94,6 +96,8 @@ static const struct kernels FP8_AMX = {
     .isa = ISA_AMX,
     MATRICES,
     PRODUCTS(fp8, amx),
+    .matmul_add = matmul_add_fp8_amx,
+    .mla_queries = mla_queries_fp8_amx,
     TRAVELLING(amx, avx512),
     ROWS(avx512),
 };

@@ -421,6 +421,8 @@ const struct kernels *kernels_cuda(const char *name, bool fp8, struct failure *f
     device.table.row_to_e4m3 = fp8 ? row_to_e4m3_best() : NULL;
     device.table.takes_e4m3 = fp8 ? takes_rows : NULL;
     device.table.matmul_e4m3 = fp8 ? matmul_rows : NULL;
+    device.table.matmul_add = NULL;
+    device.table.mla_queries = NULL;
     device.table.mla_absorbed = mla_absorbed;
     device.table.mla_expanded = mla_expanded;
     return &device.table;
