@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_ops.h"
+#include "kernels/latent.h"
 
 namespace {
 
@@ -225,7 +226,7 @@ void masked(card &c, bool fp8, uint32_t groups, uint32_t capacity, uint32_t rows
 
 /* ---- Attention ---- */
 
-void absorbed(card &c, uint32_t rows, uint32_t heads, uint32_t positions) {
+void absorbed(card &c, uint32_t rows, uint32_t heads, uint32_t positions, bool e4m3) {
     const uint32_t pages = (positions + 63) / 64, width = 576;
     struct mla_absorbed_args args = {};
     args.heads = heads, args.kv_lora = 512, args.rope = 64, args.scale = 0.07f;
@@ -241,17 +242,20 @@ void absorbed(card &c, uint32_t rows, uint32_t heads, uint32_t positions) {
     args.position = device_position, args.pages = device_table;
     args.work = (float *)device(mla_absorbed_work_bytes_cuda(512, heads, rows, args.splits));
     bf16 *q = (bf16 *)device((size_t)rows * heads * width * 2);
-    bf16 *cache = (bf16 *)device((size_t)rows * pages * 64 * width * 2);
+    const uint32_t row_bytes = e4m3 ? latent_row_bytes(512, 64) : width * 2;
+    bf16 *cache = (bf16 *)device((size_t)rows * pages * 64 * row_bytes);
     bf16 *ret = (bf16 *)device((size_t)rows * heads * 512 * 2);
     struct mla_absorbed_cuda plan;
-    check(mla_absorbed_plan_cuda(&plan, q, width, rows, cache, width, rows * pages, &args), "plan");
+    check(e4m3 ? mla_absorbed_plan_e4m3_cuda(&plan, q, width, rows, cache, rows * pages, &args)
+               : mla_absorbed_plan_cuda(&plan, q, width, rows, cache, width, rows * pages, &args),
+          "plan");
     const double us =
         median_us(c, [&] { return mla_absorbed_cuda(c.stream, &plan, rows, ret, 512); });
     char name[96];
-    snprintf(name, sizeof name, "mla absorbed rows %u heads %u positions %u", rows, heads,
-             positions);
+    snprintf(name, sizeof name, "mla absorbed%s rows %u heads %u positions %u",
+             e4m3 ? " e4m3" : "", rows, heads, positions);
     print_row(c, name, us, -1, 2.0 * rows * heads * (double)positions * (576 + 512),
-              2.0 * rows * ((double)positions * width + (double)heads * (width + 512)), false);
+              rows * ((double)positions * row_bytes + 2.0 * heads * (width + 512)), false);
     cudaFree(device_position), cudaFree(device_table), cudaFree(args.work);
     cudaFree(q), cudaFree(cache), cudaFree(ret);
 }
@@ -386,8 +390,10 @@ int main(void) {
     print_head("attention");
     for (uint32_t rows : {1u, 16u, 64u, 128u})
         for (uint32_t positions : {1024u, 4096u, 8192u})
-            absorbed(c, rows, 128, positions);
-    absorbed(c, 64, 16, 4096);
+            for (bool e4m3 : {false, true})
+                absorbed(c, rows, 128, positions, e4m3);
+    absorbed(c, 64, 16, 4096, false);
+    absorbed(c, 64, 16, 4096, true);
     for (uint32_t rows : {256u, 1024u, 4096u})
         expanded(c, rows, 128);
     printf("\n");
