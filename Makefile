@@ -226,13 +226,11 @@ bench-gpu: $(BENCH_GPU) $(BENCH_STEP) ## measure the kernels on a card, beside c
 	@$(if $(BENCH_GPU),$(BENCH_GPU),echo "this needs nvcc and cuBLASLt" >&2; exit 1)
 	@$(BENCH_STEP)
 
-cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS) $(BENCH_GPU) $(BENCH_STEP)) ## build everything for the GPU (needs nvcc, no card)
-
 .PHONY: bench-gpu-peers
 bench-gpu-peers: $(BENCH_GPU) ## the same beside DeepGEMM and FlashMLA, where their wheels are installed (ARGS=--help)
 	python3 bench/gpu/peers.py --bench $(BUILD)/bench-gpu $(ARGS)
 
-cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS) $(BENCH_GPU)) ## build everything for the GPU (needs nvcc, no card)
+cuda: $(CUDA_OBJECTS) $(if $(NVCC),$(GPU_TESTS) $(BENCH_GPU) $(BENCH_STEP)) ## build everything for the GPU (needs nvcc, no card)
 	@$(if $(NVCC),true,echo "there is no nvcc: set CUDA_HOME or put it on the PATH" >&2; exit 1)
 
 test-gpu: cuda ## run the kernel tests on a card

@@ -32,6 +32,13 @@ static struct weight_view value_view(const struct model_config *c, struct weight
     return kv_b;
 }
 
+void attention_absorbed_views(const struct model *model, uint32_t layer, uint32_t head,
+                              struct weight_view *ret_key, struct weight_view *ret_value) {
+    const struct weight_view kv_b = attention_kv_b(model, layer);
+    *ret_key = attention_key_view(model_config(model), kv_b, head);
+    *ret_value = value_view(model_config(model), kv_b, head);
+}
+
 static int open_matrix(struct engine *self, struct packed *ret, enum weight which, uint32_t layer,
                        const char *what, struct failure *failure) {
     struct weight_view view = which == W_KV_B ? attention_kv_b(self->model, layer)
@@ -48,14 +55,14 @@ static int open_norm(struct engine *self, float **ret, enum weight which, uint32
 static int open_absorbed(struct engine *self, struct attention_layer *layer, uint32_t l,
                          struct failure *failure) {
     const struct model_config *c = self->config;
-    struct weight_view kv_b = attention_kv_b(self->model, l);
     layer->w_uk = calloc(c->heads, sizeof *layer->w_uk);
     layer->w_uv = calloc(c->heads, sizeof *layer->w_uv);
     if (layer->w_uk == NULL || layer->w_uv == NULL)
         return fail(failure, ERR_NO_MEMORY, "absorbed weights of layer %u: no memory for %u heads",
                     l, c->heads);
     for (uint32_t h = 0; h < c->heads; h++) {
-        struct weight_view key = attention_key_view(c, kv_b, h), value = value_view(c, kv_b, h);
+        struct weight_view key, value;
+        attention_absorbed_views(self->model, l, h, &key, &value);
         int error = packed_open(&layer->w_uk[h], self->kernels, &key, "absorbed key weights",
                                 &self->memory_bytes, failure);
         if (error == 0)

@@ -179,5 +179,9 @@ uint64_t engine_memory_bytes(const struct engine *self);
 size_t engine_cache_ahead(struct engine *self, size_t ahead_bytes, void **ret);
 /* Whether that would give something; any thread. */
 bool engine_cache_wants(const struct engine *self, size_t ahead_bytes);
+/* Bytes that an engine with these options takes on the device of its kernels as soon as it opens: weights, and the rows
+ * of its largest batch on their way through a product. 0 where the kernels have no device. (The expanded form's keys and values grow with
+ * the prompt and are not in it, nor is what an EXPERT engine is given to hold: engine_expert_pack looks for itself.) */
+uint64_t engine_device_bytes(const struct model *model, const struct engine_options *options);
 
 #endif

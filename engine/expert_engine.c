@@ -102,6 +102,17 @@ void experts_close(struct engine *self) {
     self->experts = NULL;
 }
 
+/* A load that does not fit fails as an event; what is held stays. */
+int expert_fits(const struct kernels *kernels, const struct weight_view view[3],
+                struct failure *failure) {
+    uint64_t bytes = 0;
+    if (kernels->device_fits == NULL)
+        return 0;
+    for (int i = 0; i < 3; i++)
+        bytes += kernels->matrix_image_bytes(&view[i]);
+    return kernels->device_fits(bytes, "weights of an expert", failure);
+}
+
 int engine_expert_pack(const struct model *model, const struct kernels *kernels, uint32_t layer,
                        uint32_t expert, struct expert_weights **ret, struct failure *failure) {
     const struct model_config *c = model_config(model);
@@ -109,14 +120,16 @@ int engine_expert_pack(const struct model *model, const struct kernels *kernels,
         (layer < c->layers && !model_layer_is_moe(c, layer)))
         return fail(failure, ERR_NOT_FOUND, "expert %u of layer %u: the model has no such expert",
                     expert, layer);
-    struct expert_weights *weights = calloc(1, sizeof *weights);
-    if (weights == NULL)
-        return fail(failure, ERR_NO_MEMORY, "expert %u of layer %u: no memory", expert, layer);
     const struct weight_view view[3] = {
         model_expert_weight(model, layer, expert, EXPERT_GATE),
         model_expert_weight(model, layer, expert, EXPERT_UP),
         model_expert_weight(model, layer, expert, EXPERT_DOWN),
     };
+    if (expert_fits(kernels, view, failure) < 0)
+        return failure->code;
+    struct expert_weights *weights = calloc(1, sizeof *weights);
+    if (weights == NULL)
+        return fail(failure, ERR_NO_MEMORY, "expert %u of layer %u: no memory", expert, layer);
     numerics_enter();
     int error = mlp_open(&weights->mlp, kernels, view, "expert weights", &weights->bytes, failure);
     if (error != 0) {
@@ -165,8 +178,7 @@ bool engine_expert_held(const struct engine *self, uint32_t layer, uint32_t expe
            *held_at(self, layer, expert) != NULL;
 }
 
-const struct expert_weights *experts_held(const struct engine *self, uint32_t layer,
-                                          uint32_t expert) {
+struct expert_weights *experts_held(const struct engine *self, uint32_t layer, uint32_t expert) {
     return engine_expert_held(self, layer, expert) ? *held_at(self, layer, expert) : NULL;
 }
 

@@ -37,25 +37,32 @@ static struct image_header header_of(const struct expert_weights *weights) {
     return header;
 }
 
-static uint64_t image_bytes(const struct expert_weights *weights) {
+/* Of a matrix: its memory, or what it has on the device. */
+static uint64_t part_bytes(const struct expert_weights *weights, const struct kernels *kernels, int part) {
+    const struct matrix *matrix = &part_of(&weights->mlp, part)->matrix;
+    return kernels->matrix_read != NULL ? matrix->device_bytes : matrix->bytes;
+}
+
+static uint64_t image_bytes(const struct expert_weights *weights, const struct kernels *kernels) {
     uint64_t bytes = sizeof(struct image_header);
     for (int i = 0; i < 3; i++)
-        bytes += part_of(&weights->mlp, i)->matrix.bytes;
+        bytes += part_bytes(weights, kernels, i);
     return bytes;
 }
 
 /* The shapes without the weights, for the header, and the sum over all. Views that begin inside a tensor are packed
- * with other borders between blocks than their shape says, and a device keeps its weights where they cannot be
- * read: those are not given away. */
+ * with other borders between blocks than their shape says, and some profiles keep weights where they cannot be
+ * read: those are not given away. Of weights on a device the sum is made when they are first asked for. */
 void expert_image_prepare(struct expert_weights *weights, const struct kernels *kernels,
                           const struct weight_view view[3]) {
-    weights->movable = kernels->matrix_adopt != NULL;
+    weights->movable = kernels->matrix_adopt != NULL || kernels->matrix_read != NULL;
     for (int i = 0; i < 3; i++) {
         weights->shape[i] = view[i];
         weights->shape[i].data = NULL;
         weights->movable = weights->movable && !view[i].transposed && view[i].row0 == 0 && view[i].col0 == 0;
     }
-    if (!weights->movable)
+    weights->summed = kernels->matrix_read == NULL;
+    if (!weights->movable || !weights->summed)
         return;
     struct image_header header = header_of(weights);
     weights->crc = crc32c(0, &header, sizeof header);
@@ -66,43 +73,63 @@ void expert_image_prepare(struct expert_weights *weights, const struct kernels *
 }
 
 /* Bytes of the image from `offset` on. */
-static void copy_out(const struct expert_weights *weights, uint64_t offset, uint32_t bytes, uint8_t *ret) {
+static void copy_out(const struct expert_weights *weights, const struct kernels *kernels, uint64_t offset,
+                     uint32_t bytes, uint8_t *ret) {
     struct image_header header = header_of(weights);
     const uint8_t *piece[4] = {(const uint8_t *)&header};
     uint64_t size[4] = {sizeof header}, begin = 0;
     for (int i = 0; i < 3; i++) {
         piece[i + 1] = part_of(&weights->mlp, i)->memory;
-        size[i + 1] = part_of(&weights->mlp, i)->matrix.bytes;
+        size[i + 1] = part_bytes(weights, kernels, i);
     }
     for (int i = 0; i < 4 && bytes > 0; begin += size[i++]) {
         if (offset >= begin + size[i])
             continue;
         uint64_t at = offset - begin, left = size[i] - at;
         uint32_t count = left < bytes ? (uint32_t)left : bytes;
-        memcpy(ret, piece[i] + at, count);
+        if (i > 0 && kernels->matrix_read != NULL)
+            kernels->matrix_read(&part_of(&weights->mlp, i - 1)->matrix, at, count, ret);
+        else
+            memcpy(ret, piece[i] + at, count);
         ret += count;
         offset += count;
         bytes -= count;
     }
 }
 
+/* Of weights on a device, read back once. */
+static void sum_up(struct expert_weights *weights, const struct kernels *kernels, uint8_t *chunk) {
+    const uint64_t total = image_bytes(weights, kernels);
+    weights->crc = 0;
+    for (uint64_t done = 0; done < total;) {
+        const uint32_t count =
+            total - done < WEIGHTS_CHUNK_MAX ? (uint32_t)(total - done) : WEIGHTS_CHUNK_MAX;
+        copy_out(weights, kernels, done, count, chunk);
+        weights->crc = crc32c(weights->crc, chunk, count);
+        done += count;
+    }
+    weights->summed = true;
+}
+
 /* PROGRAM_READ. A pair that is not held, or an offset beyond the end: nothing is read, total is 0. */
 void experts_read(struct engine *self, const struct program *program, struct program_result *ret) {
-    const struct expert_weights *weights = experts_held(self, program->layer, program->items);
+    struct expert_weights *weights = experts_held(self, program->layer, program->items);
     struct failure failure;
     ret->piece_bytes = 0;
     ret->total = 0;
     if (weights == NULL || !weights->movable || program->bytes > WEIGHTS_CHUNK_MAX)
         return;
-    uint64_t total = image_bytes(weights);
+    uint64_t total = image_bytes(weights, self->kernels);
     if (program->offset >= total)
         return;
     void *chunk = experts_chunk(self, WEIGHTS_CHUNK_MAX, &failure);
     if (chunk == NULL)
         return;
+    if (!weights->summed)
+        sum_up(weights, self->kernels, chunk);
     uint64_t left = total - program->offset;
     ret->piece_bytes = left < program->bytes ? (uint32_t)left : program->bytes;
-    copy_out(weights, program->offset, ret->piece_bytes, chunk);
+    copy_out(weights, self->kernels, program->offset, ret->piece_bytes, chunk);
     ret->piece = chunk;
     ret->total = total;
     ret->crc = weights->crc;
@@ -135,6 +162,12 @@ static int adopt_parts(struct expert_weights *weights, const struct kernels *ker
         if (parts[i]->memory == NULL)
             return ERR_NO_MEMORY;
         parts[i]->bytes = bytes;
+        if (kernels->matrix_take_image != NULL) {
+            kernels->matrix_take_image(&parts[i]->matrix, &view[i], parts[i]->memory, at);
+            weights->bytes += parts[i]->matrix.device_bytes;
+            at += parts[i]->matrix.device_bytes;
+            continue;
+        }
         memcpy(parts[i]->memory, at, bytes);
         kernels->matrix_adopt(&parts[i]->matrix, &view[i], parts[i]->memory);
         at += bytes;
@@ -148,7 +181,7 @@ int engine_expert_unpack(const struct model_config *config, const struct kernels
     struct image_header header;
     struct weight_view view[3];
     uint64_t expected = sizeof header;
-    if (kernels->matrix_adopt == NULL)
+    if (kernels->matrix_adopt == NULL && kernels->matrix_take_image == NULL)
         return fail(failure, ERR_UNSUPPORTED, "%s cannot take weights that another process has packed",
                     kernels->name);
     if (bytes < sizeof header)
@@ -163,11 +196,14 @@ int engine_expert_unpack(const struct model_config *config, const struct kernels
         int error = check_part(config, &header, i, &view[i], failure);
         if (error < 0)
             return error;
-        expected += kernels->matrix_bytes(&view[i]);
+        expected += kernels->matrix_image_bytes != NULL ? kernels->matrix_image_bytes(&view[i])
+                                                        : kernels->matrix_bytes(&view[i]);
     }
     if (bytes != expected)
         return fail(failure, ERR_CORRUPT, "weights of an expert: expected %llu bytes, found %zu",
                     (unsigned long long)expected, bytes);
+    if (expert_fits(kernels, view, failure) < 0)
+        return failure->code;
     struct expert_weights *weights = calloc(1, sizeof *weights);
     if (weights == NULL)
         return fail(failure, ERR_NO_MEMORY, "expert %u of layer %u: no memory", expert, layer);

@@ -145,10 +145,12 @@ struct expert_weights {
     uint32_t layer, expert;
     struct weight_view shape[3]; /* gate, up, down, without data */
     uint32_t crc;                /* of the image (expert_image.c) */
+    bool summed;                 /* it is known */
     bool movable;                /* may be read as one */
 };
+int expert_fits(const struct kernels *kernels, const struct weight_view view[3], struct failure *failure);
 int experts_open(struct engine *self, struct failure *failure);
-const struct expert_weights *experts_held(const struct engine *self, uint32_t layer, uint32_t expert); /* NULL: not held */
+struct expert_weights *experts_held(const struct engine *self, uint32_t layer, uint32_t expert); /* NULL: not held */
 void *experts_chunk(struct engine *self, size_t bytes, struct failure *failure); /* memory to read into */
 void expert_image_prepare(struct expert_weights *weights, const struct kernels *kernels,
                           const struct weight_view view[3]);

@@ -9,6 +9,7 @@ int packed_open(struct packed *ret, const struct kernels *kernels, const struct 
     if (memory == NULL)
         return ERR_NO_MEMORY;
     kernels->matrix_pack(&ret->matrix, view, memory);
+    *total += ret->matrix.device_bytes;
     ret->memory = memory;
     ret->bytes = bytes;
     return 0;

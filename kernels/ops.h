@@ -65,6 +65,7 @@ struct matrix {
     const uint32_t *segment_block; /* [segments + 1]: first 32-wide block of each */
     const uint32_t *plain; /* E4M3: a bit per tile, set where all its weights are normal numbers; else NULL */
     size_t bytes;           /* of memory used */
+    size_t device_bytes;    /* of these on a device */
     void (*release)(struct matrix *self); /* gives back what lies elsewhere; NULL: nothing does */
 };
 
@@ -104,6 +105,15 @@ struct kernels {
     /* As matrix_pack, where `memory` holds what another process of the same profile has packed: of the view only its
      * shape, dtype and blocks are looked at (scale: NULL or not). NULL: weights cannot be moved between processes. */
     void (*matrix_adopt)(struct matrix *ret, const struct weight_view *view, void *memory);
+
+    /* Where weights lie on a device (NULL elsewhere): their bytes as another device of the same profile takes them, a piece at
+     * a time, and all of them put there. Of the view only its shape is looked at, as in matrix_adopt. matrix_image_bytes is also what a
+     * matrix takes on the device, before it is there. */
+    size_t (*matrix_image_bytes)(const struct weight_view *view);
+    void (*matrix_read)(const struct matrix *w, size_t offset, size_t bytes, void *ret);
+    /* Whether so much more of `what` fits there now, a reserve kept back; else ERR_NO_MEMORY with what was needed and found. */
+    int (*device_fits)(uint64_t bytes, const char *what, struct failure *failure);
+    void (*matrix_take_image)(struct matrix *ret, const struct weight_view *view, void *memory, const void *image);
 
     /* y[r][0..n) = W x[r]. x: [rows, x_stride] activations, y: [rows, y_stride] float. rows may be 0. */
     void (*matmul)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,

@@ -59,6 +59,9 @@ void device_use_cuda(int index);
 int device_enter_cuda(void);
 int device_take_cuda(size_t bytes, void **ret);
 void device_give_cuda(void *memory);
+/* What is free of it now, and what it has; emulated: device_pretend_cuda() says. */
+int device_room_cuda(uint64_t *ret_free, uint64_t *ret_total);
+void device_pretend_cuda(uint64_t free_bytes);
 int device_put_cuda(void *memory, const void *from, size_t bytes);
 int device_get_cuda(void *to, const void *memory, size_t bytes);
 

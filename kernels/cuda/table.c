@@ -10,14 +10,17 @@
  * thread at a time may use it: engines with a device have one compute thread. */
 #include "kernels/cuda/table.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/internal.h"
 #include "kernels/rows.h"
+#include "kernels/staging.h"
 
-enum { BLOCK = 128 };
+enum { BLOCK = 128, STAGERS = 3, STAGING_BYTES = 4 << 20 };
+#define DEVICE_RESERVE (512u << 20) /* for the runtime's own, NCCL's, and fragments */
 
 /* Device memory that grows to a high-water mark and stays; and the host's side of it. */
 struct room {
@@ -75,42 +78,169 @@ static bool stays_e4m3(const struct weight_view *view) {
            view->col0 % BLOCK == 0;
 }
 
+/* Page-locked buffers, one set for each thread that packs: the background, what is urgent, and the
+ * actor's own. Whoever finds none copies plainly. */
+static struct stager {
+    atomic_flag taken;
+    bool open;
+    struct staging staging;
+} stagers[STAGERS];
+
+static struct stager *stager_take(void) {
+    for (int i = 0; i < STAGERS; i++) {
+        struct stager *stager = &stagers[i];
+        if (atomic_flag_test_and_set(&stager->taken))
+            continue;
+        struct staging_api api;
+        if (!stager->open && staging_api_cuda(&api) == 0) {
+            stager->open = staging_open(&stager->staging, &api, STAGING_BYTES) == 0;
+            if (!stager->open)
+                staging_api_drop_cuda(&api);
+        }
+        if (stager->open)
+            return stager;
+        atomic_flag_clear(&stager->taken);
+    }
+    return NULL;
+}
+
+/* What a matrix's rows are made of. */
+struct image_rows {
+    const uint8_t *bytes;
+    size_t row_bytes;
+};
+struct source {
+    const struct weight_view *view;
+    uint32_t stride; /* elements */
+};
+
+static void fill_e4m3(void *context, uint32_t first, uint32_t rows, void *ret) {
+    const struct source *source = context;
+    const struct weight_view *view = source->view;
+    uint8_t *to = ret;
+    for (uint32_t n = first; n < first + rows; n++, to += source->stride) {
+        memcpy(to, (const uint8_t *)view->data + ((size_t)view->row0 + n) * view->stride + view->col0,
+               view->k);
+        memset(to + view->k, 0, source->stride - view->k);
+    }
+}
+
+static void fill_bf16(void *context, uint32_t first, uint32_t rows, void *ret) {
+    const struct source *source = context;
+    const struct weight_view *view = source->view;
+    bf16 *to = ret;
+    for (uint32_t n = first; n < first + rows; n++, to += source->stride) {
+        if (view->dtype == DTYPE_BF16 && !view->transposed)
+            memcpy(to,
+                   (const bf16 *)view->data + ((size_t)view->row0 + n) * view->stride + view->col0,
+                   view->k * sizeof *to);
+        else
+            for (uint32_t k = 0; k < view->k; k++)
+                to[k] = bf16_from_float(weight_element(view, n, k));
+        memset(to + view->k, 0, (source->stride - view->k) * sizeof *to);
+    }
+}
+
+static void fill_copy(void *context, uint32_t first, uint32_t rows, void *ret) {
+    const struct image_rows *image = context;
+    memcpy(ret, image->bytes + first * image->row_bytes, rows * image->row_bytes);
+}
+
+/* `rows` rows to new device memory. */
+static void *put_rows(size_t row_bytes, uint32_t rows, staging_fill *fill, void *context) {
+    void *to;
+    must(device_take_cuda(rows * row_bytes, &to));
+    struct stager *stager = row_bytes <= STAGING_BYTES ? stager_take() : NULL;
+    if (stager != NULL) {
+        must(staging_put(&stager->staging, to, row_bytes, rows, fill, context));
+        atomic_flag_clear(&stager->taken);
+        return to;
+    }
+    uint8_t *whole = malloc(rows * row_bytes + 1);
+    ASSERT(whole != NULL);
+    fill(context, 0, rows, whole);
+    must(device_put_cuda(to, whole, rows * row_bytes));
+    free(whole);
+    return to;
+}
+
 static void pack_e4m3(struct device_matrix *to, const struct weight_view *view) {
     to->stride = blocks(view->k) * BLOCK;
-    const size_t bytes = (size_t)view->n * to->stride;
     const size_t scales = (size_t)blocks(view->n) * blocks(view->k);
-    uint8_t *rows = calloc(bytes, 1);
     float *scale = calloc(scales, sizeof *scale);
-    ASSERT(rows != NULL && scale != NULL);
-    for (uint32_t n = 0; n < view->n; n++)
-        memcpy(rows + (size_t)n * to->stride,
-               (const uint8_t *)view->data + ((size_t)view->row0 + n) * view->stride + view->col0,
-               view->k);
+    ASSERT(scale != NULL);
     for (uint32_t n = 0; n < blocks(view->n); n++)
         for (uint32_t k = 0; k < blocks(view->k); k++)
             scale[(size_t)n * blocks(view->k) + k] =
                 view->scale[((size_t)view->row0 / BLOCK + n) * view->scale_stride +
                             view->col0 / BLOCK + k];
-    must(device_take_cuda(bytes, &to->weights));
+    struct source source = {view, to->stride};
+    to->weights = put_rows(to->stride, view->n, fill_e4m3, &source);
     must(device_take_cuda(scales * sizeof *scale, (void **)&to->scales));
-    must(device_put_cuda(to->weights, rows, bytes));
     must(device_put_cuda(to->scales, scale, scales * sizeof *scale));
-    free(rows);
     free(scale);
 }
 
 static void pack_bf16(struct device_matrix *to, const struct weight_view *view) {
     to->scales = NULL;
     to->stride = (uint32_t)activation_stride(view->k);
-    const size_t bytes = (size_t)view->n * to->stride * sizeof(bf16);
-    bf16 *rows = calloc(bytes > 0 ? bytes : 1, 1);
-    ASSERT(rows != NULL);
-    for (uint32_t n = 0; n < view->n; n++)
-        for (uint32_t k = 0; k < view->k; k++)
-            rows[(size_t)n * to->stride + k] = bf16_from_float(weight_element(view, n, k));
-    must(device_take_cuda(bytes, &to->weights));
-    must(device_put_cuda(to->weights, rows, bytes));
-    free(rows);
+    struct source source = {view, to->stride};
+    to->weights = put_rows(to->stride * sizeof(bf16), view->n, fill_bf16, &source);
+}
+
+/* ---- Moving: weights as bytes, rows and then scales, as they lie on the device ---- */
+
+static size_t weight_bytes(const struct matrix *w) {
+    const struct device_matrix *on_device = w->data;
+    return (size_t)w->n * on_device->stride * (on_device->scales != NULL ? 1 : sizeof(bf16));
+}
+static size_t scale_bytes(uint32_t n, uint32_t k) {
+    return (size_t)blocks(n) * blocks(k) * sizeof(float);
+}
+
+static size_t matrix_image_bytes(const struct weight_view *view) {
+    return stays_e4m3(view)
+               ? (size_t)view->n * blocks(view->k) * BLOCK + scale_bytes(view->n, view->k)
+               : (size_t)view->n * activation_stride(view->k) * sizeof(bf16);
+}
+
+static int device_fits(uint64_t bytes, const char *what, struct failure *failure) {
+    uint64_t free_bytes = 0, total_bytes = 0;
+    const int error = device_room_cuda(&free_bytes, &total_bytes);
+    if (error != 0)
+        return fail(failure, ERR_UNSUPPORTED, "the GPU does not say what is free of it: CUDA error %d",
+                    error);
+    const uint64_t room = free_bytes > DEVICE_RESERVE ? free_bytes - DEVICE_RESERVE : 0;
+    if (bytes <= room)
+        return 0;
+    return fail(failure, ERR_NO_MEMORY,
+                "%s need %llu MiB, the GPU has %llu of %llu MiB free, %u of which are kept back: use "
+                "more GPUs, or give this process less to hold",
+                what, (unsigned long long)(bytes >> 20), (unsigned long long)(free_bytes >> 20),
+                (unsigned long long)(total_bytes >> 20), DEVICE_RESERVE >> 20);
+}
+
+static void matrix_read(const struct matrix *w, size_t offset, size_t bytes, void *ret) {
+    const struct device_matrix *on_device = w->data;
+    const size_t weights = weight_bytes(w);
+    uint8_t *to = ret;
+    if (offset < weights) {
+        const size_t count = weights - offset < bytes ? weights - offset : bytes;
+        must(device_get_cuda(to, (const uint8_t *)on_device->weights + offset, count));
+        offset += count, bytes -= count, to += count;
+    }
+    if (bytes > 0)
+        must(device_get_cuda(to, (const uint8_t *)on_device->scales + (offset - weights), bytes));
+}
+
+static struct matrix matrix_of(const struct weight_view *view, struct device_matrix *to, bool e4m3) {
+    return (struct matrix){.n = view->n,
+                           .k = view->k,
+                           .dtype = e4m3 ? DTYPE_E4M3 : DTYPE_BF16,
+                           .data = to,
+                           .bytes = sizeof *to,
+                           .device_bytes = matrix_image_bytes(view),
+                           .release = matrix_release};
 }
 
 static void matrix_pack(struct matrix *ret, const struct weight_view *view, void *memory) {
@@ -121,12 +251,23 @@ static void matrix_pack(struct matrix *ret, const struct weight_view *view, void
         pack_e4m3(to, view);
     else
         pack_bf16(to, view);
-    *ret = (struct matrix){.n = view->n,
-                           .k = view->k,
-                           .dtype = e4m3 ? DTYPE_E4M3 : DTYPE_BF16,
-                           .data = to,
-                           .bytes = 64 + (size_t)view->n * to->stride * (e4m3 ? 1 : sizeof(bf16)),
-                           .release = matrix_release};
+    *ret = matrix_of(view, to, e4m3);
+}
+
+static void matrix_take_image(struct matrix *ret, const struct weight_view *view, void *memory,
+                              const void *image) {
+    struct device_matrix *to = memory;
+    const bool e4m3 = stays_e4m3(view);
+    to->stride = e4m3 ? blocks(view->k) * BLOCK : (uint32_t)activation_stride(view->k);
+    to->scales = NULL;
+    struct image_rows rows = {image, e4m3 ? to->stride : to->stride * sizeof(bf16)};
+    to->weights = put_rows(rows.row_bytes, view->n, fill_copy, &rows);
+    if (e4m3) {
+        const size_t bytes = scale_bytes(view->n, view->k);
+        must(device_take_cuda(bytes, (void **)&to->scales));
+        must(device_put_cuda(to->scales, rows.bytes + view->n * rows.row_bytes, bytes));
+    }
+    *ret = matrix_of(view, to, e4m3);
 }
 
 const struct device_matrix *kernels_cuda_matrix(const struct matrix *matrix) {
@@ -415,6 +556,11 @@ const struct kernels *kernels_cuda(const char *name, bool fp8, struct failure *f
     device.table.name = name;
     device.table.matrix_bytes = matrix_bytes;
     device.table.matrix_pack = matrix_pack;
+    device.table.matrix_adopt = NULL;
+    device.table.matrix_image_bytes = matrix_image_bytes;
+    device.table.device_fits = device_fits;
+    device.table.matrix_read = matrix_read;
+    device.table.matrix_take_image = matrix_take_image;
     device.table.matmul = matmul;
     device.table.matmul_latent = matmul; /* weights are packed for the device */
     /* Quantised on the device as on the CPU: quantise.cu. */

@@ -117,6 +117,92 @@ static void test_rows_in_e4m3(void **state) {
     free(plain), free(e4m3);
 }
 
+/* Weights of one device, read in pieces and put on another: the image's sum is right, rows come out with
+ * the same bits, what is cut short is refused, and a device without room says so. */
+static void test_weights_move(void **state) {
+    const struct model_config *c = model.config;
+    const uint32_t layer = c->layers - 1, hidden = c->hidden;
+    struct failure failure;
+    uint8_t *image = malloc(engine_expert_image_limit(c));
+    uint64_t total = 1;
+    uint32_t crc = 0;
+    for (uint64_t at = 0; at < total;) {
+        struct program_result result;
+        struct program read = {
+            .kind = PROGRAM_READ, .layer = layer, .items = 2, .offset = at, .bytes = 7777};
+        engine_run(model.expert, &read, &result);
+        total = result.total;
+        crc = result.crc;
+        assert_true(result.piece_bytes > 0 && total <= engine_expert_image_limit(c));
+        memcpy(image + at, result.piece, result.piece_bytes);
+        at += result.piece_bytes;
+    }
+    assert_int_equal(crc32c(0, image, total), crc);
+    const struct kernels *kernels = kernels_cuda("sm90", c->fp8, &failure);
+    struct engine_options options = {.role = ENGINE_EXPERT,
+                                     .kernels = kernels,
+                                     .parallel = PARALLEL_SERIAL,
+                                     .batch_rows = 8};
+    struct engine *engine = NULL;
+    struct expert_weights *weights = NULL;
+    assert_int_equal(engine_open(&engine, model.model, &options, &failure), 0);
+    assert_true(engine_expert_unpack(c, kernels, layer, 2, image, total - 4, &weights, &failure) < 0);
+    assert_int_equal(engine_expert_unpack(c, kernels, layer, 2, image, total, &weights, &failure), 0);
+    const uint64_t before = engine_memory_bytes(engine);
+    engine_expert_publish(engine, layer, 2, &weights);
+    assert_true(engine_memory_bytes(engine) - before >= total - 64); /* what lies on the device counts */
+    bf16 *rows = malloc(2 * hidden * sizeof *rows);
+    for (uint32_t i = 0; i < 2 * hidden; i++)
+        rows[i] = bf16_from_float((float)(i * 37 % 201) / 100 - 1);
+    const struct frame_group group = {.expert = 2, .count = 2};
+    const struct program program = {.kind = PROGRAM_EXPERT, .layer = layer, .rows = 2, .items = 2,
+                                    .groups = 1, .group = &group, .item_row = (uint32_t[]){0, 1},
+                                    .payload = rows};
+    struct program_result first, second;
+    engine_run(model.expert, &program, &first);
+    engine_run(engine, &program, &second);
+    assert_memory_equal(first.output, second.output, 2 * hidden * sizeof(float));
+    if (gpu_is_emulated()) {
+        device_pretend_cuda(512ull << 20);
+        assert_int_equal(
+            engine_expert_unpack(c, kernels, layer, 2, image, total, &weights, &failure),
+            ERR_NO_MEMORY);
+        assert_non_null(strstr(failure.text, "weights of an expert need"));
+        assert_non_null(strstr(failure.text, "512 of"));
+        assert_int_equal(engine_expert_pack(model.model, kernels, layer, 2, &weights, &failure),
+                         ERR_NO_MEMORY);
+        device_pretend_cuda(1ull << 40);
+    }
+    engine_close(&engine);
+    free(rows), free(image);
+}
+
+/* What a role needs is known before it is loaded: no less than what it then holds there. */
+static void test_memory_is_told_before(void **state) {
+    struct failure failure;
+    struct engine_options options = {.role = ENGINE_ATTENTION,
+                                     .kernels = kernels_cuda("sm90", false, &failure),
+                                     .parallel = PARALLEL_SERIAL,
+                                     .batch_rows = 4,
+                                     .batch_slots = 1,
+                                     .pages = 2,
+                                     .mtp_steps = 2};
+    for (int role = ENGINE_ATTENTION; role <= ENGINE_SAMPLER; role++) {
+        options.role = (enum engine_role)role;
+        const uint64_t told = engine_device_bytes(model.model, &options);
+        struct engine *engine = NULL;
+        assert_int_equal(engine_open(&engine, model.model, &options, &failure), 0);
+        const uint64_t holds = engine_memory_bytes(engine);
+        engine_close(&engine);
+        options.kernels = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+        assert_int_equal(engine_device_bytes(model.model, &options), 0); /* no device */
+        options.kernels = kernels_cuda("sm90", false, &failure);
+        assert_true(told > 0);
+        if (role != ENGINE_EXPERT)
+            assert_true(holds > told - (1 << 20)); /* the report has the weights of the device in it */
+    }
+}
+
 static int open_oracle(void **state) {
     if (device_name(state) != 0)
         return -1;
@@ -166,6 +252,9 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_golden_fp8, open_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_golden_latent_fp8, open_latent_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_rows_in_e4m3, open_fp8, close_model),
+        cmocka_unit_test_setup_teardown(test_weights_move, open_fp8, close_model),
+        cmocka_unit_test_setup_teardown(test_weights_move, open_bf16, close_model),
+        cmocka_unit_test_setup_teardown(test_memory_is_told_before, open_bf16, close_model),
         cmocka_unit_test_setup_teardown(test_identity, open_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_identity, open_latent_fp8, close_model),
     };
