@@ -144,7 +144,7 @@ struct effect {
             enum role role;
             uint64_t incarnation;
             const char *control_address, *data_address, *host;
-            bool data; /* a data-plane edge is wanted as well */
+            bool data; /* a data-plane edge is wanted as well; else data_address, between expert processes, is for weights */
         } connect;
         struct {
             enum trace_level level;

@@ -260,7 +260,10 @@ void member_reach(struct member *self, struct peer *peer, struct effects *out) {
     effect->connect.incarnation = peer->incarnation;
     effect->connect.control_address =
         effects_copy(out, peer->control_address, strlen(peer->control_address) + 1);
-    effect->connect.data_address = effect->connect.host = "";
+    /* not for rows: the host may bring weights over an edge between GPUs */
+    effect->connect.data_address =
+        effects_copy(out, peer->data_address, strlen(peer->data_address) + 1);
+    effect->connect.host = "";
 }
 
 static const Troupe__Member *find_self(const struct member *self, const Troupe__Commit *commit) {
@@ -290,6 +293,8 @@ static void take_member(struct member *self, const Troupe__Member *entry, uint32
         peer->role = (enum role)entry->role;
         strncpy(peer->name, entry->name, sizeof peer->name - 1);
         snprintf(peer->control_address, sizeof peer->control_address, "%s", entry->control_address);
+        if (peer->role == ROLE_EXPERT && self->identity.role == ROLE_EXPERT)
+            snprintf(peer->data_address, sizeof peer->data_address, "%s", entry->data_address);
         peer->near = strcmp(entry->host, self->identity.host) == 0;
         peer->connected = ((self->control_roles | self->data_roles) & ROLE_BIT(peer->role)) != 0;
         if (peer->connected)

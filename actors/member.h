@@ -23,6 +23,7 @@ struct peer {
     bool marked;    /* scratch of the adoption of an epoch */
     char name[PEER_NAME_BYTES];
     char control_address[ADDRESS_BYTES_MAX + 1];
+    char data_address[ADDRESS_BYTES_MAX + 1]; /* of an expert process, kept by expert processes */
 };
 
 struct member {

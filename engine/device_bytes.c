@@ -29,7 +29,8 @@ static void add_layer(struct count *self, const struct model *model, uint32_t l)
         add_weight(self, model, W_Q_A, l);
     add_weight(self, model, c->q_lora != 0 ? W_Q_B : W_Q, l);
     add_weight(self, model, W_KV_A, l);
-    add_weight(self, model, W_KV_B, l);
+    const struct weight_view kv_b = attention_kv_b(model, l);
+    add(self, &kv_b);
     add_weight(self, model, W_O, l);
     for (uint32_t h = 0; h < c->heads; h++) {
         struct weight_view key, value;

@@ -60,10 +60,14 @@ static const struct layout {
                        .items_max = WORDS_MAX,
                        .entry_bytes = sizeof(struct sample_result),
                        .words = true},
+    [FRAME_MESSAGE] = {.name = "MESSAGE",
+                       .items_min = 1,
+                       .items_max = WEIGHTS_BYTES_MAX / sizeof(uint32_t) + 1024,
+                       .words = true},
 };
 
 static const struct layout *layout_of(uint32_t kind) {
-    return kind >= FRAME_DISPATCH && kind <= FRAME_SAMPLED ? &LAYOUTS[kind] : NULL;
+    return kind >= FRAME_DISPATCH && kind <= FRAME_MESSAGE ? &LAYOUTS[kind] : NULL;
 }
 
 /* End of what precedes the rows, unaligned. Counts are within their limits, so nothing overflows 64
@@ -117,7 +121,7 @@ static int check_start(const struct frame_header *header, struct failure *failur
                     FRAME_VERSION, header->version);
     if (layout_of(header->kind) == NULL)
         return fail(failure, ERR_CORRUPT, "frame: kind: expected %d to %d, found %u",
-                    FRAME_DISPATCH, FRAME_SAMPLED, header->kind);
+                    FRAME_DISPATCH, FRAME_MESSAGE, header->kind);
     if (header->payload_bytes > FRAME_PAYLOAD_MAX)
         return fail(failure, ERR_TOO_LARGE, "frame: payload: expected at most %u bytes, found %u",
                     FRAME_PAYLOAD_MAX, header->payload_bytes);
@@ -134,17 +138,19 @@ static int check_range(const struct layout *layout, const char *field, uint32_t 
 
 static int check_counts(const struct frame_header *header, struct failure *failure) {
     const struct layout *layout = layout_of(header->kind);
+    const bool message = header->kind == FRAME_MESSAGE;
+    const uint32_t detail_max = message ? header->items * 4 : layout->detail_max;
     const struct {
         const char *field;
         uint32_t value, min, max;
     } RANGES[] = {
-        {"rows", header->rows, layout->rows_min, FRAME_ROWS_MAX},
+        {"rows", header->rows, layout->rows_min, message ? 0 : FRAME_ROWS_MAX},
         {"items", header->items, layout->items_min, layout->items_max},
         {"groups", header->groups, layout->groups_min, layout->groups_max},
         {"layer", header->layer, 0, LAYERS_MAX - 1},
         {"row bytes", header->row_bytes, layout->carries_rows ? 1 : 0,
          layout->carries_rows ? HIDDEN_MAX * (uint32_t)sizeof(float) : 0},
-        {"detail", header->detail, 0, layout->detail_max},
+        {"detail", header->detail, message ? detail_max - 3 : 0, detail_max},
         {"format", header->format, 0, header->kind == FRAME_DISPATCH ? FRAME_ROWS_E4M3 : 0},
         {"reserved", header->reserved, 0, 0},
     };

@@ -11,6 +11,7 @@
  *   MOVED     expert -> attention   no payload: the expert named by `layer` and `detail` (expert) is not held here
  *   SAMPLE    attention -> sampler  struct sample_spec[rows], uint32_t words[items] (variable parts, see
  *                                   engine/sample.h), padding, rows x row_bytes (hidden rows after the final norm)
+ *   MESSAGE   between hosts         detail bytes of a control message, padded to items x 4 (actors/host/weights_frame.h)
  *   SAMPLED   sampler -> attention  struct sample_result[rows], uint32_t words[items]; row_bytes 0
  *
  * A reply copies batch, layer, attempt, part and epoch from its request, so that anything stale is told by its header. */
@@ -32,6 +33,7 @@ enum frame_kind {
     FRAME_MOVED = 3,
     FRAME_SAMPLE = 4,
     FRAME_SAMPLED = 5,
+    FRAME_MESSAGE = 6,
 };
 
 struct frame_header {
@@ -53,7 +55,7 @@ struct frame_header {
     uint32_t items;
     uint32_t groups;
     uint32_t row_bytes;
-    uint32_t detail; /* MOVED: the expert; COMBINE: the first item; otherwise 0 */
+    uint32_t detail; /* MOVED: the expert; COMBINE: the first item; MESSAGE: its bytes; otherwise 0 */
     uint32_t format; /* DISPATCH: enum frame_rows; otherwise 0 */
     uint32_t reserved;
 };

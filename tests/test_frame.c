@@ -56,6 +56,9 @@ static void build(struct buffer *ret, enum frame_kind kind) {
     case FRAME_SAMPLED:
         header->rows = 2, header->items = 7;
         break;
+    case FRAME_MESSAGE:
+        header->items = 7, header->detail = 26;
+        break;
     }
     ret->size = frame_bytes(kind, header->rows, header->items, header->groups, header->row_bytes);
     assert_true(ret->size >= sizeof *header && ret->size <= BUFFER_BYTES);
@@ -211,6 +214,10 @@ static void test_sealed_lies(void **state) {
         {FRAME_DISPATCH, FIELD(detail), 1, ERR_TOO_LARGE, "detail"},
         {FRAME_DISPATCH, FIELD(reserved), 1, ERR_TOO_LARGE, "reserved"},
         {FRAME_DISPATCH, FIELD(format), 1, ERR_CORRUPT, "multiple of 132"},
+        {FRAME_MESSAGE, FIELD(detail), 24, ERR_CORRUPT, "detail"},
+        {FRAME_MESSAGE, FIELD(detail), 29, ERR_TOO_LARGE, "detail"},
+        {FRAME_MESSAGE, FIELD(rows), 1, ERR_TOO_LARGE, "rows"},
+        {FRAME_MESSAGE, FIELD(items), 100000, ERR_TOO_LARGE, "items"},
         {FRAME_DISPATCH, FIELD(format), 2, ERR_TOO_LARGE, "format"},
         {FRAME_COMBINE, FIELD(format), 1, ERR_TOO_LARGE, "format"},
         {FRAME_SAMPLE, FIELD(format), 1, ERR_TOO_LARGE, "format"},

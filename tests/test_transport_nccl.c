@@ -8,8 +8,10 @@
 
 #include "actors/host/log.h"
 #include "actors/host/transport_nccl.h"
+#include "actors/host/weights_frame.h"
 #include "tests/support/fake_nccl.h"
 #include "tests/support/random.h"
+#include "tests/support/step.h"
 
 /* last: cmocka has a macro fail() */
 #include <stdarg.h>
@@ -168,6 +170,9 @@ static void check_arrival(struct end *end, const struct frame *frame) {
         assert_int_equal(rows[i], (uint8_t)(header->batch + i));
 }
 
+/* Frames of weights go to whoever plays the actor. */
+static void (*on_message)(const struct frame *frame);
+
 /* A millisecond for everybody. */
 static void turn(void) {
     now += MS;
@@ -180,7 +185,10 @@ static void turn(void) {
         end->transport->class->progress(end->transport);
         struct incoming incoming;
         while (end->transport->class->receive(end->transport, &incoming)) {
-            check_arrival(end, &incoming.frame);
+            if (incoming.frame.header->kind == FRAME_MESSAGE)
+                on_message(&incoming.frame);
+            else
+                check_arrival(end, &incoming.frame);
             end->transport->class->release(end->transport, &incoming);
         }
         end->transport->class->flush(end->transport);
@@ -512,6 +520,174 @@ static void test_faults_by_seed(void **state) {
         one_seed(seed);
 }
 
+/* ---- Weights over an edge ---- */
+
+/* End 0 is the host of expert actor 30, which has no file; end 1 that of 31, which holds everything and is
+ * played here. Questions go over the control plane, answers over the edge while it is up. */
+enum { IMAGE = 4 * WEIGHTS_BYTES_MAX + 1000 };
+static struct stage asker;
+static uint8_t *image;
+static uint32_t over_edge, over_control;
+
+static void take_piece(const struct frame *frame) {
+    struct failure failure;
+    message *envelope = weights_frame_take(frame, &failure);
+    assert_non_null(envelope);
+    over_edge++;
+    stage_step(&asker, &(struct event){.kind = EVENT_MESSAGE, .message = envelope});
+    wire_free(&envelope);
+}
+
+static void give_piece(const Troupe__Fetch *fetch) {
+    Troupe__Weights weights = TROUPE__WEIGHTS__INIT;
+    weights.transfer = fetch->transfer;
+    weights.offset = fetch->offset;
+    weights.total = IMAGE;
+    weights.image_crc = crc32c(0, image, IMAGE);
+    weights.data.data = image + fetch->offset;
+    weights.data.len =
+        IMAGE - fetch->offset < WEIGHTS_BYTES_MAX ? IMAGE - fetch->offset : WEIGHTS_BYTES_MAX;
+    weights.data_crc = crc32c(0, weights.data.data, weights.data.len);
+    weights.model_fingerprint = "fingerprint";
+    message envelope = stage_envelope(31);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_WEIGHTS;
+    envelope.weights = &weights;
+    const size_t size = wire_packed_bytes(&envelope);
+    uint8_t *bytes = malloc(size);
+    wire_pack(&envelope, bytes);
+    if (!weights_frame_post(ends[1].transport, 31, life_of(31), 1, bytes, size, true)) {
+        over_control++;
+        stage_message(&asker, &envelope);
+    }
+    free(bytes);
+}
+
+/* Answers what the asker has asked; true once it has all. */
+static bool fetch_turn(void) {
+    for (const struct effect *effect; (effect = stage_take(&asker, EFFECT_SEND)) != NULL;) {
+        Troupe__Envelope *envelope;
+        assert_int_equal(wire_unpack(&envelope, effect->send.bytes, effect->send.size, NULL), 0);
+        if (envelope->body_case == TROUPE__ENVELOPE__BODY_FETCH &&
+            random_below(&random_state, 1000) >= drop_per_mille)
+            give_piece(envelope->fetch);
+        wire_free(&envelope);
+    }
+    turn();
+    stage_timer(&asker, now);
+    const struct effect *load = stage_take(&asker, EFFECT_LOAD);
+    if (load == NULL)
+        return false;
+    assert_non_null(load->load.image);
+    assert_int_equal(load->load.image_bytes, IMAGE);
+    assert_memory_equal(load->load.image, image, IMAGE);
+    free(load->load.image);
+    return true;
+}
+
+static void fetch_begin_all(void) {
+    stage_init(&asker, ROLE_EXPERT);
+    asker.config.hidden = asker.config.expert_width = 256; /* so that an image may be so long */
+    asker.now_ns = now;
+    asker.actor = expert_create(&asker.identity, &asker.settings, &asker.config, 0);
+    expert_set_weights(asker.actor, WEIGHTS_PEER);
+    stage_join(&asker, 30);
+    stage_commit(&asker, (actor_id[]){31, 50}, 2, (actor_id[]){31}, 1);
+    Troupe__Assign assign = TROUPE__ASSIGN__INIT;
+    assign.operation = 1;
+    assign.n_layer = assign.n_expert = 1;
+    assign.layer = (uint32_t[]){1};
+    assign.expert = (uint32_t[]){0};
+    message envelope = stage_envelope(ACTOR_COORDINATOR);
+    envelope.body_case = TROUPE__ENVELOPE__BODY_ASSIGN;
+    envelope.assign = &assign;
+    stage_clear(&asker);
+    stage_message(&asker, &envelope);
+}
+
+/* kind 0: all is well; 1: calls fail; 2: the giver's device hangs for a while; 3: it was never connected. */
+static void fetch_seed(uint64_t seed, int kind) {
+    world_begin(seed);
+    edge_options.slot_bytes = (uint32_t)weights_frame_bytes();
+    on_message = take_piece;
+    over_edge = over_control = 0;
+    end_open(0, OWN_LIFE), end_open(1, life_of(31));
+    if (kind != 3) {
+        end_connect(0, 1), end_connect(1, 0);
+        wait_connected(1, 0, 500);
+    }
+    const struct fake_faults faults = {.memory_fails = 50,
+                                       .init_fails = 100,
+                                       .group_fails = 100,
+                                       .launch_pends = 300,
+                                       .async_error = 20};
+    if (kind == 1)
+        fake_nccl_faults(fake, &faults);
+    drop_per_mille = kind == 0 ? 0 : 50;
+    fetch_begin_all();
+    const int hangs_at = (int)random_below(&random_state, 20);
+    int turns_taken = 0;
+    while (!fetch_turn()) {
+        if (kind == 2 && turns_taken == hangs_at)
+            fake_process_hang(ends[1].process, true);
+        if (++turns_taken > 20000)
+            fail_msg("seed %llu, kind %d: the weights do not come", (unsigned long long)seed, kind);
+    }
+    fake_nccl_faults(fake, &(struct fake_faults){0});
+    drop_per_mille = 0;
+    stage_free(&asker);
+    world_end();
+}
+
+static void test_weights_come_over_the_edge(void **state) {
+    image = malloc(IMAGE);
+    for (uint32_t i = 0; i < IMAGE; i++)
+        image[i] = (uint8_t)(i * 13 + i / 257);
+    fetch_seed(1, 0);
+    assert_int_equal(over_edge, 4); /* the last piece is small */
+    assert_int_equal(over_control, 1);
+    fetch_seed(2, 3);
+    assert_true(over_edge == 0 && over_control >= 5);
+    uint32_t edge = 0, control = 0;
+    for (uint64_t seed = 1; seed <= 30; seed++)
+        for (int kind = 1; kind <= 2; kind++) {
+            fetch_seed(100 * seed, kind);
+            edge += over_edge;
+            control += over_control - 1;
+        }
+    assert_true(edge > 60 && control > 20); /* both ways were taken */
+    free(image);
+}
+
+/* Only weights, and only from whom the frame says. */
+static void test_other_messages_are_refused(void **state) {
+    _Alignas(64) uint8_t bytes[4096];
+    for (int kind = 0; kind < 3; kind++) {
+        message envelope = stage_envelope(31);
+        Troupe__Weights weights = TROUPE__WEIGHTS__INIT;
+        Troupe__Fetch fetch = TROUPE__FETCH__INIT;
+        envelope.body_case = kind == 1 ? TROUPE__ENVELOPE__BODY_FETCH : TROUPE__ENVELOPE__BODY_WEIGHTS;
+        if (kind == 1)
+            envelope.fetch = &fetch;
+        else
+            envelope.weights = &weights;
+        const size_t size = wire_packed_bytes(&envelope);
+        struct frame_header *header = (struct frame_header *)bytes;
+        *header = (struct frame_header){.kind = FRAME_MESSAGE,
+                                        .from = kind == 2 ? 32 : 31,
+                                        .from_incarnation = life_of(31),
+                                        .items = (uint32_t)(size + 3) / 4,
+                                        .detail = (uint32_t)size};
+        wire_pack(&envelope, bytes + sizeof *header);
+        struct frame frame = {header, bytes + sizeof *header};
+        struct failure failure;
+        message *taken = weights_frame_take(&frame, &failure);
+        assert_true((taken != NULL) == (kind == 0));
+        wire_free(&taken);
+        header->detail--; /* cut short */
+        assert_null(weights_frame_take(&frame, &failure));
+    }
+}
+
 /* Whatever a peer says, the end stays whole. */
 static void test_messages_are_untrusted(void **state) {
     struct failure failure;
@@ -588,6 +764,8 @@ int main(void) {
         cmocka_unit_test(test_disconnect_is_no_loss),
         cmocka_unit_test(test_faults_by_seed),
         cmocka_unit_test(test_messages_are_untrusted),
+        cmocka_unit_test(test_weights_come_over_the_edge),
+        cmocka_unit_test(test_other_messages_are_refused),
     };
     return cmocka_run_group_tests_name("transport nccl", tests, NULL, NULL);
 }

@@ -15,6 +15,7 @@
 #include "actors/host/clock.h"
 #include "actors/host/process_parts.h"
 #include "actors/host/transport_nccl.h"
+#include "actors/host/weights_frame.h"
 #include "proto/wire.h"
 
 #define FRAMES_PER_TURN   64
@@ -66,6 +67,10 @@ static void carry_send(struct process *self, const struct effect *effect) {
         free(copy);
     } else if (fate == INJECT_LATER) {
         inject_hold_message(self->inject, effect->send.to, copy, effect->send.size);
+    } else if (weights_frame_post(self->nccl, self->id, self->identity.incarnation,
+                                  effect->send.to, copy, effect->send.size,
+                                  self->options->settings.frame_crc != 0)) {
+        free(copy);
     } else {
         if (fate == INJECT_TWICE)
             post_message(self, effect->send.to, copy_message(effect), effect->send.size);
@@ -276,13 +281,28 @@ static void connect_data(struct process *self, const struct effect *effect) {
         log_line(TRACE_ERROR, "no edge between GPUs to actor %u: %s", id, failure.text);
 }
 
+/* For weights only: should it break down, they come over the control plane, and nobody is lost. */
+static void connect_weights(struct process *self, const struct effect *effect) {
+    char part[ADDRESS_BYTES_MAX];
+    struct failure failure;
+    if (self->nccl != NULL && address_part(effect->connect.data_address, "nccl", part) &&
+        self->nccl->class->connect(self->nccl, effect->connect.id, effect->connect.incarnation,
+                                   part, &failure) < 0)
+        log_line(TRACE_WARNING, "no edge between GPUs to actor %u: %s", effect->connect.id,
+                 failure.text);
+    self->for_weights[effect->connect.id % ACTORS_MAX] = true;
+}
+
 static void carry_connect(struct process *self, const struct effect *effect) {
     if (self->neighbour != NULL)
         neighbour_connect(self->neighbour, effect->connect.id, effect->connect.control_address);
     else
         mailbox_connect(self->control, effect->connect.id, effect->connect.control_address);
+    self->for_weights[effect->connect.id % ACTORS_MAX] = false;
     if (effect->connect.data && effect->connect.data_address[0] != 0)
         connect_data(self, effect);
+    else if (effect->connect.data_address[0] != 0)
+        connect_weights(self, effect);
 }
 
 static void carry_disconnect(struct process *self, const struct effect *effect) {
@@ -375,6 +395,19 @@ void process_step(struct process *self, const struct event *event) {
 
 /* ---- events ---- */
 
+/* A piece of weights, as if it had come over the control plane. */
+static void take_weights(struct process *self, const struct frame *frame) {
+    struct failure failure;
+    message *envelope = weights_frame_take(frame, &failure);
+    if (envelope == NULL) {
+        log_limited(&self->limit, TRACE_WARNING, "dropped: %s", failure.text);
+        return;
+    }
+    if (self->inject == NULL || !inject_deaf(self->inject))
+        process_step(self, &(struct event){.kind = EVENT_MESSAGE, .message = envelope});
+    wire_free(&envelope);
+}
+
 static bool drain_frames(struct process *self, struct transport *transport) {
     struct incoming incoming;
     bool any = false;
@@ -384,7 +417,9 @@ static bool drain_frames(struct process *self, struct transport *transport) {
     for (int i = 0; i < FRAMES_PER_TURN && !self->exiting; i++) {
         if (!transport->class->receive(transport, &incoming))
             break;
-        if (self->inject == NULL || !inject_deaf(self->inject))
+        if (incoming.frame.header->kind == FRAME_MESSAGE)
+            take_weights(self, &incoming.frame);
+        else if (self->inject == NULL || !inject_deaf(self->inject))
             process_step(self, &(struct event){.kind = EVENT_FRAME, .frame = &incoming.frame});
         transport->class->release(transport, &incoming);
         any = true;
@@ -398,8 +433,9 @@ static bool drain_lost(struct process *self) {
     bool any = false;
     while (self->nccl != NULL && !self->exiting &&
            transport_nccl_lost(self->nccl, &event.peer.id, &event.peer.incarnation)) {
-        process_step(self, &event);
         any = true;
+        if (!self->for_weights[event.peer.id % ACTORS_MAX])
+            process_step(self, &event);
     }
     return any;
 }

@@ -11,6 +11,7 @@
 #include "actors/host/clock.h"
 #include "actors/host/process_parts.h"
 #include "actors/host/transport_nccl.h"
+#include "actors/host/weights_frame.h"
 #include "actors/host/version.h"
 #include "proto/wire.h"
 
@@ -212,7 +213,9 @@ static size_t nccl_slot_bytes(const struct process *self) {
     const struct model_config *config = model_config(self->directory.model);
     const size_t combine = frame_bytes(FRAME_COMBINE, rows, rows, 0, config->hidden * 4);
     const size_t dispatch = (size_t)self->options->settings.ring_kib << 9; /* half a ring */
-    return combine > dispatch ? combine : dispatch;
+    const size_t weights = self->role == ROLE_EXPERT ? weights_frame_bytes() : 0;
+    const size_t rows_most = combine > dispatch ? combine : dispatch;
+    return rows_most > weights ? rows_most : weights;
 }
 
 static int open_data(struct process *self, struct failure *failure) {
@@ -304,6 +307,22 @@ static int open_gpu(struct process *self, struct failure *failure) {
     return 0;
 }
 
+/* Weights, rows under way and the buffers of edges, before any of it is loaded. */
+static int fits_device(struct process *self, const struct engine_options *engine,
+                       struct failure *failure) {
+    if (self->kernels->device_fits == NULL)
+        return 0;
+    const uint64_t own = engine_device_bytes(self->directory.model, engine);
+    const uint64_t edge =
+        self->nccl != NULL ? 2ull * self->options->settings.nccl_slots * nccl_slot_bytes(self) : 0;
+    char what[160];
+    snprintf(what, sizeof what,
+             "weights and rows of this %s (%llu MiB) and buffers of one edge between GPUs (%llu MiB)",
+             role_name(self->role), (unsigned long long)(own >> 20),
+             (unsigned long long)(edge >> 20));
+    return self->kernels->device_fits(own + edge, what, failure);
+}
+
 /* In the background: packing a model's weights takes the processor from processes that serve. */
 static int pack_engine(void *argument, struct failure *failure) {
     struct process *self = argument;
@@ -326,7 +345,8 @@ static int pack_engine(void *argument, struct failure *failure) {
     } else if (self->role == ROLE_SAMPLER) {
         engine.role = ENGINE_SAMPLER;
     }
-    return engine_open(&self->engine, self->directory.model, &engine, failure);
+    const int error = fits_device(self, &engine, failure);
+    return error < 0 ? error : engine_open(&self->engine, self->directory.model, &engine, failure);
 }
 
 static int open_sockets(struct process *self, struct failure *failure) {

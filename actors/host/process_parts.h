@@ -70,6 +70,7 @@ struct process {
         uint32_t crc;
     } placed;
     bool exiting;
+    bool for_weights[ACTORS_MAX]; /* by actor: its edge between GPUs carries weights only */
     int exit_code;
     struct log_limit limit;
 };

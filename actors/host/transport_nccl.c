@@ -522,6 +522,11 @@ bool transport_nccl_lost(struct transport *base, actor_id *ret_id, uint64_t *ret
     return false;
 }
 
+uint64_t transport_nccl_incarnation(const struct transport *base, actor_id id) {
+    const struct nccl_wire *wire = find((const struct nccl *)base, id);
+    return wire != NULL ? wire->incarnation : 0;
+}
+
 uint64_t transport_nccl_deadline(const struct transport *base) {
     const struct nccl *self = (const struct nccl *)base;
     uint64_t due = UINT64_MAX;

@@ -38,6 +38,8 @@ int nccl_post_open(struct nccl_post *ret, const struct transport_options *option
 /* True: an edge whose frames moved has broken down, and its peer must be taken for lost; once for
  * each loss. */
 bool transport_nccl_lost(struct transport *self, actor_id *ret_id, uint64_t *ret_incarnation);
+/* Whom the edge to an actor leads to; 0: there is none. */
+uint64_t transport_nccl_incarnation(const struct transport *self, actor_id id);
 /* When `progress` must be called at the latest. */
 uint64_t transport_nccl_deadline(const struct transport *self);
 /* Lanes by state, for logs and tests: "2 ready, 1 making". Static buffer in the transport. */
