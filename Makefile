@@ -164,11 +164,15 @@ NVCCFLAGS := -std=c++17 -O3 -fmad=false -ftz=true -prec-div=true -prec-sqrt=true
 EMULATED_FLAGS := -std=gnu++17 -O2 -g $(shell grep -qsw fma /proc/cpuinfo && echo -mfma) -ffp-contract=off -fno-strict-aliasing -I. -DTROUPE_EMULATED -Wall -Wextra \
   -Wno-unknown-pragmas -Wno-psabi -Werror $(if $(SANITIZER),-fsanitize=$(SANITIZER) -fno-sanitize-recover=all -Wno-maybe-uninitialized)
 
+# Instructions of sm_90a alone (WGMMA, setmaxnreg): these have no PTX for newer cards; all others carry some.
+SM_90A_ONLY := gemm mla_absorbed mla_expanded
+PTX = $(if $(filter $*,$(SM_90A_ONLY)),,-gencode=arch=compute_90,code=compute_90)
+
 # What ptxas says of registers and spills stays beside the object; tests/cuda_spills.sh reads it.
 $(BUILD)/kernels/cuda/%.o: kernels/cuda/%.cu
 	@mkdir -p $(@D)
 	@echo "  NVCC $<"
-	@$(NVCC) $(NVCCFLAGS) -MD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas) >&2; exit 1; }
+	@$(NVCC) $(NVCCFLAGS) $(PTX) -MD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas) >&2; exit 1; }
 
 $(EMULATED_C:%.c=$(BUILD)/emulated/%.o): $(BUILD)/emulated/%.o: %.c | $(BUILD)/proto/troupe.pb-c.h
 	@mkdir -p $(@D)
