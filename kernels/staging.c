@@ -1,5 +1,5 @@
-/* See staging.h. Pure: the device is behind struct staging_api, so tests hold copies back as long as
- * they like and fail any of them (tests/test_staging.c). */
+/* See staging.h. Pure: the device is behind struct staging_api, so tests hold copies back as long
+ * as they like and fail any of them (tests/test_staging.c). */
 #include "kernels/staging.h"
 
 #include <stdbool.h>

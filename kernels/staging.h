@@ -17,8 +17,8 @@ extern "C" {
 
 #define STAGING_BUFFERS 2u
 
-/* What it takes of a device; 0 or a CUDA error number. Copies happen in the order in which they were
- * begun, on a stream of their own. */
+/* What it takes of a device; 0 or a CUDA error number. Copies happen in the order in which they
+ * were begun, on a stream of their own. */
 struct staging_api {
     int (*take)(void *context, size_t bytes, void **ret); /* page-locked memory */
     void (*give)(void *context, void *memory);

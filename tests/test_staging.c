@@ -1,6 +1,6 @@
 /* Weights through page-locked buffers, on a device that is played: copies read their buffer when
- * they happen, at the latest when they are waited for, so a buffer that is filled too early shows as
- * wrong bytes. Every call fails once. */
+ * they happen, at the latest when they are waited for, so a buffer that is filled too early shows
+ * as wrong bytes. Every call fails once. */
 #include "kernels/staging.h"
 #include "tests/support/random.h"
 
@@ -96,7 +96,8 @@ static void fill(void *context, uint32_t first, uint32_t rows, void *ret) {
     assert_int_equal(first, next_row); /* in order, each row once */
     next_row = first + rows;
     for (size_t i = 0; i < rows * row_bytes; i++)
-        ((uint8_t *)ret)[i] = (uint8_t)((first * row_bytes + i) * 7 + (first * row_bytes + i) / 251);
+        ((uint8_t *)ret)[i] =
+            (uint8_t)((first * row_bytes + i) * 7 + (first * row_bytes + i) / 251);
 }
 
 /* One put; what it returned. */
@@ -124,7 +125,8 @@ static int put(uint64_t seed, size_t row_bytes, uint32_t rows, uint32_t fail_at)
 static const struct {
     size_t row_bytes;
     uint32_t rows;
-} SHAPES[] = {{10, 1}, {10, 10}, {10, 11}, {10, 20}, {10, 21}, {7, 100}, {100, 9}, {64, 20}, {33, 31}};
+} SHAPES[] = {{10, 1},  {10, 10}, {10, 11}, {10, 20}, {10, 21},
+              {7, 100}, {100, 9}, {64, 20}, {33, 31}};
 
 static void rows_arrive_in_order(void **state) {
     (void)state;

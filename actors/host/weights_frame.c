@@ -4,7 +4,8 @@
 #include "actors/host/transport_nccl.h"
 #include "proto/wire.h"
 
-#define ENVELOPE_ROOM 4096 /* what is around the bytes of a piece: names, sums, and the frame's own */
+#define ENVELOPE_ROOM                                                                              \
+    4096 /* what is around the bytes of a piece: names, sums, and the frame's own */
 
 static uint32_t words(size_t size) {
     return (uint32_t)((size + sizeof(uint32_t) - 1) / sizeof(uint32_t));
@@ -14,8 +15,8 @@ size_t weights_frame_bytes(void) {
     return frame_bytes(FRAME_MESSAGE, 0, words(WEIGHTS_BYTES_MAX + ENVELOPE_ROOM), 0, 0);
 }
 
-bool weights_frame_post(struct transport *nccl, actor_id from, uint64_t from_incarnation, actor_id to,
-                        const void *bytes, size_t size, bool seal) {
+bool weights_frame_post(struct transport *nccl, actor_id from, uint64_t from_incarnation,
+                        actor_id to, const void *bytes, size_t size, bool seal) {
     if (nccl == NULL || size < WEIGHTS_FRAME_LEAST || size > WEIGHTS_BYTES_MAX + ENVELOPE_ROOM ||
         !nccl->class->connected(nccl, to))
         return false;

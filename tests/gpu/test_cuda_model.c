@@ -11,6 +11,7 @@
 enum { ROWS = 64, POSITIONS = 128 };
 
 static struct one_process model;
+static bool opened_fp8; /* its kernels */
 static const int32_t *ids;  /* [sequences, length] */
 static const float *oracle; /* [sequences, length, vocabulary] */
 static uint32_t sequences, length;
@@ -138,7 +139,7 @@ static void test_weights_move(void **state) {
         at += result.piece_bytes;
     }
     assert_int_equal(crc32c(0, image, total), crc);
-    const struct kernels *kernels = kernels_cuda("sm90", c->fp8, &failure);
+    const struct kernels *kernels = kernels_cuda("sm90", opened_fp8, &failure);
     struct engine_options options = {.role = ENGINE_EXPERT,
                                      .kernels = kernels,
                                      .parallel = PARALLEL_SERIAL,
@@ -223,6 +224,7 @@ static int open_oracle(void **state) {
 
 static int open_model(bool fp8) {
     struct failure failure;
+    opened_fp8 = fp8;
     const struct kernels *kernels = kernels_cuda("sm90", fp8, &failure);
     return kernels != NULL &&
                    one_process_open(&model, DIRECTORY, kernels, &PARALLEL_SERIAL, ROWS, POSITIONS)
