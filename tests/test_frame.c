@@ -192,7 +192,7 @@ static void test_sealed_lies(void **state) {
         {FRAME_DISPATCH, FIELD(magic), 0x12345678, ERR_CORRUPT, "magic"},
         {FRAME_DISPATCH, FIELD(version), 2, ERR_VERSION, "version: expected 1, found 2"},
         {FRAME_DISPATCH, FIELD(kind), 0, ERR_CORRUPT, "kind"},
-        {FRAME_DISPATCH, FIELD(kind), 6, ERR_CORRUPT, "kind"},
+        {FRAME_DISPATCH, FIELD(kind), 7, ERR_CORRUPT, "kind"},
         {FRAME_DISPATCH, FIELD(kind), 0xffff, ERR_CORRUPT, "kind"},
         {FRAME_DISPATCH, FIELD(kind), FRAME_COMBINE, ERR_CORRUPT, "payload"},
         {FRAME_DISPATCH, FIELD(rows), 0, ERR_CORRUPT, "rows: expected 1 to"},

@@ -665,6 +665,9 @@ static void test_other_messages_are_refused(void **state) {
         message envelope = stage_envelope(31);
         Troupe__Weights weights = TROUPE__WEIGHTS__INIT;
         Troupe__Fetch fetch = TROUPE__FETCH__INIT;
+        weights.transfer = fetch.transfer = 7;
+        weights.error = "it does not hold it";
+        fetch.bytes = 1;
         envelope.body_case = kind == 1 ? TROUPE__ENVELOPE__BODY_FETCH : TROUPE__ENVELOPE__BODY_WEIGHTS;
         if (kind == 1)
             envelope.fetch = &fetch;
@@ -681,7 +684,8 @@ static void test_other_messages_are_refused(void **state) {
         struct frame frame = {header, bytes + sizeof *header};
         struct failure failure;
         message *taken = weights_frame_take(&frame, &failure);
-        assert_true((taken != NULL) == (kind == 0));
+        if ((taken != NULL) != (kind == 0))
+            fail_msg("kind %d: %s", kind, taken == NULL ? failure.text : "taken");
         wire_free(&taken);
         header->detail--; /* cut short */
         assert_null(weights_frame_take(&frame, &failure));
