@@ -1,13 +1,15 @@
-/* The device's edge over NCCL; see the header. A communicator that is still launching what it was
- * given last (non-blocking) is waited for, with a bound: between captures that is the first
- * connection, in steady state nothing. It has not run on a card yet (docs/gpu.md). */
+/* The device's edge over NCCL; see the header. What says that something is there (the note, the
+ * status) goes in a group of its own after what it speaks of, so that an abort in between cannot
+ * leave it alone. A communicator that is still launching what it was given last (non-blocking) is
+ * waited for, with a bound: between captures that is the first connection, in steady state nothing.
+ * It has not run on a card yet (docs/gpu.md). */
 #include "actors/host/step_edge_nccl.h"
 
 #include <stdbool.h>
 #include <stdlib.h>
 #include <time.h>
 
-/* What is given to one communicator together. */
+/* One transfer of two that follow each other. */
 struct part {
     void *memory;
     size_t bytes;
@@ -33,28 +35,31 @@ static int settle(const struct nccl_api *api, void *comm) {
 static int transfer(const struct nccl_api *api, void *comm, const struct part part[2], bool sends,
                     void *stream) {
     int error = settle(api, comm);
-    if (error != 0)
-        return error;
-    error = api->group_start(api->context);
-    for (int i = 0; i < 2 && error == 0; i++)
+    for (int i = 0; i < 2 && error == 0; i++) {
+        error = api->group_start(api->context);
+        if (error != 0)
+            return error;
         error = sends ? api->send(api->context, comm, part[i].memory, part[i].bytes, stream)
                       : api->receive(api->context, comm, part[i].memory, part[i].bytes, stream);
-    const int ended = api->group_end(api->context);
-    if (error == 0 && ended != NCCL_PENDING)
-        error = ended;
-    return error != 0 ? error : settle(api, comm);
+        const int ended = api->group_end(api->context);
+        if (error == 0 && ended != NCCL_PENDING)
+            error = ended;
+        if (error == 0)
+            error = settle(api, comm);
+    }
+    return error;
 }
 
 static int requests(const struct nccl_state *self, const struct edge_frame *frame, bool sends,
                     void *stream) {
-    const struct part part[2] = {{frame->note, frame->note_bytes},
-                                 {frame->rows, frame->rows_bytes}};
+    const struct part part[2] = {{frame->rows, frame->rows_bytes},
+                                 {frame->note, frame->note_bytes}};
     return transfer(self->api, self->requests, part, sends, stream);
 }
 static int replies(const struct nccl_state *self, const struct edge_frame *frame, bool sends,
                    void *stream) {
-    const struct part part[2] = {{frame->status, frame->status_bytes},
-                                 {frame->output, frame->output_bytes}};
+    const struct part part[2] = {{frame->output, frame->output_bytes},
+                                 {frame->status, frame->status_bytes}};
     return transfer(self->api, self->replies, part, sends, stream);
 }
 

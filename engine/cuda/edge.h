@@ -17,9 +17,12 @@ struct edge_frame {
     size_t note_bytes, rows_bytes, status_bytes, output_bytes; /* what is sent of each */
 };
 
-/* All return 0 or an error, and only enqueue. Attention: ask, then hear; the experts: accept, then
- * answer; in turns, for each layer. Enqueued in this order on one thread where both sides are
- * local. */
+/* All return 0 or an error, and only enqueue. The note comes after its rows and the status after
+ * its outputs, so that an edge that is aborted in between never leaves word of what is not there.
+ * Between processes each direction is given a stream of its own (step_links.c): on one stream an
+ * answer would wait to be heard, and a question to be accepted, for ever. Attention: ask, then
+ * hear; the experts: accept, then answer; in turns, for each layer. Enqueued in this order on one
+ * thread where both sides are local. */
 struct edge_operations {
     int (*ask)(void *edge, const struct edge_frame *frame, void *stream); /* note and rows go */
     int (*hear)(void *edge, const struct edge_frame *frame,

@@ -36,6 +36,9 @@ static int check(const struct step_model *m, const struct step_options *o,
             "step on the GPU: expected 1 to %d rows, 1 or %d micro-batches, 1 to %d groups, "
             "pages, and 1 to %u positions",
             BATCH_ROWS_MAX, STEP_MICRO_MAX, STEP_GROUPS_MAX, m->context);
+    if ((o->role != STEP_WHOLE && o->edges == NULL) || (o->role == STEP_EXPERTS && o->groups != 1))
+        return fail(failure, ERR_INVALID,
+                    "step on the GPU: one side of it needs edges, and experts are one group");
     if (!mla_absorbed_offers_cuda(m->kv_lora, m->rope))
         return fail(failure, ERR_UNSUPPORTED,
                     "there are no GPU kernels for latents of %u and rotated keys of %u", m->kv_lora,
@@ -59,9 +62,15 @@ static int check(const struct step_model *m, const struct step_options *o,
 static int open_streams(struct step *self) {
     int error = stream_make_cuda(&self->stream);
     for (uint32_t g = 0; g < self->options.groups && error == 0; g++) {
-        error = stream_make_cuda(&self->group[g].stream);
+        if (self->options.role == STEP_EXPERTS)
+            self->group[g].stream = self->stream; /* nothing else is done on it */
+        else if (self->options.role == STEP_WHOLE)
+            error = stream_make_cuda(&self->group[g].stream);
         for (uint32_t i = 0; i < self->options.micro && error == 0; i++)
-            error = edge_local_open(&self->micro[i].edge[g]);
+            error = step_link_open(&self->micro[i].link[g],
+                                   self->options.edges != NULL
+                                       ? &self->options.edges[i * self->options.groups + g]
+                                       : NULL);
     }
     return error;
 }
@@ -73,7 +82,9 @@ static int clear_memory(struct step *self) {
     const struct step_options *o = &self->options;
     const size_t items = (size_t)o->groups * o->rows * m->gate.k;
     const size_t layer_bytes = self->layer_elements * sizeof(bf16);
-    int error = stream_clear_cuda(self->stream, self->latents, layer_bytes, layer_bytes, m->layers);
+    int error = 0;
+    if (o->role != STEP_EXPERTS)
+        error = stream_clear_cuda(self->stream, self->latents, layer_bytes, layer_bytes, m->layers);
     for (uint32_t i = 0; i < o->micro && error == 0; i++)
         error = stream_clear_cuda(self->stream, self->micro[i].status, items * sizeof(uint32_t),
                                   items * sizeof(uint32_t), items > 0);
@@ -129,8 +140,8 @@ void step_close(struct step **step) {
     free(self->prompt.product);
     for (uint32_t g = 0; g < self->options.groups; g++) {
         for (uint32_t i = 0; i < self->options.micro; i++)
-            edge_close(&self->micro[i].edge[g]);
-        if (self->group[g].stream != NULL)
+            step_link_close(&self->micro[i].link[g]);
+        if (self->group[g].stream != NULL && self->group[g].stream != self->stream)
             stream_free_cuda(self->group[g].stream);
     }
     if (self->stream != NULL)
@@ -205,7 +216,7 @@ void step_place(struct step *self, uint32_t layer, uint32_t expert, uint32_t gro
     self->placement[(size_t)layer * m->gate.experts + expert] =
         group == STEP_NOWHERE ? NOBODY : (int32_t)group;
     self->placement_changed = true;
-    if (group != STEP_NOWHERE)
+    if (group != STEP_NOWHERE && self->options.role == STEP_WHOLE)
         step_hold(self, layer, expert, group, slot);
 }
 
@@ -236,6 +247,21 @@ static uint32_t power_of_two(uint32_t n) {
     return ret;
 }
 
+static struct step_recording *recording_of(struct step *self, uint32_t capacity, uint32_t micro,
+                                           uint32_t splits) {
+    for (uint32_t i = 0; i < self->recordings; i++) {
+        struct step_recording *at = &self->recording[i];
+        if (at->rows == capacity && at->micro == micro && at->splits == splits)
+            return at;
+    }
+    ASSERT(self->recordings < STEP_RECORDINGS_MAX); /* rows up to 4096, positions up to 2^20 */
+    struct step_recording *ret = &self->recording[self->recordings++];
+    *ret = (struct step_recording){.rows = capacity, .micro = micro, .splits = splits};
+    ret->mla = aligned_alloc(64, (size_t)micro * self->model->layers * sizeof *ret->mla);
+    ASSERT(ret->mla != NULL);
+    return ret;
+}
+
 /* The smallest capacity that these rows fit. */
 static struct step_recording *recording_for(struct step *self, const struct step_row *row,
                                             uint32_t rows) {
@@ -249,17 +275,7 @@ static struct step_recording *recording_for(struct step *self, const struct step
     splits = power_of_two(splits);
     splits = splits < splits_max ? splits : splits_max;
     capacity = capacity < self->options.rows ? capacity : self->options.rows;
-    for (uint32_t i = 0; i < self->recordings; i++) {
-        struct step_recording *at = &self->recording[i];
-        if (at->rows == capacity && at->micro == micro && at->splits == splits)
-            return at;
-    }
-    ASSERT(self->recordings < STEP_RECORDINGS_MAX); /* rows up to 4096, positions up to 2^20 */
-    struct step_recording *ret = &self->recording[self->recordings++];
-    *ret = (struct step_recording){.rows = capacity, .micro = micro, .splits = splits};
-    ret->mla = aligned_alloc(64, (size_t)micro * self->model->layers * sizeof *ret->mla);
-    ASSERT(ret->mla != NULL);
-    return ret;
+    return recording_of(self, capacity, micro, splits);
 }
 
 static size_t fill_tables(struct step *self, const struct step_row *row, uint32_t rows) {
@@ -306,6 +322,14 @@ static void enqueue(struct step *self, size_t table_bytes) {
     const size_t lost_bytes = (size_t)now->micro * now->rows * sizeof(uint32_t);
     self->next_product = self->next_mla = 0;
     self->work.quantised_of = NULL;
+    if (self->options.role == STEP_EXPERTS) {
+        for (uint32_t l = 0; l < m->layers; l++)
+            for (uint32_t i = 0; m->layer[l].moe && i < now->micro; i++)
+                step_experts(self, 0, l, i);
+        for (uint32_t i = 0; i < now->micro; i++)
+            step_link_settle(self, &self->micro[i].link[0], self->stream);
+        return;
+    }
     did(self, stream_put_cuda(self->stream, self->tables.device, self->tables.host, table_bytes));
     did(self, stream_clear_cuda(self->stream, self->lost, lost_bytes, lost_bytes, 1));
     for (uint32_t i = 0; i < now->micro; i++)
@@ -316,12 +340,15 @@ static void enqueue(struct step *self, size_t table_bytes) {
                 step_hear(self, l - 1, i);
             step_attend(self, l, i);
             for (uint32_t g = 0; m->layer[l].moe && g < self->options.groups; g++)
-                step_experts(self, g, l, i);
+                if (self->options.role == STEP_WHOLE)
+                    step_experts(self, g, l, i);
         }
     for (uint32_t i = 0; i < now->micro; i++) {
         if (m->layer[m->layers - 1].moe)
             step_hear(self, m->layers - 1, i);
         step_finish(self, i);
+        for (uint32_t g = 0; g < self->options.groups; g++)
+            step_link_settle(self, &self->micro[i].link[g], self->stream);
     }
     results(self);
 }
@@ -331,8 +358,9 @@ static void put_placement(struct step *self) {
     const size_t bytes = entries * sizeof(int32_t);
     if (!self->placement_changed || entries == 0)
         return;
-    did(self, stream_put_cuda(self->stream, self->group_of, self->placement, bytes));
-    for (uint32_t g = 0; g < self->options.groups; g++)
+    if (self->options.role != STEP_EXPERTS)
+        did(self, stream_put_cuda(self->stream, self->group_of, self->placement, bytes));
+    for (uint32_t g = 0; self->options.role != STEP_ATTENTION && g < self->options.groups; g++)
         did(self, stream_put_cuda(self->stream, self->group[g].slot_of,
                                   self->placement + (1 + g) * entries, bytes));
     self->placement_changed = false;
@@ -352,14 +380,8 @@ static bool rows_valid(const struct step *self, const struct step_row *row, uint
     return true;
 }
 
-int step_begin(struct step *self, const struct step_row *row, uint32_t rows) {
-    ASSERT(self->rows_running == 0);
-    if (!rows_valid(self, row, rows))
-        return ERR_INVALID;
-    did(self, device_enter_cuda());
-    self->now = recording_for(self, row, rows);
-    const bool planned = self->now->products > 0;
-    const size_t bytes = fill_tables(self, row, rows);
+/* Directly, or by the graph of the capacity at hand. */
+static int launch(struct step *self, bool planned, size_t bytes) {
     put_placement(self);
     if (!self->options.graphs || !planned) {
         enqueue(self, bytes);
@@ -372,8 +394,34 @@ int step_begin(struct step *self, const struct step_row *row, uint32_t rows) {
         if (self->error == 0)
             did(self, graph_run_cuda(self->now->graph, self->stream));
     }
-    self->rows_running = rows;
     return self->error;
+}
+
+int step_begin(struct step *self, const struct step_row *row, uint32_t rows) {
+    ASSERT(self->rows_running == 0 && self->options.role != STEP_EXPERTS);
+    if (!rows_valid(self, row, rows))
+        return ERR_INVALID;
+    did(self, device_enter_cuda());
+    self->now = recording_for(self, row, rows);
+    const bool planned = self->now->products > 0;
+    const size_t bytes = fill_tables(self, row, rows);
+    self->rows_running = rows;
+    return launch(self, planned, bytes);
+}
+
+void step_announce(const struct step *self, uint32_t *ret_rows, uint32_t *ret_micro) {
+    *ret_rows = self->now->rows;
+    *ret_micro = self->now->micro;
+}
+
+int step_serve(struct step *self, uint32_t rows, uint32_t micro) {
+    ASSERT(self->rows_running == 0 && self->options.role == STEP_EXPERTS);
+    if (rows < 1 || rows > self->options.rows || micro < 1 || micro > self->options.micro)
+        return ERR_INVALID;
+    did(self, device_enter_cuda());
+    self->now = recording_of(self, rows, micro, 0);
+    self->rows_running = rows;
+    return launch(self, self->now->products > 0, 0);
 }
 
 int step_prompt(struct step *self, const struct step_row *row, uint32_t rows) {
@@ -411,6 +459,8 @@ int step_end(struct step *self, struct step_result *ret) {
     ASSERT(rows > 0);
     did(self, stream_wait_cuda(self->stream));
     self->rows_running = 0;
+    if (self->options.role == STEP_EXPERTS)
+        return self->error;
     for (uint32_t r = 0; r < rows; r++) { /* both ascend: at[r] is never below r */
         self->lost_host[r] = self->lost_host[self->at[r]];
         const uint32_t micro = self->at[r] / now->rows, own = self->at[r] % now->rows;

@@ -9,22 +9,28 @@
 #ifndef TROUPE_ENGINE_CUDA_STEP_H
 #define TROUPE_ENGINE_CUDA_STEP_H
 
+#include "engine/cuda/edge.h"
 #include "engine/cuda/weights.h"
 
 #define STEP_MICRO_MAX  2
 #define STEP_GROUPS_MAX 8
 #define STEP_NO_BIAS    0xffffffffu
 
+/* Which side of the edges a step is: both in one process, or one of them. */
+enum step_role { STEP_WHOLE, STEP_ATTENTION, STEP_EXPERTS };
+
 struct step_options {
-    uint32_t rows;      /* most rows of a micro-batch */
-    uint32_t micro;     /* micro-batches: 1 or 2 */
-    uint32_t groups;    /* of experts, each with a stream of its own */
-    uint32_t slots;     /* experts of a layer that a group has room for */
-    uint32_t pages;     /* of the latent cache */
-    uint32_t positions; /* longest sequence */
-    uint32_t biases;    /* versions of the routing bias that may be in use together; may be 0 */
-    bool prompts;       /* step_prompt() will be called */
-    bool graphs;        /* false: kernels are launched one by one */
+    enum step_role role;
+    const struct edge *edges; /* [micro, groups], taken over; NULL: local ones, of a whole step */
+    uint32_t rows;            /* most rows of a micro-batch */
+    uint32_t micro;           /* micro-batches: 1 or 2 */
+    uint32_t groups;          /* of experts, each with a stream of its own */
+    uint32_t slots;           /* experts of a layer that a group has room for */
+    uint32_t pages;           /* of the latent cache */
+    uint32_t positions;       /* longest sequence */
+    uint32_t biases; /* versions of the routing bias that may be in use together; may be 0 */
+    bool prompts;    /* step_prompt() will be called */
+    bool graphs;     /* false: kernels are launched one by one */
 };
 
 struct step_row {
@@ -73,6 +79,11 @@ int step_begin(struct step *self, const struct step_row *row, uint32_t rows);
 /* The same for prompt tokens (the expanded form): at most options->rows rows of one sequence,
  * ascending. Their number is what it is, so nothing is captured. */
 int step_prompt(struct step *self, const struct step_row *row, uint32_t rows);
+/* What the experts' side must be told of a step that has begun, before or after: its capacity. */
+void step_announce(const struct step *self, uint32_t *ret_rows, uint32_t *ret_micro);
+/* The experts' side of such a step, enqueued: all layers, all micro-batches; then step_end() with
+ * ret NULL. */
+int step_serve(struct step *self, uint32_t rows, uint32_t micro);
 /* The one place that waits. */
 int step_end(struct step *self, struct step_result *ret);
 bool step_done(struct step *self); /* step_end() would not wait */

@@ -209,7 +209,8 @@ static void ask(struct step *self, uint32_t l, uint32_t micro) {
                         row_bytes));
     for (uint32_t g = 0; g < self->options.groups; g++) {
         const struct edge_frame frame = step_frame(self, micro, g);
-        did(self, own->edge[g].operations->ask(own->edge[g].state, &frame, self->stream));
+        step_link_send(self, &own->link[g], own->link[g].edge.operations->ask, &frame,
+                       self->stream);
     }
 }
 
@@ -247,7 +248,8 @@ void step_hear(struct step *self, uint32_t l, uint32_t micro) {
     const struct exchange_cuda x = exchange(self, l);
     for (uint32_t g = 0; g < self->options.groups; g++) {
         const struct edge_frame frame = step_frame(self, micro, g);
-        did(self, own->edge[g].operations->hear(own->edge[g].state, &frame, self->stream));
+        step_link_receive(self, &own->link[g], own->link[g].edge.operations->hear, &frame,
+                          self->stream);
     }
     did(self, exchange_check_cuda(self->stream, &x, choice_of(self, l, micro), own->place,
                                   own->status, own->answered, self->lost + micro * rows));

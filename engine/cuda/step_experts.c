@@ -29,7 +29,7 @@ void step_experts(struct step *self, uint32_t g, uint32_t l, uint32_t micro) {
     struct step_group *group = &self->group[g];
     const struct step_model *m = self->model;
     const struct step_stack *stack = &group->stack[l];
-    const struct edge *edge = &self->micro[micro].edge[g];
+    struct step_link *link = &self->micro[micro].link[g];
     const struct edge_frame frame = step_frame(self, micro, g);
     const uint32_t rows = self->now->rows, k = m->gate.k, slots = self->options.slots;
     const uint32_t width = m->expert_width, items = rows * k;
@@ -37,7 +37,7 @@ void step_experts(struct step *self, uint32_t g, uint32_t l, uint32_t micro) {
         m->expert_fp8 ? up_to(m->hidden, BLOCK) : self->hidden_stride; /* elements of a row */
     const size_t inner_stride = activation_stride(width),
                  inner_blocks = up_to(width, BLOCK) / BLOCK;
-    did(self, edge->operations->accept(edge->state, &frame, group->stream));
+    step_link_receive(self, link, link->edge.operations->accept, &frame, group->stream);
     did(self, dispatch_cuda(group->stream, exchange_list(frame.note), items,
                             group->slot_of + (size_t)l * m->gate.experts, m->gate.experts, slots,
                             rows, group->count, group->item, group->place));
@@ -60,5 +60,5 @@ void step_experts(struct step *self, uint32_t g, uint32_t l, uint32_t micro) {
                         group->count, group->stream, group->y);
     did(self, exchange_reply_cuda(group->stream, frame.note, rows, k, items, group->place, group->y,
                                   m->hidden, m->hidden, frame.status, frame.output));
-    did(self, edge->operations->answer(edge->state, &frame, group->stream));
+    step_link_send(self, link, link->edge.operations->answer, &frame, group->stream);
 }

@@ -44,6 +44,14 @@ struct step_attention {
     const void *quantised_of; /* while enqueuing: what `quantised` holds */
 };
 
+/* An edge and, between processes, a stream for each direction with the events that tie them to the
+ * stream that computes. */
+struct step_link {
+    struct edge edge;
+    void *sends, *receives;              /* streams; NULL: local */
+    void *ready, *sent, *free, *arrived; /* events */
+};
+
 /* A micro-batch. */
 struct step_micro {
     float *residual;    /* [R, hidden] */
@@ -57,7 +65,7 @@ struct step_micro {
     uint8_t *rows;      /* [groups, R, row_bytes] */
     uint32_t *status;   /* [groups, items] */
     float *output;      /* [groups, items, hidden] */
-    struct edge edge[STEP_GROUPS_MAX];
+    struct step_link link[STEP_GROUPS_MAX];
 };
 
 /* A group of experts: its stream's work space, one micro-batch at a time. C: slots * R rows. */
@@ -166,6 +174,17 @@ void step_product_masked(struct step *self, const struct step_matrix *w, const v
                          const uint32_t *count, void *stream, float *y);
 /* down(silu(gate(x)) * up(x)) of a dense layer or shared expert. */
 void step_mlp(struct step *self, const struct step_layer *layer, uint32_t rows, float *y);
+
+/* step_links.c: what the edges of a micro-batch and group do, tied to the stream that computes. */
+int step_link_open(struct step_link *self, const struct edge *edge);
+void step_link_close(struct step_link *self);
+typedef int edge_operation(void *edge, const struct edge_frame *frame, void *stream);
+void step_link_send(struct step *self, struct step_link *link, edge_operation *operation,
+                    const struct edge_frame *frame, void *stream);
+void step_link_receive(struct step *self, struct step_link *link, edge_operation *operation,
+                       const struct edge_frame *frame, void *stream);
+/* At the end of a step: `stream` has everything behind it. */
+void step_link_settle(struct step *self, struct step_link *link, void *stream);
 
 /* step_attention.c, step_experts.c: one layer of one micro-batch, enqueued. */
 void step_embed(struct step *self, uint32_t micro);

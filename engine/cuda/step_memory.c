@@ -196,12 +196,13 @@ int step_memory_open(struct step *self, struct failure *failure) {
     const struct step_model *m = self->model;
     const size_t rows = self->options.rows, micro = self->options.micro;
     const size_t entries = (size_t)m->layers * m->gate.experts;
-    int error = take_attention(self, failure);
-    if (error == 0)
+    const enum step_role role = self->options.role;
+    int error = role != STEP_EXPERTS ? take_attention(self, failure) : 0;
+    if (error == 0 && role != STEP_EXPERTS)
         error = take_prompts(self, failure);
     for (uint32_t i = 0; i < micro && error == 0; i++)
         error = take_micro(self, &self->micro[i], failure);
-    for (uint32_t g = 0; g < self->options.groups && error == 0; g++)
+    for (uint32_t g = 0; role != STEP_ATTENTION && g < self->options.groups && error == 0; g++)
         error = take_group(self, &self->group[g], failure);
     if (error == 0)
         error = take_pinned(self, &self->tables.host, self->tables.words_max * sizeof(uint32_t),

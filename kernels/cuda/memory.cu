@@ -100,7 +100,12 @@ void device_pretend_cuda(uint64_t free_bytes) {
 }
 int device_put_cuda(void *memory, const void *from, size_t bytes) {
     const int error = use();
-    return error != 0 ? error : (int)cudaMemcpy(memory, from, bytes, cudaMemcpyHostToDevice);
+    if (error != 0)
+        return error;
+    /* From memory that is not page-locked it returns before the last bytes have arrived, and other
+     * streams do not wait for them. */
+    const cudaError_t copied = cudaMemcpy(memory, from, bytes, cudaMemcpyHostToDevice);
+    return (int)(copied != cudaSuccess ? copied : cudaStreamSynchronize(NULL));
 }
 int device_get_cuda(void *to, const void *memory, size_t bytes) {
     const int error = use();

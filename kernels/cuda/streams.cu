@@ -54,7 +54,12 @@ int stream_copy_cuda(void *stream, void *to, const void *from, size_t bytes) {
     return (int)cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, (cudaStream_t)stream);
 }
 int stream_clear_cuda(void *stream, void *memory, size_t pitch, size_t bytes, size_t rows) {
-    return (int)cudaMemset2DAsync(memory, pitch, 0, bytes, rows, (cudaStream_t)stream);
+    if (rows > 1 && pitch <= INT32_MAX)
+        return (int)cudaMemset2DAsync(memory, pitch, 0, bytes, rows, (cudaStream_t)stream);
+    cudaError_t error = cudaSuccess; /* one run, or too far apart for the other form */
+    for (size_t i = 0; i < rows && error == cudaSuccess; i++)
+        error = cudaMemsetAsync((uint8_t *)memory + i * pitch, 0, bytes, (cudaStream_t)stream);
+    return (int)error;
 }
 
 int graph_begin_cuda(void *stream) {

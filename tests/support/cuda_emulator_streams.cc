@@ -27,6 +27,7 @@ enum { UNJOINED = 904, ISOLATED = 905 }; /* cudaErrorStreamCapture... */
 
 struct node {
     std::function<void()> work;
+    std::function<bool()> ready; /* NULL: always */
     std::set<size_t> after;
 };
 struct capture {
@@ -51,6 +52,11 @@ struct operation {
     uint64_t turn; /* of the event */
     std::shared_ptr<replay> run;
     uint64_t number; /* in the order of enqueuing, all streams together */
+    std::function<bool()> ready;
+};
+struct channel {
+    std::deque<std::vector<uint8_t>> under_way;
+    uint64_t left = UINT64_MAX; /* things until it is aborted */
 };
 struct stream {
     std::deque<operation> queue;
@@ -71,10 +77,27 @@ void must_not_capture(const char *what) {
     abort();
 }
 
+std::vector<size_t> ready_nodes(const replay &self) {
+    std::vector<size_t> ret;
+    for (size_t i = 0; i < self.done.size(); i++) {
+        const node &at = self.graph->nodes[i];
+        bool may = !self.done[i] && (at.ready == nullptr || at.ready());
+        for (size_t before : at.after)
+            may = may && self.done[before];
+        if (may)
+            ret.push_back(i);
+    }
+    return ret;
+}
+
 bool can_go_on(const stream *self) {
     if (self->queue.empty())
         return false;
     const operation &head = self->queue.front();
+    if (head.kind == operation::GRAPH)
+        return head.run->left == 0 || !ready_nodes(*head.run).empty();
+    if (head.ready != nullptr && !head.ready())
+        return false;
     return head.kind != operation::AWAIT || head.at->reached >= head.turn;
 }
 
@@ -87,14 +110,7 @@ void count_order(const operation &done) {
 
 /* One node that may run; true when the graph is done. */
 bool replay_some(replay &self) {
-    std::vector<size_t> ready;
-    for (size_t i = 0; i < self.done.size(); i++) {
-        bool may = !self.done[i];
-        for (size_t before : self.graph->nodes[i].after)
-            may = may && self.done[before];
-        if (may)
-            ready.push_back(i);
-    }
+    const std::vector<size_t> ready = ready_nodes(self);
     if (!ready.empty()) {
         /* Often the latest in order of capture: chains that run as far ahead as they can. */
         const size_t n = ready.size();
@@ -164,15 +180,59 @@ void emulated_forget_await(uint32_t nth) {
     forget = nth;
 }
 
-void emulated_enqueue(void *to, const char *what, const std::function<void()> &work) {
-    (void)what;
+static void enqueue_when(void *to, const std::function<bool()> &ready,
+                         const std::function<void()> &work) {
     stream *self = (stream *)to;
     if (self->in != NULL) {
-        self->in->nodes.push_back({work, self->last});
+        self->in->nodes.push_back({work, ready, self->last});
         self->last = {self->in->nodes.size() - 1};
         return;
     }
-    enqueue(self, {operation::WORK, work, NULL, 0, NULL, 0});
+    enqueue(self, {operation::WORK, work, NULL, 0, NULL, 0, ready});
+}
+
+void emulated_enqueue(void *to, const char *what, const std::function<void()> &work) {
+    (void)what;
+    enqueue_when(to, nullptr, work);
+}
+
+void *emulated_channel_make(void) {
+    return new channel();
+}
+void emulated_channel_free(void *at) {
+    delete (channel *)at;
+}
+int emulated_channel_send(void *at, void *on, const void *from, size_t bytes) {
+    channel *self = (channel *)at;
+    enqueue_when(
+        on, [=] { return self->left == 0 || self->under_way.empty(); },
+        [=] {
+            if (self->left > 0)
+                self->under_way.emplace_back((const uint8_t *)from, (const uint8_t *)from + bytes);
+        });
+    return 0;
+}
+int emulated_channel_receive(void *at, void *on, void *to, size_t bytes) {
+    channel *self = (channel *)at;
+    enqueue_when(
+        on, [=] { return self->left == 0 || !self->under_way.empty(); },
+        [=] {
+            if (self->left == 0)
+                return;
+            if (self->under_way.front().size() != bytes) {
+                fprintf(stderr, "emulator: %zu bytes were sent, %zu are received\n",
+                        self->under_way.front().size(), bytes);
+                abort();
+            }
+            memcpy(to, self->under_way.front().data(), bytes);
+            self->under_way.pop_front();
+            self->left--;
+        });
+    return 0;
+}
+void emulated_channel_abort_after(void *at, uint64_t count) {
+    ((channel *)at)->left = count;
+    ((channel *)at)->under_way.clear();
 }
 
 int stream_make_cuda(void **ret) {
@@ -221,7 +281,7 @@ int event_record_cuda(void *at, void *on) {
     self->in = s->in;
     self->nodes = s->last;
     if (s->in == NULL)
-        enqueue(s, {operation::RECORD, nullptr, self, ++self->recorded, NULL, 0});
+        enqueue(s, {operation::RECORD, nullptr, self, ++self->recorded, NULL, 0, nullptr});
     return 0;
 }
 int event_await_cuda(void *on, void *at) {
@@ -233,7 +293,7 @@ int event_await_cuda(void *on, void *at) {
     if (!captured && s->in != NULL)
         return ISOLATED;
     if (!captured) {
-        enqueue(s, {operation::AWAIT, nullptr, self, self->recorded, NULL, 0});
+        enqueue(s, {operation::AWAIT, nullptr, self, self->recorded, NULL, 0, nullptr});
         return 0;
     }
     if (s->in != NULL && s->in != self->in)
@@ -319,7 +379,7 @@ int graph_run_cuda(void *at, void *on) {
     run->done.assign(graph->nodes.size(), false);
     run->left = graph->nodes.size();
     if (run->left > 0)
-        enqueue(self, {operation::GRAPH, nullptr, NULL, 0, run, 0});
+        enqueue(self, {operation::GRAPH, nullptr, NULL, 0, run, 0, nullptr});
     return 0;
 }
 uint32_t graph_nodes_cuda(const void *at) {
