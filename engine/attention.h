@@ -29,8 +29,9 @@ struct attention_slot {
     void *normed;      /* [batch_rows, hidden_stride] */
     void *final;       /* [batch_rows, hidden_stride] */
     float *shared;     /* [batch_rows, hidden] */
-    float *outputs;    /* [batch_rows, k, hidden] */
-    uint8_t *filled;   /* [batch_rows, k]: output has arrived */
+    float *outputs;    /* [batch_rows, k, hidden] where those are put that do not stay where they arrived */
+    const float **output; /* [batch_rows, k]: where it lies; NULL: it has not arrived */
+    bool keeps;           /* some lie where they arrived */
     uint16_t *choice;  /* [batch_rows, k] */
     float *weights;    /* [batch_rows, k] */
     bool shared_ready; /* SHARED has run for the current layer */

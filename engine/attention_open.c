@@ -137,7 +137,7 @@ static int open_slot(struct engine *self, struct attention_slot *slot, struct fa
         {&slot->final, rows * self->hidden_stride, activation},
         {(void **)&slot->shared, rows * hidden, sizeof(float)},
         {(void **)&slot->outputs, rows * k * hidden, sizeof(float)},
-        {(void **)&slot->filled, rows * k, sizeof *slot->filled},
+        {(void **)&slot->output, rows * k, sizeof *slot->output},
         {(void **)&slot->choice, rows * k, sizeof *slot->choice},
         {(void **)&slot->weights, rows * k, sizeof(float)},
     };
@@ -297,7 +297,7 @@ void attention_close(struct engine *self) {
         struct attention_slot *slot = &a->slot[s];
         void *const parts[] = {slot->row,    slot->residual, slot->normed,
                                slot->final,  slot->shared,   slot->outputs,
-                               slot->filled, slot->choice,   slot->weights};
+                               slot->output, slot->choice,   slot->weights};
         for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
             memory_free(parts[i]);
     }

@@ -101,7 +101,7 @@ static void run_embed(struct engine *self, struct attention_slot *slot,
         return;
     slot->rows = program->rows;
     slot->final_rows = 0;
-    slot->shared_ready = false;
+    slot->shared_ready = slot->keeps = false;
     memcpy(slot->row, program->row, program->rows * sizeof *slot->row);
     struct embed_job job = {self, slot};
     rows_run(&self->parallel, slot->rows, self->hidden / 4, embed_rows, &job);
@@ -165,7 +165,8 @@ static void run_layer(struct engine *self, struct attention_slot *slot,
                     work.logits, self->config->experts, &self->parallel);
     struct gate_job job = {self, weights, slot, work.logits, program->layer};
     rows_run(&self->parallel, slot->rows, 4 * (size_t)self->config->experts, gate_rows, &job);
-    memset(slot->filled, 0, (size_t)slot->rows * a->gate.k);
+    memset(slot->output, 0, (size_t)slot->rows * a->gate.k * sizeof *slot->output);
+    slot->keeps = false;
     slot->shared_ready = !weights->has_mlp;
     ret->choice = slot->choice;
     ret->k = a->gate.k;
@@ -184,7 +185,8 @@ static void run_shared(struct engine *self, struct attention_slot *slot,
             slot->shared, self->hidden, &self->parallel);
 }
 
-/* The same output may come twice (a row that was sent again): the bits are the same. */
+/* Outputs stay where they are if the host says that they may, else they are copied. The same output
+ * may come twice (a row that was sent again): the bits are the same. */
 static void run_scatter(struct engine *self, struct attention_slot *slot,
                         const struct program *program) {
     const uint32_t k = self->attention->gate.k;
@@ -193,8 +195,32 @@ static void run_scatter(struct engine *self, struct attention_slot *slot,
     for (uint32_t i = 0; i < program->items; i++) {
         ASSERT(program->item_row[i] < slot->rows && program->item_slot[i] < k);
         size_t entry = (size_t)program->item_row[i] * k + program->item_slot[i];
-        memcpy(slot->outputs + entry * hidden, rows + i * hidden, hidden * sizeof *rows);
-        slot->filled[entry] = 1;
+        slot->output[entry] = rows + i * hidden;
+        if (!program->stays)
+            slot->output[entry] = memcpy(slot->outputs + entry * hidden, rows + i * hidden,
+                                         hidden * sizeof *rows);
+    }
+    slot->keeps = slot->keeps || program->stays;
+}
+
+bool attention_keeps(const struct engine *self) {
+    const struct attention *a = self->attention;
+    for (uint32_t s = 0; s < a->slots; s++)
+        if (a->slot[s].keeps)
+            return true;
+    return false;
+}
+
+void attention_take_in(struct engine *self) {
+    const size_t hidden = self->hidden, k = self->attention->gate.k;
+    for (uint32_t s = 0; s < self->attention->slots; s++) {
+        struct attention_slot *slot = &self->attention->slot[s];
+        for (size_t entry = 0; slot->keeps && entry < slot->rows * k; entry++) {
+            float *own = slot->outputs + entry * hidden;
+            if (slot->output[entry] != NULL && slot->output[entry] != own)
+                slot->output[entry] = memcpy(own, slot->output[entry], hidden * sizeof *own);
+        }
+        slot->keeps = false;
     }
 }
 
@@ -210,11 +236,11 @@ static void combine_some_rows(void *argument, uint32_t first, uint32_t end, int 
     const uint32_t k = job->engine->attention->gate.k, hidden = job->engine->hidden;
     (void)part;
     for (size_t entry = (size_t)first * k; entry < (size_t)end * k; entry++)
-        ASSERT(slot->filled[entry] || slot->choice[entry] == GATE_UNUSED);
-    combine_rows(end - first, k, hidden, slot->outputs + (size_t)first * k * hidden, hidden,
-                 slot->weights + (size_t)first * k, slot->choice + (size_t)first * k,
-                 job->shared ? slot->shared + (size_t)first * hidden : NULL,
-                 slot->residual + (size_t)first * hidden, hidden);
+        ASSERT(slot->output[entry] != NULL || slot->choice[entry] == GATE_UNUSED);
+    combine_rows_from(end - first, k, hidden, slot->output + (size_t)first * k,
+                      slot->weights + (size_t)first * k, slot->choice + (size_t)first * k,
+                      job->shared ? slot->shared + (size_t)first * hidden : NULL, hidden,
+                      slot->residual + (size_t)first * hidden, hidden);
 }
 
 static void run_combine(struct engine *self, struct attention_slot *slot,
@@ -223,7 +249,7 @@ static void run_combine(struct engine *self, struct attention_slot *slot,
     struct combine_job job = {self, slot, self->attention->layer[program->layer].has_mlp};
     rows_run(&self->parallel, slot->rows, (size_t)self->attention->gate.k * self->hidden / 8,
              combine_some_rows, &job);
-    slot->shared_ready = false;
+    slot->shared_ready = slot->keeps = false;
 }
 
 static void run_finish(struct engine *self, struct attention_slot *slot,

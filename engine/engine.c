@@ -126,6 +126,15 @@ bool engine_cache_wants(const struct engine *self, size_t ahead_bytes) {
     return self->role == ENGINE_ATTENTION && attention_cache_wanted(self, ahead_bytes) > 0;
 }
 
+bool engine_keeps(const struct engine *self) {
+    return self->role == ENGINE_ATTENTION && attention_keeps(self);
+}
+
+void engine_take_in(struct engine *self) {
+    ASSERT(self->role == ENGINE_ATTENTION);
+    attention_take_in(self);
+}
+
 uint64_t engine_memory_bytes(const struct engine *self) {
     return self->memory_bytes;
 }

@@ -40,7 +40,7 @@ enum program_kind {
     PROGRAM_EMBED,   /* slot, rows, row[] */
     PROGRAM_LAYER,   /* slot, layer (rows from EMBED) */
     PROGRAM_SHARED,  /* slot, layer */
-    PROGRAM_SCATTER, /* slot, payload [items, hidden] float, item_row[], item_slot[], items */
+    PROGRAM_SCATTER, /* slot, payload [items, hidden] float, item_row[], item_slot[], items; stays */
     PROGRAM_COMBINE, /* slot, layer */
     PROGRAM_FINISH,  /* slot, select[] batch rows, items = how many: final row i is batch row select[i] */
     PROGRAM_CLEAR_PAGES, /* select[] page numbers, items: zeroes them (a page is cleared when it is handed to a sequence) */
@@ -78,6 +78,8 @@ struct program {
     uint32_t answer_to; /* EXPERT: the actor that the output will go to, 0: not known. For hosts that want it written in its place */
     void *output;       /* EXPERT: filled in by such hosts: [items, hidden] float, 64-byte aligned; NULL: the engine's own memory */
     bool sum;           /* EXPERT: the host wants output_crc */
+    bool stays;         /* SCATTER: the payload stays in its place as long as engine_keeps() says that it is needed, or until the host
+                           has called engine_take_in(); else it is copied */
     uint64_t tag;       /* copied into the result */
 };
 #define WEIGHTS_CHUNK_MAX WEIGHTS_BYTES_MAX /* bytes of one PROGRAM_READ */
@@ -150,6 +152,12 @@ uint32_t engine_row_bytes(const struct engine *self, enum region region);
 /* Copies rows index[0..count) of a region to ret, one after the other, engine_row_bytes apart; index NULL: rows 0..count-1. */
 void engine_gather(const struct engine *self, enum region region, uint32_t slot,
                    const uint32_t *index, uint32_t count, void *ret);
+
+/* ATTENTION: whether outputs that SCATTER left in their place are still needed: until their COMBINE, or until their slot begins
+ * something else. */
+bool engine_keeps(const struct engine *self);
+/* Copies them, so that they need stay no longer. */
+void engine_take_in(struct engine *self);
 
 /* EXPERT: packing of one (layer, expert). engine_expert_pack may run in any thread, beside engine_run; publishing and dropping happen
  * in the actor's thread between programs. */

@@ -136,6 +136,8 @@ void attention_close(struct engine *self);
 void attention_run(struct engine *self, const struct program *program, struct program_result *ret);
 size_t attention_cache_ahead(struct engine *self, size_t ahead_bytes, void **ret);
 size_t attention_cache_wanted(const struct engine *self, size_t ahead_bytes); /* bytes, all pieces */
+bool attention_keeps(const struct engine *self);
+void attention_take_in(struct engine *self);
 const void *attention_region(const struct engine *self, enum region region, uint32_t slot,
                              uint32_t *ret_rows);
 

@@ -48,9 +48,9 @@ CLONES static void combine_row(uint32_t used, uint32_t hidden, const float *cons
     }
 }
 
-void combine_rows(uint32_t rows, uint32_t k, uint32_t hidden, const float *outputs, size_t stride,
-                  const float *weights, const uint16_t *experts, const float *shared,
-                  float *residual, size_t residual_stride) {
+void combine_rows_from(uint32_t rows, uint32_t k, uint32_t hidden, const float *const *output,
+                       const float *weights, const uint16_t *experts, const float *shared,
+                       size_t stride, float *residual, size_t residual_stride) {
     ASSERT(k <= EXPERTS_PER_TOKEN_MAX);
     for (uint32_t r = 0; r < rows; r++) {
         const float *used_outputs[EXPERTS_PER_TOKEN_MAX];
@@ -60,11 +60,25 @@ void combine_rows(uint32_t rows, uint32_t k, uint32_t hidden, const float *outpu
             size_t entry = (size_t)r * k + slot;
             if (experts[entry] == GATE_UNUSED)
                 continue;
-            used_outputs[used] = outputs + entry * stride;
+            used_outputs[used] = output[entry];
             used_weights[used++] = weights[entry];
         }
         combine_row(used, hidden, used_outputs, used_weights,
                     shared == NULL ? NULL : shared + (size_t)r * stride,
                     residual + (size_t)r * residual_stride);
+    }
+}
+
+void combine_rows(uint32_t rows, uint32_t k, uint32_t hidden, const float *outputs, size_t stride,
+                  const float *weights, const uint16_t *experts, const float *shared,
+                  float *residual, size_t residual_stride) {
+    ASSERT(k <= EXPERTS_PER_TOKEN_MAX);
+    for (uint32_t r = 0; r < rows; r++) {
+        const float *output[EXPERTS_PER_TOKEN_MAX];
+        for (uint32_t slot = 0; slot < k; slot++)
+            output[slot] = outputs + ((size_t)r * k + slot) * stride;
+        combine_rows_from(1, k, hidden, output, weights + (size_t)r * k, experts + (size_t)r * k,
+                          shared == NULL ? NULL : shared + (size_t)r * stride, stride,
+                          residual + (size_t)r * residual_stride, residual_stride);
     }
 }

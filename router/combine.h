@@ -12,4 +12,9 @@ void combine_rows(uint32_t rows, uint32_t k, uint32_t hidden, const float *outpu
                   const float *weights, const uint16_t *experts, const float *shared,
                   float *residual, size_t residual_stride);
 
+/* The same with outputs that lie anywhere: output [rows, k], each [hidden]. */
+void combine_rows_from(uint32_t rows, uint32_t k, uint32_t hidden, const float *const *output,
+                       const float *weights, const uint16_t *experts, const float *shared,
+                       size_t stride, float *residual, size_t residual_stride);
+
 #endif

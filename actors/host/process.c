@@ -210,6 +210,31 @@ static void place_output(struct process *self, struct program *program) {
     program->sum = self->placed.summed = self->options->settings.frame_crc != 0;
 }
 
+/* Rows of the frame being handled may stay in it if its transport has room for that. */
+static bool may_stay(struct process *self, const void *payload) {
+    if (self->incoming == NULL || self->incoming_by->class->keep == NULL)
+        return false;
+    const struct frame *frame = &self->incoming->frame;
+    const uint8_t *at = payload;
+    return at >= frame->payload && at < frame->payload + frame->header->payload_bytes &&
+           self->incoming_by->class->keep(self->incoming_by, self->incoming);
+}
+
+void process_take_in(void *process) {
+    struct process *self = process;
+    if (self->keeps)
+        engine_take_in(self->engine);
+    self->keeps = false;
+}
+
+/* Frames that the program has left no use for are released. */
+static void release_kept(struct process *self) {
+    if (!self->keeps || engine_keeps(self->engine))
+        return;
+    self->shm->class->release_kept(self->shm);
+    self->keeps = false;
+}
+
 static void carry_compute(struct process *self, const struct effect *effect) {
     ASSERT(self->engine != NULL && self->computed_count < COMPUTED_MAX);
     struct program program = effect->compute;
@@ -218,11 +243,14 @@ static void carry_compute(struct process *self, const struct effect *effect) {
         inject_compute(self->inject, &program);
     if (program.kind == PROGRAM_EXPERT)
         place_output(self, &program);
+    if (program.kind == PROGRAM_SCATTER)
+        self->keeps |= program.stays = may_stay(self, program.payload);
     uint32_t at = (self->computed_first + self->computed_count++) % COMPUTED_MAX;
     uint64_t began_ns = clock_now_ns();
     pool_begin(self->pool);
     engine_run(self->engine, &program, &self->computed[at]);
     pool_end(self->pool);
+    release_kept(self);
     self->placed.crc = self->computed[at].output_crc;
     cache_ahead_look(self->cache_ahead);
     self->computed[at].began_ns = began_ns;
@@ -417,10 +445,13 @@ static bool drain_frames(struct process *self, struct transport *transport) {
     for (int i = 0; i < FRAMES_PER_TURN && !self->exiting; i++) {
         if (!transport->class->receive(transport, &incoming))
             break;
+        self->incoming = &incoming;
+        self->incoming_by = transport;
         if (incoming.frame.header->kind == FRAME_MESSAGE)
             take_weights(self, &incoming.frame);
         else if (self->inject == NULL || !inject_deaf(self->inject))
             process_step(self, &(struct event){.kind = EVENT_FRAME, .frame = &incoming.frame});
+        self->incoming = NULL;
         transport->class->release(transport, &incoming);
         any = true;
     }

@@ -17,6 +17,7 @@
 
 #define WAITING_CONTROL (32u << 20) /* bytes for a peer that does not take its messages */
 #define WAITING_DATA    (256u << 20)
+#define ANSWERS_MAX     (32u << 20) /* of a ring that is made larger for them */
 #define DRAIN_MS        200
 /* Edges between GPUs: an offer is repeated, a communicator takes at most so long, the next try comes
  * after a pause that doubles, and after so many failures rows stay with the other transports. */
@@ -197,14 +198,20 @@ static int open_bell(struct process *self, struct failure *failure) {
     return error;
 }
 
-/* The first size of a ring: at least four of the largest frames that the knobs make usual. Larger
- * ones make their ring grow. */
+/* The first size of a ring: at least four of the largest frames that the knobs make usual, and for
+ * experts the answers to a whole batch, which stay there until they are combined. Larger frames make
+ * their ring grow. */
 static uint64_t ring_bytes(const struct process *self) {
     const struct model_config *config = model_config(self->directory.model);
     uint32_t rows = self->options->settings.frame_rows;
     size_t frame = frame_bytes(FRAME_COMBINE, rows, rows, 0, config->hidden * 4);
-    uint64_t knob = (uint64_t)self->options->settings.ring_kib << 10;
-    return 4 * (uint64_t)frame > knob ? 4 * (uint64_t)frame : knob;
+    uint64_t bytes = (uint64_t)self->options->settings.ring_kib << 10, answers = 0;
+    if (self->role == ROLE_EXPERT)
+        answers = (uint64_t)self->options->settings.batch_tokens * config->gate.k *
+                  config->hidden * sizeof(float) * 3 / 2;
+    answers = answers < ANSWERS_MAX ? answers : ANSWERS_MAX;
+    bytes = bytes > answers ? bytes : answers;
+    return 4 * (uint64_t)frame > bytes ? 4 * (uint64_t)frame : bytes;
 }
 
 /* A frame of rows at the knobs' bounds; larger ones go over the other transports. */
@@ -230,6 +237,8 @@ static int open_data(struct process *self, struct failure *failure) {
         .zmq_context = self->zmq,
         .check_crc = self->options->settings.frame_crc != 0,
         .waiting_bytes_max = WAITING_DATA,
+        .take_in = process_take_in,
+        .context = self,
     };
     int error = 0;
     char *at = self->data_address;

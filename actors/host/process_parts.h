@@ -69,6 +69,9 @@ struct process {
         bool summed;
         uint32_t crc;
     } placed;
+    struct incoming *incoming; /* being handled; NULL: none */
+    struct transport *incoming_by;
+    bool keeps; /* frames that have been handled stay where they are: the engine needs them */
     bool exiting;
     bool for_weights[ACTORS_MAX]; /* by actor: its edge between GPUs carries weights only */
     int exit_code;
@@ -87,6 +90,8 @@ void process_share(struct process *self, const struct shared_host *shared);
 
 /* Delivers one event, with all that follows from it. */
 void process_step(struct process *self, const struct event *event);
+/* Kept frames cannot stay: the engine copies what it needs of them. */
+void process_take_in(void *process);
 /* One turn: whatever has come, then what is due by the clock. True: something was done, more may be there. Else *ret_until_ns says when
  * the actor wants to be woken if nothing comes. */
 bool process_turn(struct process *self, uint64_t *ret_until_ns);

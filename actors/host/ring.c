@@ -199,9 +199,22 @@ int ring_peek(struct ring *self, const void **ret_bytes, size_t *ret_size) {
     return 1;
 }
 
-bool ring_release(struct ring *self) {
+void ring_pass(struct ring *self) {
     self->position = self->reserved;
+}
+
+uint64_t ring_kept(const struct ring *self) {
+    return self->reserved - self->released;
+}
+
+bool ring_release_passed(struct ring *self) {
+    self->released = self->position;
     atomic_store(&self->page->tail, self->position);
     return atomic_load(&self->page->producer_waits) != 0 &&
            atomic_exchange(&self->page->producer_waits, 0) != 0;
+}
+
+bool ring_release(struct ring *self) {
+    ring_pass(self);
+    return ring_release_passed(self);
 }

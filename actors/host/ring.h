@@ -32,7 +32,8 @@ struct ring_page {
 struct ring {
     struct ring_page *page; /* NULL: not open */
     uint64_t capacity;      /* as checked when it was opened */
-    uint64_t position;      /* own counter: the producer's head, the consumer's tail */
+    uint64_t position;      /* own counter: the producer's head, what the consumer has read */
+    uint64_t released;      /* consumer: its tail */
     uint64_t reserved; /* producer: where head will be after commit; consumer: where tail will be
                           after release */
     bool producer;
@@ -65,7 +66,13 @@ void ring_commit(struct ring *self);
 
 /* Consumer. 1: a record, read in place until ring_release; 0: none; ERR_CORRUPT: broken. */
 int ring_peek(struct ring *self, const void **ret_bytes, size_t *ret_size);
-/* True if the producer waits for room and must be rung. */
+/* Goes on behind the record; it stays valid until a release. */
+void ring_pass(struct ring *self);
+/* Releases all that were passed, but not the one being read. True if the producer waits for room and must be rung. */
+bool ring_release_passed(struct ring *self);
+/* Bytes that were passed or are being read. */
+uint64_t ring_kept(const struct ring *self);
+/* Goes on behind the record and releases it with all that were passed. True: as above. */
 bool ring_release(struct ring *self);
 
 #endif

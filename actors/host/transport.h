@@ -60,6 +60,10 @@ struct transport_options {
     void *zmq_context;   /* zmq */
     bool check_crc;
     uint64_t waiting_bytes_max; /* per edge, frames that wait for room; more are dropped */
+    /* Kept frames cannot stay: whoever kept them copies what is still needed; when this returns they are gone. NULL if
+     * nothing is ever kept. */
+    void (*take_in)(void *context);
+    void *context;
 };
 
 struct transport {
@@ -95,6 +99,10 @@ struct transport_class {
     /* The next received frame, edges in turn; false: none. At most one frame is out at a time. */
     bool (*receive)(struct transport *self, struct incoming *ret);
     void (*release)(struct transport *self, struct incoming *frame);
+    /* The frame that is out stays valid after its release as well, until release_kept or take_in. False: there is no room
+     * for that. NULL: there never is. */
+    bool (*keep)(struct transport *self, struct incoming *frame);
+    void (*release_kept)(struct transport *self);
     /* Moves what waits: deferred frames, edges half made. Called on every turn of the actor's loop.
      * Returns whether anything moved. */
     bool (*progress)(struct transport *self);

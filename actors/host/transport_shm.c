@@ -8,7 +8,10 @@
  *
  * States of the incoming ring: absent -> open -> (producer closed it and it is empty, or it is
  * broken) -> absent. States of the outgoing ring: open -> (consumer closed it, or a frame needs a
- * larger one) -> made anew, REMAKES_MAX times at most. */
+ * larger one) -> made anew, REMAKES_MAX times at most.
+ *
+ * Received frames that are kept (answers of experts, until they are combined) stay in their ring, and so does what comes
+ * behind them, up to KEPT_PART of it; whatever would unmap or exhaust the ring asks first that they be taken in. */
 #include "actors/host/transport.h"
 
 #include <dirent.h>
@@ -25,6 +28,8 @@
 #define STEM_BYTES     100
 #define FRAME_NEED     4     /* a ring made for a large frame holds this many of them */
 #define AWAITED_BYTES  32768 /* frames so small that their answers are awaited together */
+#define KEPT_PART      3 / 4 /* of a ring, at most, holds frames that are kept */
+#define WAKE_PART      1 / 4 /* of a ring is free: whoever could be left asleep must be woken */
 
 struct waiting_frame {
     struct waiting_frame *next;
@@ -42,6 +47,8 @@ struct shm_edge {
     bool looked;
     bool dirty;    /* has frames that the peer was not yet woken for */
     bool detached; /* disconnected while one of its frames was out */
+    bool keep;     /* the frame that is out is to be kept */
+    bool kept;     /* frames that have been read lie in `in` still */
     unsigned remakes;
     uint32_t awaited; /* answers to small frames sent to the peer */
     void *reserved;   /* in `out`, by shm_reserve; NULL: nothing */
@@ -119,8 +126,38 @@ static bool open_in(struct shm *self, struct shm_edge *edge) {
     return true;
 }
 
+static void shm_release_kept(struct transport *base) {
+    struct shm *self = (struct shm *)base;
+    for (size_t i = 0; i < self->edges; i++) {
+        struct shm_edge *edge = self->edge[i];
+        if (edge->kept && ring_release_passed(&edge->in))
+            bell_ring(&edge->bell);
+        edge->kept = edge->keep = false;
+    }
+}
+
+static void give_up_kept(struct shm *self) {
+    self->options.take_in(self->options.context);
+    shm_release_kept(&self->base);
+}
+
+/* Is done with the record being read. */
+static void leave_record(struct shm *self, struct shm_edge *edge) {
+    if (edge->kept && ring_kept(&edge->in) > edge->in.capacity * KEPT_PART)
+        give_up_kept(self);
+    if (edge->keep || edge->kept) {
+        ring_pass(&edge->in);
+        edge->kept = true;
+    } else if (ring_release(&edge->in)) {
+        bell_ring(&edge->bell);
+    }
+    edge->keep = false;
+}
+
 static void remove_edge(struct shm *self, size_t index) {
     struct shm_edge *edge = self->edge[index];
+    if (edge->kept || edge->keep)
+        give_up_kept(self);
     self->base.awaited -= edge->awaited > 0;
     for (struct waiting_frame *frame = edge->first; frame != NULL; frame = frame->next)
         self->base.counters.dropped++;
@@ -228,7 +265,7 @@ static int reserve(struct shm *self, struct shm_edge *edge, size_t bytes, void *
 }
 
 static void count_sent(struct shm *self, struct shm_edge *edge, size_t bytes, bool more) {
-    edge->dirty = edge->dirty || !more || ring_room(&edge->out) < edge->out.capacity / 2;
+    edge->dirty = edge->dirty || !more || ring_room(&edge->out) < edge->out.capacity * WAKE_PART;
     self->base.counters.frames_sent++;
     self->base.counters.bytes_sent += bytes;
 }
@@ -374,6 +411,8 @@ static bool next_record(struct shm *self, struct shm_edge *edge, const void **by
                         "the ring from actor %u is malformed and was dropped", edge->id);
             self->base.counters.refused++;
         }
+        if (edge->kept)
+            give_up_kept(self);
         ring_close(&edge->in);
         edge->dirty = true; /* the producer is told */
         edge->looked = false;
@@ -408,8 +447,7 @@ static bool shm_receive(struct transport *base, struct incoming *ret) {
             log_limited(&self->limit, TRACE_WARNING, "frame from actor %u refused: %s", edge->id,
                         failure.text);
             base->counters.refused++;
-            if (ring_release(&edge->in))
-                bell_ring(&edge->bell);
+            leave_record(self, edge);
         }
     }
     return false;
@@ -420,10 +458,19 @@ static void shm_release(struct transport *base, struct incoming *frame) {
     struct shm_edge *edge = frame->edge;
     ASSERT(edge == self->held);
     self->held = NULL;
-    if (ring_release(&edge->in))
-        bell_ring(&edge->bell);
+    leave_record(self, edge);
     if (edge->detached)
         edge_free(edge);
+}
+
+static bool shm_keep(struct transport *base, struct incoming *frame) {
+    struct shm *self = (struct shm *)base;
+    struct shm_edge *edge = frame->edge;
+    ASSERT(edge == self->held);
+    if (self->options.take_in == NULL || edge->detached ||
+        ring_kept(&edge->in) > edge->in.capacity * KEPT_PART)
+        return false;
+    return edge->keep = true;
 }
 
 static void shm_close(struct transport **transport) {
@@ -448,6 +495,8 @@ static const struct transport_class shm_class = {
     .flush = shm_flush,
     .receive = shm_receive,
     .release = shm_release,
+    .keep = shm_keep,
+    .release_kept = shm_release_kept,
     .progress = shm_progress,
     .await_none = shm_await_none,
     .close = shm_close,
