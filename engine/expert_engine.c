@@ -11,6 +11,10 @@
  * weights' way from memory cheap. */
 #define CHUNK    256
 #define WORK_MAX 64 /* threads that take groups: bits of experts.taken */
+#define SUM_PARTS_MAX 16
+/* From so many rows of an expert on threads work inside its products together: both read the same
+ * megabyte faster than two of them, and none is left over at the end. */
+#define ROWS_TOGETHER 16
 
 /* A work space: of whoever works on a group, one at a time. */
 struct expert_work {
@@ -189,6 +193,51 @@ void *experts_chunk(struct engine *self, size_t bytes, struct failure *failure) 
     return error == 0 ? x->chunk : NULL;
 }
 
+struct gather_job {
+    const struct program *program;
+    const uint32_t *item_row;
+    void *x;
+    size_t row_bytes, stride;
+};
+
+static void gather_rows(void *argument, uint32_t first, uint32_t end, int part) {
+    const struct gather_job *job = argument;
+    const uint8_t *rows = job->program->payload;
+    (void)part;
+    for (uint32_t i = first; i < end; i++) {
+        uint8_t *to = (uint8_t *)job->x + i * job->stride;
+        memcpy(to, rows + job->item_row[i] * job->row_bytes, job->row_bytes);
+        memset(to + job->row_bytes, 0, job->stride - job->row_bytes);
+    }
+}
+
+struct sum_job {
+    const uint8_t *rows;
+    size_t row_bytes;
+    struct {
+        uint32_t crc;
+        size_t bytes;
+    } part[SUM_PARTS_MAX];
+};
+
+static void sum_some_rows(void *argument, uint32_t first, uint32_t end, int part) {
+    struct sum_job *job = argument;
+    job->part[part].bytes = (end - first) * job->row_bytes;
+    job->part[part].crc = crc32c(0, job->rows + first * job->row_bytes, job->part[part].bytes);
+}
+
+/* Continues `crc` over rows. */
+static uint32_t sum_rows(const struct parallel *parallel, uint32_t crc, const void *rows,
+                         uint32_t count, size_t row_bytes) {
+    struct sum_job job = {.rows = rows, .row_bytes = row_bytes};
+    struct parallel some = *parallel;
+    some.width = some.width < SUM_PARTS_MAX ? some.width : SUM_PARTS_MAX;
+    rows_run(&some, count, row_bytes / 8, sum_some_rows, &job);
+    for (int part = 0; part < some.width; part++)
+        crc = crc32c_join(crc, job.part[part].crc, job.part[part].bytes);
+    return crc;
+}
+
 /* One group, a chunk of items at a time. Outputs are summed up while they are in the cache. */
 static void run_group(const struct engine *self, const struct program *program, uint32_t group,
                       const struct expert_work *work, const struct parallel *parallel) {
@@ -203,12 +252,8 @@ static void run_group(const struct engine *self, const struct program *program, 
     for (uint32_t done = 0; done < program->group[group].count; done += CHUNK) {
         uint32_t first = at->first + done, rows = program->group[group].count - done;
         rows = rows < CHUNK ? rows : CHUNK;
-        for (uint32_t i = 0; i < rows; i++) {
-            const uint8_t *row = (const uint8_t *)program->payload;
-            memcpy((uint8_t *)work->x + i * stride,
-                   row + program->item_row[first + i] * row_bytes, row_bytes);
-            memset((uint8_t *)work->x + i * stride + row_bytes, 0, stride - row_bytes);
-        }
+        struct gather_job gather = {program, program->item_row + first, work->x, row_bytes, stride};
+        rows_run(parallel, rows, row_bytes / 4, gather_rows, &gather);
         float *y = x->output + (size_t)first * self->hidden;
         if (program->e4m3)
             mlp_run_e4m3(&weights->mlp, kernels, work->x, stride, rows, &work->mlp, y, self->hidden,
@@ -217,7 +262,7 @@ static void run_group(const struct engine *self, const struct program *program, 
             mlp_run(&weights->mlp, kernels, work->x, self->hidden_stride, rows, &work->mlp, y,
                     self->hidden, parallel);
         if (program->sum)
-            at->crc = crc32c(at->crc, y, rows * self->hidden * sizeof *y);
+            at->crc = sum_rows(parallel, at->crc, y, rows, self->hidden * sizeof *y);
     }
 }
 
@@ -288,8 +333,9 @@ static uint32_t sum_groups(const struct engine *self, const struct program *prog
     return crc;
 }
 
-/* Threads take whole groups, whoever is free the next one, where no group is more than a thread's
- * share, else they work inside each product together. Either way a row's bits are the same. */
+/* Threads take whole groups, whoever is free the next one, where groups are small and none is more
+ * than a thread's share, else they work inside each product together. Either way a row's bits are the
+ * same. */
 void experts_run(struct engine *self, const struct program *program, struct program_result *ret) {
     struct experts *x = self->experts;
     uint32_t threads = (uint32_t)self->parallel.width;
@@ -307,7 +353,8 @@ void experts_run(struct engine *self, const struct program *program, struct prog
     x->items = program->items;
     x->output = program->output != NULL ? program->output : x->own;
     ret->output = x->output;
-    if (threads > 1 && threads <= WORK_MAX && (uint64_t)largest * threads <= program->items) {
+    if (threads > 1 && threads <= WORK_MAX && (uint64_t)largest * threads <= program->items &&
+        program->items < (uint64_t)program->groups * ROWS_TOGETHER) {
         struct expert_job job = {self, program};
         self->parallel.run(self->parallel.pool, run_part, &job, (int)program->groups);
     } else {
