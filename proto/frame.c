@@ -208,14 +208,19 @@ static int check_dispatch(const struct frame *frame, struct failure *failure) {
     return 0;
 }
 
-static uint32_t checksum(const struct frame_header *header) {
+static uint32_t header_checksum(const struct frame_header *header) {
     struct frame_header blank = *header;
     blank.crc = 0;
-    uint32_t crc = crc32c(0, &blank, sizeof blank);
-    return crc32c(crc, header + 1, header->payload_bytes);
+    return crc32c(0, &blank, sizeof blank);
 }
 
-int frame_check(const void *bytes, size_t available, int check_crc, struct failure *failure) {
+static uint32_t checksum(const struct frame_header *header) {
+    return crc32c(header_checksum(header), header + 1, header->payload_bytes);
+}
+
+/* known: the CRC32C of what is available behind the header. */
+static int check(const void *bytes, size_t available, bool check_crc, const uint32_t *known,
+                 struct failure *failure) {
     ASSERT((uintptr_t)bytes % _Alignof(struct frame_header) == 0);
     if (available < sizeof(struct frame_header))
         return fail(failure, ERR_CORRUPT, "frame: expected a header of %zu bytes, found %zu",
@@ -229,8 +234,10 @@ int frame_check(const void *bytes, size_t available, int check_crc, struct failu
                     header->payload_bytes, available - sizeof *header);
     /* The checksum before what it protects: damage is then called damage, whichever field it hit.
      */
-    if (check_crc != 0) {
-        uint32_t crc = checksum(header);
+    if (check_crc) {
+        uint32_t crc = known != NULL && header->payload_bytes == available - sizeof *header
+                           ? crc32c_join(header_checksum(header), *known, header->payload_bytes)
+                           : checksum(header);
         if (crc != header->crc)
             return fail(failure, ERR_CORRUPT, "frame: CRC32C: expected %08x, found %08x",
                         header->crc, crc);
@@ -239,6 +246,15 @@ int frame_check(const void *bytes, size_t available, int check_crc, struct failu
     if (code == 0 && header->kind == FRAME_DISPATCH)
         code = check_dispatch(&(struct frame){header, (const uint8_t *)(header + 1)}, failure);
     return code;
+}
+
+int frame_check(const void *bytes, size_t available, int check_crc, struct failure *failure) {
+    return check(bytes, available, check_crc != 0, NULL, failure);
+}
+
+int frame_check_summed(const void *bytes, size_t available, uint32_t payload_crc,
+                       struct failure *failure) {
+    return check(bytes, available, true, &payload_crc, failure);
 }
 
 void frame_seal(struct frame_header *header) {

@@ -92,6 +92,10 @@ size_t frame_bytes(enum frame_kind kind, uint32_t rows, uint32_t items, uint32_t
  * `check_crc` 0 leaves the CRC out (used where memory is shared and the knob `frame_crc` is off). */
 int frame_check(const void *bytes, size_t available, int check_crc, struct failure *failure);
 
+/* The same for who has the CRC32C of the available bytes behind the header. */
+int frame_check_summed(const void *bytes, size_t available, uint32_t payload_crc,
+                       struct failure *failure);
+
 /* CRC32C (Castagnoli) of `size` bytes continuing from `crc` (start with 0); hardware instruction where there is one. */
 uint32_t crc32c(uint32_t crc, const void *bytes, size_t size);
 /* The CRC32C of two pieces one after the other, each given by its own. */

@@ -459,6 +459,81 @@ static void memory_is_wanted_ahead_of_rows(void **state) {
     engine_close(&engine);
 }
 
+/* Outputs are copied, or stay where they arrived until COMBINE, or are taken in before they go: the same rows. */
+static void outputs_may_stay_where_they_arrived(void **state) {
+    (void)state;
+    enum { COPIED, STAYS, TAKEN_IN, HALF, WAYS };
+    const uint32_t hidden = serial.config->hidden, ROWS = 8;
+    struct engine_options options = options_for(ENGINE_ATTENTION);
+    options.pages = 16;
+    const size_t bytes = ROWS * hidden * sizeof(bf16);
+    uint8_t *final[WAYS];
+    for (int way = COPIED; way < WAYS; way++) {
+        struct engine *engine = NULL;
+        struct failure failure;
+        struct program_result result;
+        assert_int_equal(engine_open(&engine, serial.model, &options, &failure), 0);
+        uint32_t k;
+        choose(engine, &k);
+        uint64_t random = 5;
+        float *arrived = malloc(ROWS * k * hidden * sizeof *arrived);
+        uint32_t item_row[8 * 8], items = ROWS * k;
+        uint16_t item_slot[8 * 8];
+        for (uint32_t i = 0; i < items; i++) {
+            item_row[i] = i % ROWS;
+            item_slot[i] = (uint16_t)(i / ROWS);
+        }
+        for (uint32_t i = 0; i < items * hidden; i++)
+            arrived[i] = random_float(&random, -1, 1);
+        struct program program = {.kind = PROGRAM_SHARED, .layer = LAYER};
+        engine_run(engine, &program, &result);
+        assert_false(engine_keeps(engine));
+        for (uint32_t half = 0; half < 2; half++) {
+            uint32_t first = half * items / 2;
+            program = (struct program){.kind = PROGRAM_SCATTER,
+                                       .items = items / 2,
+                                       .item_row = item_row + first,
+                                       .item_slot = item_slot + first,
+                                       .payload = arrived + (size_t)first * hidden,
+                                       .stays = way == STAYS || way == TAKEN_IN ||
+                                                (way == HALF && half == 0)};
+            engine_run(engine, &program, &result);
+            assert_int_equal(engine_keeps(engine), way != COPIED);
+        }
+        if (way != STAYS) {
+            engine_take_in(engine);
+            assert_false(engine_keeps(engine));
+            memset(arrived, 0xff, items * hidden * sizeof *arrived); /* gone */
+        }
+        program = (struct program){.kind = PROGRAM_COMBINE, .layer = LAYER};
+        engine_run(engine, &program, &result);
+        assert_false(engine_keeps(engine));
+        memset(arrived, 0xff, items * hidden * sizeof *arrived);
+        const uint32_t select[] = {0, 1, 2, 3, 4, 5, 6, 7};
+        program = (struct program){.kind = PROGRAM_FINISH, .select = select, .items = ROWS};
+        engine_run(engine, &program, &result);
+        final[way] = malloc(bytes);
+        engine_gather(engine, REGION_FINAL, 0, NULL, ROWS, final[way]);
+        assert_memory_equal(final[way], final[COPIED], bytes);
+        /* what is begun anew needs nothing of it any more */
+        program = (struct program){.kind = PROGRAM_SCATTER,
+                                   .items = items,
+                                   .item_row = item_row,
+                                   .item_slot = item_slot,
+                                   .payload = arrived,
+                                   .stays = true};
+        engine_run(engine, &program, &result);
+        assert_true(engine_keeps(engine));
+        program = (struct program){.kind = PROGRAM_LAYER, .layer = LAYER};
+        engine_run(engine, &program, &result);
+        assert_false(engine_keeps(engine));
+        free(arrived);
+        engine_close(&engine);
+    }
+    for (int way = COPIED; way < WAYS; way++)
+        free(final[way]);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(impossible_options_are_refused),
@@ -470,6 +545,7 @@ int main(void) {
         cmocka_unit_test(experts_of_prediction_layers_can_be_packed),
         cmocka_unit_test(the_gate_takes_its_options),
         cmocka_unit_test(memory_is_wanted_ahead_of_rows),
+        cmocka_unit_test(outputs_may_stay_where_they_arrived),
     };
     return cmocka_run_group_tests(tests, open_both, close_both);
 }

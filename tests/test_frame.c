@@ -147,6 +147,12 @@ static void test_parts(void **state) {
 }
 
 /* Any single bit of any frame, header or payload: refused. */
+static int check_summed(const struct buffer *buffer, struct failure *failure) {
+    const size_t header = sizeof(struct frame_header);
+    return frame_check_summed(buffer->bytes, buffer->size,
+                              crc32c(0, buffer->bytes + header, buffer->size - header), failure);
+}
+
 static void test_every_bit(void **state) {
     for (size_t k = 0; k < sizeof KINDS / sizeof *KINDS; k++) {
         struct buffer buffer;
@@ -157,8 +163,11 @@ static void test_every_bit(void **state) {
             if (frame_check(buffer.bytes, buffer.size, 1, &failure) >= 0)
                 fail_msg("kind %d: bit %zu changed and accepted", KINDS[k], bit);
             assert_true(strncmp(failure.text, "frame", 5) == 0);
+            if (check_summed(&buffer, &failure) >= 0)
+                fail_msg("kind %d: bit %zu changed and accepted with its sum", KINDS[k], bit);
             buffer.bytes[bit / 8] ^= (uint8_t)(1 << bit % 8);
         }
+        assert_int_equal(check_summed(&buffer, NULL), 0);
         assert_int_equal(frame_check(buffer.bytes, buffer.size, 1, NULL), 0);
     }
 }

@@ -176,7 +176,8 @@ struct end {
     uint64_t incarnation;
 };
 
-static void end_open(struct end *end, unsigned number, uint64_t incarnation) {
+static void end_open_with(struct end *end, unsigned number, uint64_t incarnation,
+                          const struct transport_options *changes) {
     struct failure failure;
     char bell[BELL_NAME_BYTES];
     snprintf(end->name, sizeof end->name, "%s-%u-%llx", stem, number,
@@ -188,11 +189,18 @@ static void end_open(struct end *end, unsigned number, uint64_t incarnation) {
         .name = end->name,
         .incarnation = incarnation,
         .bell = &end->bell,
-        .ring_bytes = 8192,
+        .ring_bytes = changes->ring_bytes > 0 ? changes->ring_bytes : 8192,
         .check_crc = true,
         .waiting_bytes_max = 100000,
+        .take_in = changes->take_in,
+        .context = changes->context,
+        .parallel = changes->parallel,
     };
     assert_int_equal(transport_shm_open(&end->transport, &options, &failure), 0);
+}
+
+static void end_open(struct end *end, unsigned number, uint64_t incarnation) {
+    end_open_with(end, number, incarnation, &(struct transport_options){0});
 }
 
 static void end_close(struct end *end) {
@@ -379,6 +387,173 @@ static void test_frames_that_others_follow_wake_nobody(void **state) {
     assert_int_equal(a.transport->class->post_send(a.transport, 20, &frame), 0);
     a.transport->class->flush(a.transport);
     assert_int_equal(bell_seen(&b.bell), rung + 1);
+    end_close(&a);
+    end_close(&b);
+}
+
+/* Who keeps received frames, as an engine does until it has combined them. */
+struct keeper {
+    struct end end;
+    struct frame frame[64];
+    unsigned frames, taken_in;
+};
+
+/* They are what they were. */
+static void keeper_look(const struct keeper *keeper) {
+    for (unsigned i = 0; i < keeper->frames; i++) {
+        const uint8_t *row = frame_rows(&keeper->frame[i]);
+        for (int b = 0; b < 64; b++)
+            assert_int_equal(row[b], (uint8_t)keeper->frame[i].header->batch);
+    }
+}
+
+static void keeper_take_in(void *context) {
+    struct keeper *keeper = context;
+    keeper_look(keeper); /* they can still be read */
+    keeper->frames = 0;
+    keeper->taken_in++;
+}
+
+static void keeper_open(struct keeper *keeper, uint64_t incarnation) {
+    keeper->frames = keeper->taken_in = 0;
+    end_open_with(&keeper->end, 2, incarnation,
+                  &(struct transport_options){.take_in = keeper_take_in, .context = keeper});
+}
+
+/* Receives a frame and keeps it if it may and `keep` says so. Returns its batch; 0: there is none. */
+static uint64_t keeper_take(struct keeper *keeper, bool keep) {
+    struct transport *transport = keeper->end.transport;
+    struct incoming frame;
+    transport->class->progress(transport);
+    if (!transport->class->receive(transport, &frame))
+        return 0;
+    uint64_t batch = frame.frame.header->batch;
+    if (keep && transport->class->keep(transport, &frame)) {
+        assert_true(keeper->frames < 64);
+        keeper->frame[keeper->frames++] = frame.frame;
+    }
+    transport->class->release(transport, &frame);
+    keeper_look(keeper);
+    return batch;
+}
+
+static void test_frames_stay_until_they_are_released(void **state) {
+    struct end a;
+    struct keeper b;
+    end_open(&a, 1, 0xaaaa);
+    keeper_open(&b, 0xbbbb);
+    end_connect(&a, 20, &b.end);
+    end_connect(&b.end, 10, &a);
+    struct transport *transport = b.end.transport;
+    for (uint64_t round = 0; round < 50; round++) {
+        for (uint64_t i = 1; i <= 20; i++) { /* each third is not kept */
+            assert_int_equal(post(&a, 20, &b.end, 1, i), 0);
+            assert_int_equal(keeper_take(&b, i % 3 != 0), i);
+        }
+        assert_int_equal(b.frames, 14);
+        assert_int_equal(b.taken_in, 0);
+        b.frames = 0;
+        transport->class->release_kept(transport);
+    }
+    assert_int_equal(a.transport->counters.deferred, 0); /* the ring has 32 places */
+    /* never released: they are taken in before room runs out, and all arrive */
+    for (uint64_t i = 1; i <= 200; i++) {
+        assert_int_equal(post(&a, 20, &b.end, 1, i), 0);
+        assert_int_equal(keeper_take(&b, i % 5 != 0), i);
+    }
+    assert_true(b.taken_in >= 200 / 32);
+    assert_int_equal(a.transport->counters.deferred, 0);
+    end_close(&b.end);
+    end_close(&a);
+}
+
+/* Nothing that is kept is unmapped before it has been taken in. */
+static void test_kept_frames_are_taken_in_when_their_ring_goes(void **state) {
+    enum { SENDER_LEAVES, RECEIVER_LEAVES, RECEIVER_RECONNECTS, RING_GROWS, RING_BREAKS, ALL_CLOSES, WAYS };
+    for (int way = 0; way < WAYS; way++) {
+        struct end a;
+        struct keeper b;
+        end_open(&a, 1, 0xaaaa);
+        keeper_open(&b, 0xbbbb);
+        end_connect(&a, 20, &b.end);
+        end_connect(&b.end, 10, &a);
+        struct transport *transport = b.end.transport;
+        for (uint64_t i = 1; i <= 5; i++) {
+            assert_int_equal(post(&a, 20, &b.end, 1, i), 0);
+            assert_int_equal(keeper_take(&b, true), i);
+        }
+        assert_int_equal(b.frames, 5);
+        if (way == SENDER_LEAVES) {
+            a.transport->class->disconnect(a.transport, 20);
+            assert_int_equal(keeper_take(&b, true), 0);
+        } else if (way == RECEIVER_LEAVES) {
+            transport->class->disconnect(transport, 10);
+        } else if (way == RECEIVER_RECONNECTS) { /* while a frame that is kept is out */
+            struct incoming frame;
+            assert_int_equal(post(&a, 20, &b.end, 1, 6), 0);
+            assert_true(transport->class->receive(transport, &frame));
+            assert_true(transport->class->keep(transport, &frame));
+            b.frame[b.frames++] = frame.frame;
+            transport->class->disconnect(transport, 10);
+            transport->class->release(transport, &frame);
+        } else if (way == RING_GROWS) {
+            assert_int_equal(post(&a, 20, &b.end, 1000, 6), 0);
+            assert_int_equal(keeper_take(&b, false), 6);
+        } else if (way == RING_BREAKS) {
+            /* the producer's counter, as a broken peer would leave it */
+            char name[RING_NAME_BYTES];
+            struct ring ring;
+            struct failure failure;
+            snprintf(name, sizeof name, "%s.%016llx", a.name, (unsigned long long)b.end.incarnation);
+            assert_int_equal(ring_open(&ring, name, &failure), ERR_NOT_FOUND); /* its name is gone */
+            struct ring_page *page =
+                (struct ring_page *)((uintptr_t)b.frame[0].header / 4096 * 4096);
+            assert_int_equal(page->capacity, 8192);
+            atomic_store(&page->head, UINT64_MAX);
+            assert_int_equal(keeper_take(&b, true), 0);
+        } else {
+            transport->class->close(&transport);
+            b.end.transport = NULL;
+        }
+        assert_int_equal(b.frames, 0);
+        assert_int_equal(b.taken_in, 1);
+        if (b.end.transport != NULL)
+            b.end.transport->class->close(&b.end.transport);
+        bell_close(&b.end.bell);
+        end_close(&a);
+    }
+}
+
+static void run_serially(void *pool, void (*task)(void *argument, int part, int parts),
+                         void *argument, int parts) {
+    ++*(int *)pool;
+    for (int part = parts; part-- > 0;)
+        task(argument, part, parts);
+}
+
+/* Large frames are summed up by several threads, and refused when a bit is wrong, wherever it is. */
+static void test_large_frames_are_summed_together(void **state) {
+    int runs = 0;
+    const struct parallel parallel = {run_serially, &runs, 3};
+    struct end a, b;
+    end_open_with(&a, 1, 0xaaaa, &(struct transport_options){.ring_bytes = 8u << 20});
+    end_open_with(&b, 2, 0xbbbb, &(struct transport_options){.parallel = &parallel});
+    end_connect(&a, 20, &b);
+    end_connect(&b, 10, &a);
+    uint64_t batch = 0;
+    for (int i = 0; i < 60; i++) {
+        struct outgoing frame = make(&a, 20, &b, 8192, ++batch);
+        uint64_t bit = 1 + 8 * (96 + draw() % (frame.bytes - 96)) + draw() % 8;
+        if (i % 2 == 1)
+            frame.flip_after = i % 3 == 0 ? 8 * (96 + 8 * (uint64_t)i) + 1 : bit;
+        assert_int_equal(a.transport->class->post_send(a.transport, 20, &frame), 0);
+        assert_int_equal(take(&b), i % 2 == 1 ? 0 : batch);
+    }
+    assert_int_equal(b.transport->counters.refused, 30);
+    assert_int_equal(runs, 60);
+    assert_int_equal(post(&a, 20, &b, 1, 7), 0);
+    assert_int_equal(take(&b), 7);
+    assert_int_equal(runs, 60); /* a small one is not worth it */
     end_close(&a);
     end_close(&b);
 }
@@ -631,6 +806,9 @@ int main(void) {
         cmocka_unit_test(test_edge),
         cmocka_unit_test(test_rows_written_in_their_place),
         cmocka_unit_test(test_frames_that_others_follow_wake_nobody),
+        cmocka_unit_test(test_frames_stay_until_they_are_released),
+        cmocka_unit_test(test_kept_frames_are_taken_in_when_their_ring_goes),
+        cmocka_unit_test(test_large_frames_are_summed_together),
         cmocka_unit_test(test_full_edge_defers),
         cmocka_unit_test(test_edge_grows),
         cmocka_unit_test(test_restart_is_fenced),

@@ -236,6 +236,7 @@ static int open_data(struct process *self, struct failure *failure) {
         .towards = self->coordinator,
         .zmq_context = self->zmq,
         .check_crc = self->options->settings.frame_crc != 0,
+        .parallel = &self->parallel,
         .waiting_bytes_max = WAITING_DATA,
         .take_in = process_take_in,
         .context = self,
@@ -374,6 +375,8 @@ static int open_engine(struct process *self, struct failure *failure) {
         threads = 1;
     self->identity.threads = (uint32_t)threads;
     int error = self->together == NULL ? pool_open(&self->pool, threads, failure) : 0;
+    if (error == 0 && self->together == NULL)
+        self->parallel = pool_parallel(self->pool);
     if (error == 0)
         error = background_run(settings->background_nice, pack_engine, self, failure);
     if (error == 0 && self->role == ROLE_EXPERT)

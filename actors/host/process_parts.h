@@ -41,6 +41,7 @@ struct process {
     struct tokenizer *tokenizer;
     const struct kernels *kernels;
     struct pool *pool;
+    struct parallel parallel; /* of the pool */
     struct engine *engine;
     struct loader *loader;
     struct cache_ahead *cache_ahead; /* attention on processors; else NULL */

@@ -14,6 +14,7 @@
 
 #include "actors/actor.h"
 #include "actors/host/bell.h"
+#include "kernels/parallel.h"
 
 /* A frame to be sent; the transport decides where it is written, so that it is written once. */
 struct outgoing {
@@ -59,6 +60,7 @@ struct transport_options {
     const char *towards; /* zmq: see mailbox_options */
     void *zmq_context;   /* zmq */
     bool check_crc;
+    const struct parallel *parallel; /* shm: sums up large frames; NULL or width 0: the actor thread alone does */
     uint64_t waiting_bytes_max; /* per edge, frames that wait for room; more are dropped */
     /* Kept frames cannot stay: whoever kept them copies what is still needed; when this returns they are gone. NULL if
      * nothing is ever kept. */

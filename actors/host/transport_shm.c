@@ -28,6 +28,8 @@
 #define STEM_BYTES     100
 #define FRAME_NEED     4     /* a ring made for a large frame holds this many of them */
 #define AWAITED_BYTES  32768 /* frames so small that their answers are awaited together */
+#define SUM_TOGETHER   (512u << 10) /* bytes of a frame that are worth a second thread */
+#define SUM_PARTS      4
 #define KEPT_PART      3 / 4 /* of a ring, at most, holds frames that are kept */
 #define WAKE_PART      1 / 4 /* of a ring is free: whoever could be left asleep must be woken */
 
@@ -421,6 +423,39 @@ static bool next_record(struct shm *self, struct shm_edge *edge, const void **by
     return false;
 }
 
+struct sum {
+    const uint8_t *bytes;
+    size_t size;
+    uint32_t crc[SUM_PARTS];
+};
+
+static size_t sum_border(const struct sum *sum, int part, int parts) {
+    return sum->size * (size_t)part / (size_t)parts;
+}
+
+static void sum_part(void *argument, int part, int parts) {
+    struct sum *sum = argument;
+    size_t first = sum_border(sum, part, parts);
+    sum->crc[part] = crc32c(0, sum->bytes + first, sum_border(sum, part + 1, parts) - first);
+}
+
+/* The gate for everything that has come: large frames are summed up by several threads. */
+static int check_frame(const struct shm *self, const void *bytes, size_t size,
+                       struct failure *failure) {
+    const struct parallel *parallel = self->options.parallel;
+    if (!self->options.check_crc || size < SUM_TOGETHER || parallel == NULL || parallel->width <= 1)
+        return frame_check(bytes, size, self->options.check_crc, failure);
+    int parts = parallel->width < SUM_PARTS ? parallel->width : SUM_PARTS;
+    struct sum sum = {.bytes = (const uint8_t *)bytes + sizeof(struct frame_header),
+                      .size = size - sizeof(struct frame_header)};
+    parallel->run(parallel->pool, sum_part, &sum, parts);
+    uint32_t crc = 0;
+    for (int part = 0; part < parts; part++)
+        crc = crc32c_join(crc, sum.crc[part],
+                          sum_border(&sum, part + 1, parts) - sum_border(&sum, part, parts));
+    return frame_check_summed(bytes, size, crc, failure);
+}
+
 static bool shm_receive(struct transport *base, struct incoming *ret) {
     struct shm *self = (struct shm *)base;
     ASSERT(self->held == NULL);
@@ -431,7 +466,7 @@ static bool shm_receive(struct transport *base, struct incoming *ret) {
         while (next_record(self, edge, &bytes, &size)) {
             struct failure failure;
             const struct frame_header *header = bytes;
-            int error = frame_check(bytes, size, self->options.check_crc, &failure);
+            int error = check_frame(self, bytes, size, &failure);
             if (error == 0 && (header->from_incarnation != edge->incarnation ||
                                header->to_incarnation != self->options.incarnation))
                 error = fail(&failure, ERR_CORRUPT, "a frame between other incarnations");
