@@ -467,6 +467,40 @@ static void test_frames_stay_until_they_are_released(void **state) {
     end_close(&a);
 }
 
+/* A frame that finds no room beside kept ones is what their keeper waits for: they make room for it. */
+static void test_kept_frames_make_room(void **state) {
+    struct end a;
+    struct keeper b;
+    end_open(&a, 1, 0xaaaa);
+    keeper_open(&b, 0xbbbb);
+    end_connect(&a, 20, &b.end);
+    end_connect(&b.end, 10, &a);
+    a.transport->class->flush(a.transport);
+    for (uint64_t i = 1; i <= 40; i++) {
+        const uint64_t deferred = a.transport->counters.deferred;
+        const uint32_t rung = bell_seen(&b.end.bell);
+        struct outgoing frame = make(&a, 20, &b.end, 45, i); /* three eighths of the ring */
+        frame.more = true;
+        assert_int_equal(a.transport->class->post_send(a.transport, 20, &frame), 0);
+        a.transport->class->flush(a.transport);
+        if (a.transport->counters.deferred > deferred) {
+            assert_int_not_equal(bell_seen(&b.end.bell), rung);
+            const uint32_t own = bell_seen(&a.bell);
+            assert_int_equal(keeper_take(&b, true), 0);
+            assert_int_not_equal(bell_seen(&a.bell), own);
+            a.transport->class->progress(a.transport);
+        }
+        struct incoming got;
+        assert_true(b.end.transport->class->receive(b.end.transport, &got));
+        assert_int_equal(got.frame.header->batch, i);
+        b.end.transport->class->keep(b.end.transport, &got);
+        b.end.transport->class->release(b.end.transport, &got);
+    }
+    assert_true(a.transport->counters.deferred > 0);
+    end_close(&b.end);
+    end_close(&a);
+}
+
 /* Nothing that is kept is unmapped before it has been taken in. */
 static void test_kept_frames_are_taken_in_when_their_ring_goes(void **state) {
     enum { SENDER_LEAVES, RECEIVER_LEAVES, RECEIVER_RECONNECTS, RING_GROWS, RING_BREAKS, ALL_CLOSES, WAYS };
@@ -807,6 +841,7 @@ int main(void) {
         cmocka_unit_test(test_rows_written_in_their_place),
         cmocka_unit_test(test_frames_that_others_follow_wake_nobody),
         cmocka_unit_test(test_frames_stay_until_they_are_released),
+        cmocka_unit_test(test_kept_frames_make_room),
         cmocka_unit_test(test_kept_frames_are_taken_in_when_their_ring_goes),
         cmocka_unit_test(test_large_frames_are_summed_together),
         cmocka_unit_test(test_full_edge_defers),

@@ -203,6 +203,10 @@ void ring_pass(struct ring *self) {
     self->position = self->reserved;
 }
 
+bool ring_wanted(const struct ring *self) {
+    return atomic_load(&self->page->producer_waits) != 0;
+}
+
 uint64_t ring_kept(const struct ring *self) {
     return self->reserved - self->released;
 }

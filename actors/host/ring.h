@@ -70,6 +70,8 @@ int ring_peek(struct ring *self, const void **ret_bytes, size_t *ret_size);
 void ring_pass(struct ring *self);
 /* Releases all that were passed, but not the one being read. True if the producer waits for room and must be rung. */
 bool ring_release_passed(struct ring *self);
+/* Consumer: the producer waits for room. */
+bool ring_wanted(const struct ring *self);
 /* Bytes that were passed or are being read. */
 uint64_t ring_kept(const struct ring *self);
 /* Goes on behind the record and releases it with all that were passed. True: as above. */

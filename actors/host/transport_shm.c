@@ -11,7 +11,8 @@
  * larger one) -> made anew, REMAKES_MAX times at most.
  *
  * Received frames that are kept (answers of experts, until they are combined) stay in their ring, and so does what comes
- * behind them, up to KEPT_PART of it; whatever would unmap or exhaust the ring asks first that they be taken in. */
+ * behind them, up to KEPT_PART of it; whatever would unmap or exhaust the ring asks first that they be taken in, and so does a
+ * producer that waits for room when there is nothing else to read. */
 #include "actors/host/transport.h"
 
 #include <dirent.h>
@@ -344,6 +345,7 @@ static int shm_post_send(struct transport *base, actor_id to, const struct outgo
     *edge->last = waiting;
     edge->last = &waiting->next;
     edge->waiting_bytes += frame->bytes;
+    edge->dirty = true; /* it may have been left asleep, and must make room */
     base->counters.deferred++;
     return 0;
 }
@@ -406,8 +408,11 @@ static bool next_record(struct shm *self, struct shm_edge *edge, const void **by
         int found = ring_peek(&edge->in, bytes, size);
         if (found == 1)
             return true;
-        if (found == 0 && !closed)
+        if (found == 0 && !closed) {
+            if (edge->kept && ring_wanted(&edge->in)) /* what is awaited may wait for this room */
+                give_up_kept(self);
             return false;
+        }
         if (found < 0) {
             log_limited(&self->limit, TRACE_WARNING,
                         "the ring from actor %u is malformed and was dropped", edge->id);
