@@ -311,8 +311,8 @@ int main(int argc, char **argv) {
         bench_product(dtype, 1024, 2048); /* output of attention */
         bench_product(dtype, 128, 256);   /* demo: gate and up of an expert */
     }
-    static const struct mla_shape big = {16, 128, 64, 128, 512, 0.07f},
-                                  demo = {8, 32, 32, 32, 128, 0.125f};
+    static const struct mla_shape big = {16, 128, 64, 128, 512, 0.07f, false},
+                                  demo = {8, 32, 32, 32, 128, 0.125f, false};
     static const uint32_t absorbed[][2] = {{1, 160}, {8, 160}, {32, 160}, {1, 1024}};
     static const uint32_t expanded[][2] = {{512, 512}, {128, 2048}};
     for (int i = 0; i < 2; i++) {
