@@ -10,7 +10,7 @@
 #include "engine/internal.h"
 
 #define IMAGE_MAGIC    0x45505254u
-#define IMAGE_VERSION  1u
+#define IMAGE_VERSION  2u
 #define IMAGE_BLOCK_MAX 65536u
 
 struct image_header {

@@ -38,6 +38,10 @@ static inline uint32_t matrix_panels(const struct matrix *w) {
 static inline uint32_t matrix_blocks(const struct matrix *w) {
     return w->segment_block[w->segments];
 }
+/* The scales of a panel's outputs in one segment. */
+static inline const float *panel_scales(const struct matrix *w, size_t panel, size_t segment) {
+    return w->scales + (panel * w->segments + segment) * PANEL_OUTPUTS;
+}
 /* Where output o (0..15) and input i (0..31) of a tile lie. */
 static inline uint32_t tile_index_bf16(uint32_t o, uint32_t i) {
     return i / 2 * 32 + o * 2 + i % 2;

@@ -181,10 +181,10 @@ static void pack_segments(const struct weight_view *view, const struct layout *l
 
 static void pack_scales(const struct weight_view *view, const struct layout *layout,
                         const uint32_t *segment_k, float *scales) {
-    const uint32_t outputs = layout->panels * PANEL_OUTPUTS;
-    for (uint32_t s = 0; s < layout->segments; s++)
-        for (uint32_t n = 0; n < outputs; n++)
-            scales[(size_t)s * outputs + n] = n < view->n ? view_scale(view, n, segment_k[s]) : 0;
+    for (uint32_t first = 0; first < layout->panels * PANEL_OUTPUTS; first += PANEL_OUTPUTS)
+        for (uint32_t s = 0; s < layout->segments; s++)
+            for (uint32_t n = first; n < first + PANEL_OUTPUTS; n++)
+                *scales++ = n < view->n ? view_scale(view, n, segment_k[s]) : 0;
 }
 
 void matrix_adopt_bf16(struct matrix *ret, const struct weight_view *view, void *memory) {

@@ -60,7 +60,7 @@ struct matrix {
     enum dtype dtype; /* as packed */
     uint32_t segments;
     void *data;             /* owned by `memory` of the packer */
-    const float *scales;    /* [segments][n rounded up to 16], NULL if unscaled */
+    const float *scales;    /* [n / 16 rounded up][segments][16], NULL if unscaled: as weights are read */
     const uint32_t *segment_k; /* [segments + 1]: first k of each */
     const uint32_t *segment_block; /* [segments + 1]: first 32-wide block of each */
     const uint32_t *plain; /* E4M3: a bit per tile, set where all its weights are normal numbers; else NULL */

@@ -63,7 +63,7 @@ static void panel_rows(const struct matmul_job *job, uint32_t panel, uint32_t ro
         }
         float partial[ROWS_AT_ONCE][PANEL_OUTPUTS] = {{0}};
         segment_sums(job, panel, s, row, rows, partial);
-        const float *scale = w->scales + ((size_t)s * matrix_panels(w) + panel) * PANEL_OUTPUTS;
+        const float *scale = panel_scales(w, panel, s);
         for (uint32_t r = 0; r < rows; r++)
             for (int o = 0; o < PANEL_OUTPUTS; o++)
                 acc[r][o] =

@@ -19,7 +19,7 @@ struct kernel_job {
     float *y; /* first row, first output */
     size_t y_stride;
     const float *scales; /* of the first segment and panel; NULL: unscaled */
-    size_t scale_stride;
+    size_t scale_stride; /* from one panel to the next */
     const float *x_scale;      /* of the first row and segment; NULL: activations unscaled */
     size_t x_scale_stride;     /* from row to row */
     const uint32_t *segment_k; /* of the first segment */

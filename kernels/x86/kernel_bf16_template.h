@@ -214,7 +214,7 @@ INLINE void kernel(bool e4m3, int rows, int panels, const struct kernel_job *job
         tiles = add_segment(e4m3, rows, panels, &expander, tiles, job->panel_bytes, job->x + k,
                             job->x_stride, width, &partial);
         UNROLL for (int p = 0; p < panels; p++) {
-            const __m512 scale = _mm512_loadu_ps(job->scales + s * job->scale_stride + 16 * p);
+            const __m512 scale = _mm512_loadu_ps(job->scales + p * job->scale_stride + 16 * s);
             UNROLL for (int r = 0; r < rows; r++) {
                 __m512 by = scale;
                 if (job->x_scale != NULL)

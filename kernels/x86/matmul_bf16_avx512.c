@@ -65,7 +65,7 @@ static void run_expanded(struct kernel_job job, const struct matrix *w, uint32_t
             expand(packed + p * packed_panel_bytes, scratch[p], blocks);
         run_rows(job, kernels_bf16, size, rows);
         packed += (size_t)blocks * TILE_ELEMENTS;
-        job.scales += job.scale_stride;
+        job.scales += PANEL_OUTPUTS;
         if (job.x_scale != NULL)
             job.x_scale++;
         job.segment_k++;
@@ -104,8 +104,8 @@ static void part_avx512(const struct matmul_job *job, const struct matmul_part *
             .x_stride = job->x_stride,
             .y = job->y + part->row_begin * job->y_stride + (size_t)panel * PANEL_OUTPUTS,
             .y_stride = job->y_stride,
-            .scales = w->scales == NULL ? NULL : w->scales + (size_t)panel * PANEL_OUTPUTS,
-            .scale_stride = (size_t)panels * PANEL_OUTPUTS,
+            .scales = w->scales == NULL ? NULL : panel_scales(w, panel, 0),
+            .scale_stride = (size_t)w->segments * PANEL_OUTPUTS,
             .x_scale =
                 job->x_scale == NULL ? NULL : job->x_scale + (size_t)part->row_begin * w->segments,
             .x_scale_stride = w->segments,

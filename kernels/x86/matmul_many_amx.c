@@ -371,8 +371,7 @@ static inline __attribute__((always_inline)) void scale_quarter(const struct man
     const struct walk *walk = many->walk;
     const struct matrix *w = walk->w;
     const uint32_t segment = many->waiting.segment;
-    const __m512 scale = _mm512_loadu_ps(
-        w->scales + ((size_t)segment * matrix_panels(w) + q->panel) * PANEL_OUTPUTS);
+    const __m512 scale = _mm512_loadu_ps(panel_scales(w, q->panel, segment));
     const bool sinks = walk->job->sink != NULL;
     float *y = q->y;
     for (uint32_t r = 0; r < q->rows; r++, y += walk->job->y_stride) {
