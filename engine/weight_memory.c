@@ -15,7 +15,7 @@
 
 #define HUGE_PAGE    ((size_t)2 << 20)
 #define REGION_BYTES ((size_t)32 << 20)
-#define ALIGN        64
+#define ALIGN        1024 /* whole tiles: those that begin within a pair of cache lines are read up to a fifth more slowly */
 
 /* A piece that was given back; lies in itself. */
 struct piece {

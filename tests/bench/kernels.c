@@ -127,7 +127,7 @@ static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
                                      .scale = dtype == DTYPE_E4M3 ? scale : NULL,
                                      .scale_stride = k / 128 + 1,
                                      .block = 128};
-    const size_t bytes = bench.kernels->matrix_bytes(&view);
+    const size_t bytes = (bench.kernels->matrix_bytes(&view) + 1023) & ~(size_t)1023; /* as engine/weight_memory.c */
     struct product it = {.copies = (uint32_t)(bench.copies_bytes / bytes) + 1};
     it.matrix = malloc(it.copies * sizeof *it.matrix);
     const size_t room = (bytes * it.copies + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
