@@ -4,7 +4,7 @@
 #include "kernels/x86/matmul_amx.h"
 
 enum {
-    FEW_PANELS = 4,
+    FEW_PANELS = 1,
     MANY_PANELS = 2,
     ROW_STEP = 2 * TILE_ROWS,
     BLOCK_ROWS_MIN = 64,

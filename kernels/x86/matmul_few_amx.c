@@ -1,175 +1,152 @@
-/* Products of up to 16 rows with AMX: four panels at a time, so that four chains of products hide
- * each other's latency while weights stream from memory. E4M3 weights are expanded one block ahead
- * of the tile loads, which cannot take what a store has not yet brought to the cache, and wait. */
+/* Products of up to 16 rows with AMX: one panel after the other, so that a thread reads its weights
+ * from memory in the order in which they lie: one stream is what the processor's own prefetching
+ * follows best (four panels at a time took a fifth longer), and the one chain of products is fast
+ * enough for what memory gives. E4M3 weights are expanded two tiles ahead of the tile loads, which
+ * cannot take what a store has not yet brought to the cache, and wait. */
 #include <string.h>
 
 #include "kernels/x86/matmul_amx.h"
 
 enum {
-    FEW_PANELS = 4,
-    AHEAD_BYTES = 8192, /* how far weights are asked for before they are used */
+    PAGE_BYTES = 4096, /* prefetching by the processor ends at its borders: */
+    PAGE_LINES = 8,    /* so many lines of the next one are asked for */
+    EXPANDED = 4,      /* tiles in the ring of expanded ones, a power of two */
+    EXPAND_AHEAD = 2,
+    AHEAD_BF16 = 512,  /* bytes; how far weights are asked for before they are used: little, */
+    AHEAD_E4M3 = 2048, /* to lead the processor's own prefetching; beyond what is expanded */
 };
 
-/* Asks for what these panels' block will be AHEAD_BYTES later, in the panels after them where these
- * end. */
-static inline void ask_ahead(const struct walk *walk, uint32_t panel, uint32_t count,
-                             uint32_t block) {
-    size_t at = block * walk->tile_bytes + AHEAD_BYTES;
-    if (at >= walk->panel_bytes) {
-        at -= walk->panel_bytes;
-        panel += count;
-        if (at >= walk->panel_bytes || panel + count > matrix_panels(walk->w))
-            return;
-    }
-    for (uint32_t p = 0; p < count; p++) {
-        const uint8_t *tile = panel_at(walk, panel + p) + at;
-        for (size_t line = 0; line < walk->tile_bytes; line += 64)
-            _mm_prefetch(tile + line, _MM_HINT_T1);
-    }
-}
-
-/* Weights of one block of up to four panels: those of the next block are expanded while this one's
- * are loaded. */
+/* Weights of a part: tiles that lie one after the other, panel by panel. */
 struct few {
-    uint32_t panel, rows;
-    _Alignas(64) bf16 scratch[2][FEW_PANELS][TILE_ELEMENTS];
+    uint32_t rows;
+    size_t tile, tiles; /* the next one, and the number of all, counted from the matrix's first */
+    _Alignas(64) float acc[TILE_ROWS * PANEL_OUTPUTS];
+    float sums[2][TILE_ROWS * PANEL_OUTPUTS]; /* a segment is scaled while the next one is summed */
+    bf16 rest[TILE_ROWS][BLOCK_INPUTS];
+    bf16 expanded[EXPANDED][TILE_ELEMENTS];
 };
 
-static inline const bf16 *few_weights(const struct walk *walk, struct few *few, uint32_t p,
-                                      uint32_t block) {
-    if (!walk->e4m3)
-        return tile_weights(walk, few->panel + p, block, NULL);
-    if (block + 1 < matrix_blocks(walk->w))
-        tile_weights(walk, few->panel + p, block + 1, few->scratch[(block + 1) % 2][p]);
-    return few->scratch[block % 2][p];
+/* Everything below is made twice, for BF16 and for E4M3. */
+#define INLINE static inline __attribute__((always_inline))
+
+/* Asks for what follows; never faults, not even beyond the end. */
+INLINE void ask_ahead(const uint8_t *tile, const size_t bytes, const size_t ahead) {
+#pragma GCC unroll 16
+    for (size_t line = 0; line < bytes; line += 64)
+        ASK_L1(tile + ahead + line);
+    const size_t in_page = (uintptr_t)tile % PAGE_BYTES;
+    if (in_page < bytes)
+        for (size_t line = 0; line < PAGE_LINES; line++)
+            ASK_L2(tile - in_page + PAGE_BYTES + 64 * line);
 }
 
-static inline void few_block(const struct walk *walk, struct few *few, const bf16 *x,
-                             size_t x_stride_bytes, uint32_t block, const uint32_t count) {
-    const size_t row_bytes = 64;
-    ask_ahead(walk, few->panel, count, block);
-    const bf16 *w0 = few_weights(walk, few, 0, block);
-    TILE_LOAD(4, x, x_stride_bytes);
-    TILE_LOAD(5, w0, row_bytes);
-    TILE_PRODUCT(0, 4, 5);
-    if (count > 1) {
-        const bf16 *w1 = few_weights(walk, few, 1, block);
-        TILE_LOAD(6, w1, row_bytes);
-        TILE_PRODUCT(1, 4, 6);
-    }
-    if (count > 2) {
-        const bf16 *w2 = few_weights(walk, few, 2, block);
-        TILE_LOAD(7, w2, row_bytes);
-        TILE_PRODUCT(2, 4, 7);
-        const bf16 *w3 = few_weights(walk, few, 3, block);
-        TILE_LOAD(5, w3, row_bytes);
-        TILE_PRODUCT(3, 4, 5);
-    }
+INLINE void expand(const struct walk *walk, struct few *few, size_t tile) {
+    if (tile < few->tiles)
+        tile_weights(walk, 0, (uint32_t)tile, few->expanded[tile % EXPANDED]);
 }
 
-/* The scales of a segment's weights, which lie far from those of the next one. */
-static inline void ask_scales(const struct walk *walk, uint32_t panel, uint32_t count,
-                              uint32_t segment) {
-    const struct matrix *w = walk->w;
-    for (uint32_t p = 0; w->scales != NULL && p < count; p++)
-        _mm_prefetch(w->scales + ((size_t)segment * matrix_panels(w) + panel + p) * PANEL_OUTPUTS,
-                     _MM_HINT_T0);
-}
-
-/* Which tiles of the next panels are plain. */
-static inline void ask_plain(const struct walk *walk, uint32_t panel) {
-    if (walk->e4m3 && panel < matrix_panels(walk->w))
-        _mm_prefetch(walk->plain + (size_t)panel * matrix_blocks(walk->w) / 32, _MM_HINT_T0);
-}
-
-typedef float few_sums[FEW_PANELS][TILE_ROWS * PANEL_OUTPUTS];
-
-static inline void few_store(few_sums sums, const uint32_t count) {
-    const size_t row_bytes = 64;
-    TILE_STORE(0, sums[0], row_bytes);
-    if (count > 1)
-        TILE_STORE(1, sums[1], row_bytes);
-    if (count > 2) {
-        TILE_STORE(2, sums[2], row_bytes);
-        TILE_STORE(3, sums[3], row_bytes);
-    }
+/* Tile 0 += x times the next tile of weights. */
+INLINE void few_block(const struct walk *walk, struct few *few, const bf16 *x,
+                      size_t x_stride_bytes, const bool e4m3) {
+    const size_t tile_bytes = TILE_ELEMENTS * (e4m3 ? 1 : sizeof(bf16)), row_bytes = 64;
+    const size_t tile = few->tile++;
+    const uint8_t *packed = (const uint8_t *)walk->w->data + tile * tile_bytes;
+    ask_ahead(packed, tile_bytes, e4m3 ? AHEAD_E4M3 : AHEAD_BF16);
+    if (e4m3)
+        expand(walk, few, tile + EXPAND_AHEAD);
+    const void *weights = e4m3 ? (const void *)few->expanded[tile % EXPANDED] : packed;
+    TILE_LOAD(1, x, x_stride_bytes);
+    TILE_LOAD(2, weights, row_bytes);
+    TILE_PRODUCT(0, 1, 2);
 }
 
 /* acc += sums * scale. */
-static inline void few_scale(const struct walk *walk, const struct few *few, const uint32_t count,
-                             uint32_t segment, few_sums sums, few_sums acc) {
-    const struct matrix *w = walk->w;
-    const uint32_t panel = few->panel;
-    const float *scales = w->scales + ((size_t)segment * matrix_panels(w) + panel) * PANEL_OUTPUTS;
-    for (uint32_t p = 0; p < count; p++) {
-        const __m512 scale = _mm512_loadu_ps(scales + p * PANEL_OUTPUTS);
-        for (uint32_t r = 0; r < few->rows; r++) {
-            const uint32_t i = r * PANEL_OUTPUTS;
-            const __m512 before = segment == 0 ? _mm512_setzero_ps() : _mm512_load_ps(&acc[p][i]);
-            const __m512 by = both_scales(walk, scale, walk->row_begin + r, segment);
-            _mm512_store_ps(&acc[p][i], _mm512_fmadd_ps(_mm512_load_ps(&sums[p][i]), by, before));
-        }
+INLINE void few_scale(const struct walk *walk, struct few *few, uint32_t panel, uint32_t segment) {
+    const float *sums = few->sums[segment % 2];
+    const __m512 scale = _mm512_loadu_ps(panel_scales(walk->w, panel, segment));
+    for (uint32_t r = 0; r < few->rows; r++) {
+        float *acc = few->acc + r * PANEL_OUTPUTS;
+        const __m512 before = segment == 0 ? _mm512_setzero_ps() : _mm512_load_ps(acc);
+        const __m512 by = both_scales(walk, scale, walk->row_begin + r, segment);
+        _mm512_store_ps(acc, _mm512_fmadd_ps(_mm512_load_ps(sums + r * PANEL_OUTPUTS), by, before));
     }
 }
 
-/* 1, 2 or 4 panels over all of K, up to 16 rows. */
-static inline void few_panels(const struct walk *walk, struct few *few, const uint32_t count) {
+/* What lies in x after the end of a segment belongs to the next one, or to nobody. */
+static const bf16 *few_rest(struct few *few, const bf16 *x, size_t x_stride, uint32_t count) {
+    memset(few->rest, 0, sizeof few->rest);
+    for (uint32_t r = 0; r < few->rows; r++)
+        memcpy(few->rest[r], x + r * x_stride, count * sizeof *x);
+    return few->rest[0];
+}
+
+/* Sums of one segment, into tile 0. */
+INLINE void few_segment(const struct walk *walk, struct few *few, uint32_t segment,
+                        const bool e4m3) {
+    const struct matrix *w = walk->w;
+    const size_t x_stride = walk->job->x_stride, x_stride_bytes = x_stride * sizeof(bf16);
+    const uint32_t begin = w->segment_k[segment], end = w->segment_k[segment + 1];
+    const bf16 *x = (const bf16 *)walk->job->x + walk->row_begin * x_stride + begin;
+    TILE_ZERO(0);
+    for (uint32_t blocks = (end - begin) / BLOCK_INPUTS; blocks > 0; blocks--, x += BLOCK_INPUTS)
+        few_block(walk, few, x, x_stride_bytes, e4m3);
+    const uint32_t left = (end - begin) % BLOCK_INPUTS;
+    if (left > 0)
+        few_block(walk, few, few_rest(few, x, x_stride, left), sizeof few->rest[0], e4m3);
+}
+
+/* Scales of the panel after this one, and which of its tiles are plain. */
+INLINE void ask_next(const struct walk *walk, const struct few *few, uint32_t panel) {
+    if (walk->w->scales != NULL)
+        for (uint32_t s = 0; s < walk->w->segments; s++)
+            ASK_L1(panel_scales(walk->w, panel + 1, s));
+    ASK_L1(walk->plain + (few->tile + matrix_blocks(walk->w)) / 32);
+}
+
+INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel, const bool e4m3) {
     const struct matrix *w = walk->w;
     const struct matmul_job *job = walk->job;
-    const uint32_t rows = few->rows, panel = few->panel;
-    const bf16 *x = (const bf16 *)job->x + walk->row_begin * job->x_stride;
-    _Alignas(64) few_sums sums[2], acc; /* a segment is scaled while the next one is summed */
-    _Alignas(64) bf16 rest[TILE_ROWS][BLOCK_INPUTS];
-    for (uint32_t p = 0; walk->e4m3 && matrix_blocks(w) > 0 && p < count; p++)
-        tile_weights(walk, panel + p, 0, few->scratch[0][p]);
+    const size_t row_bytes = 64;
+    const bool scaled = e4m3 && w->scales != NULL;
     if (w->segments == 0)
-        memset(acc, 0, sizeof acc);
-    ask_plain(walk, panel + count);
+        memset(few->acc, 0, sizeof few->acc);
+    if (e4m3)
+        ask_next(walk, few, panel);
     for (uint32_t s = 0; s < w->segments; s++) {
-        uint32_t k = w->segment_k[s];
-        ask_scales(walk, panel, count, s);
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-        for (uint32_t b = w->segment_block[s]; b < w->segment_block[s + 1]; b++) {
-            const uint32_t left = w->segment_k[s + 1] - k;
-            if (left >= BLOCK_INPUTS) {
-                few_block(walk, few, x + k, job->x_stride * sizeof *x, b, count);
-                k += BLOCK_INPUTS;
-                continue;
-            }
-            /* What follows in x belongs to the next segment, or to nobody. */
-            memset(rest, 0, sizeof rest);
-            for (uint32_t r = 0; r < rows; r++)
-                memcpy(rest[r], x + r * job->x_stride + k, left * sizeof *x);
-            few_block(walk, few, rest[0], sizeof rest[0], b, count);
-        }
-        few_store(w->scales == NULL ? acc : sums[s % 2], count);
-        if (w->scales != NULL && s > 0)
-            few_scale(walk, few, count, s - 1, sums[(s - 1) % 2], acc);
+        few_segment(walk, few, s, e4m3);
+        TILE_STORE(0, scaled ? few->sums[s % 2] : few->acc, row_bytes);
+        if (scaled && s > 0)
+            few_scale(walk, few, panel, s - 1);
     }
-    if (w->scales != NULL && w->segments > 0)
-        few_scale(walk, few, count, w->segments - 1, sums[(w->segments - 1) % 2], acc);
-    for (uint32_t p = 0; p < count; p++)
-        for (uint32_t r = 0; r < rows; r++)
-            _mm512_mask_storeu_ps(job->y + (walk->row_begin + r) * job->y_stride +
-                                      (size_t)(panel + p) * PANEL_OUTPUTS,
-                                  panel_outputs(w, panel + p),
-                                  _mm512_load_ps(&acc[p][r * PANEL_OUTPUTS]));
+    if (scaled && w->segments > 0)
+        few_scale(walk, few, panel, w->segments - 1);
+    for (uint32_t r = 0; r < few->rows; r++)
+        _mm512_mask_storeu_ps(
+            job->y + (walk->row_begin + r) * job->y_stride + (size_t)panel * PANEL_OUTPUTS,
+            panel_outputs(w, panel), _mm512_load_ps(few->acc + r * PANEL_OUTPUTS));
+}
+
+static void few_bf16(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end) {
+    for (uint32_t panel = begin; panel < end; panel++)
+        few_panel(walk, few, panel, false);
+}
+
+static void few_e4m3(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end) {
+    for (size_t ahead = 0; ahead < EXPAND_AHEAD; ahead++)
+        expand(walk, few, few->tile + ahead);
+    for (uint32_t panel = begin; panel < end; panel++)
+        few_panel(walk, few, panel, true);
 }
 
 void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
-    struct few few; /* scratch is written before it is read */
+    const size_t blocks = matrix_blocks(walk->w);
+    struct few few; /* nothing of it is read before it is written */
     few.rows = walk->row_end - walk->row_begin;
+    few.tile = panel_begin * blocks;
+    few.tiles = panel_end * blocks;
     ASSERT(few.rows <= TILE_ROWS);
-    const uint8_t rows = (uint8_t)few.rows;
-    const uint8_t rows_of[8] = {rows, rows, rows, rows, rows, 16, 16, 16};
+    const uint8_t rows = (uint8_t)few.rows, full = TILE_ROWS;
+    const uint8_t rows_of[8] = {rows, rows, full, full, full, full, full, full};
     tiles_configure(rows_of);
-    for (few.panel = panel_begin; few.panel + FEW_PANELS <= panel_end; few.panel += FEW_PANELS)
-        few_panels(walk, &few, FEW_PANELS);
-    for (; few.panel + 2 <= panel_end; few.panel += 2)
-        few_panels(walk, &few, 2);
-    if (few.panel < panel_end)
-        few_panels(walk, &few, 1);
+    (walk->e4m3 ? few_e4m3 : few_bf16)(walk, &few, panel_begin, panel_end);
 }

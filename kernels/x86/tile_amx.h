@@ -21,6 +21,10 @@ enum { TILE_ROWS = 16 };
                      : "memory")
 #define TILE_PRODUCT(sums, inputs, weights)                                                        \
     __asm__ volatile("tdpbf16ps %%tmm" #weights ", %%tmm" #inputs ", %%tmm" #sums::: "memory")
+/* Asks for a cache line, into the first or the second level; never faults. GCC takes a loop of nothing but
+ * _mm_prefetch for an empty one and drops it. */
+#define ASK_L1(line) __asm__ volatile("prefetcht0 %0" ::"m"(*(const char *)(line)))
+#define ASK_L2(line) __asm__ volatile("prefetcht1 %0" ::"m"(*(const char *)(line)))
 #define TILES_RELEASE() __asm__ volatile("tilerelease" ::: "memory")
 
 /* The operand of LDTILECFG (Intel SDM volume 1, section 18.2). */
