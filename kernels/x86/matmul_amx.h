@@ -98,9 +98,10 @@ static inline const bf16 *tile_weights(const struct walk *walk, uint32_t panel, 
     return scratch;
 }
 
-/* Outputs of panels [panel_begin, panel_end), rows of `walk`: up to TILE_ROWS of them, or any
- * number, whose inputs should fit into a part of the second-level cache. A job with a sink or with
- * pages of inputs takes the second. */
+/* Outputs of panels [panel_begin, panel_end), rows of `walk`: up to FEW_ROWS of them, or any number,
+ * whose inputs should fit into a part of the second-level cache. A job with a sink or with pages of
+ * inputs takes the second. */
+enum { FEW_ROWS = 4 * TILE_ROWS };
 void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end);
 void matmul_amx_many(struct walk *walk, uint32_t panel_begin, uint32_t panel_end);
 

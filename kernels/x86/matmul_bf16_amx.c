@@ -5,6 +5,7 @@
 
 enum {
     FEW_PANELS = 1,
+    FEW_BF16 = 2 * TILE_ROWS, /* rows up to which few is at least as fast as many; E4M3: FEW_ROWS */
     MANY_PANELS = 2,
     ROW_STEP = 2 * TILE_ROWS,
     BLOCK_ROWS_MIN = 64,
@@ -22,6 +23,12 @@ static uint32_t block_rows(const struct matrix *w, uint32_t rows) {
     return ((rows + times - 1) / times + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
 }
 
+/* Products that wait for memory; a job with a sink or with pages of inputs is for the other kernel. */
+static bool is_few(const struct matmul_job *job, uint32_t rows) {
+    const uint32_t most = job->w->dtype == DTYPE_E4M3 ? (uint32_t)FEW_ROWS : (uint32_t)FEW_BF16;
+    return rows <= most && job->sink == NULL && job->x_pages == NULL;
+}
+
 void matmul_part_amx(const struct matmul_job *job, const struct matmul_part *part) {
     numerics_enter();
     const struct matrix *w = job->w;
@@ -33,7 +40,7 @@ void matmul_part_amx(const struct matmul_job *job, const struct matmul_part *par
                         .row_end = part->row_end};
     walk.tile_bytes = TILE_ELEMENTS * (walk.e4m3 ? 1 : sizeof(bf16));
     walk.panel_bytes = walk.tile_bytes * matrix_blocks(w);
-    if (part->row_end - part->row_begin <= TILE_ROWS && job->sink == NULL && job->x_pages == NULL)
+    if (is_few(job, part->row_end - part->row_begin))
         matmul_amx_few(&walk, part->panel_begin, part->panel_end);
     else
         for (uint32_t row = part->row_begin; row < part->row_end; row = walk.row_end) {
@@ -48,7 +55,7 @@ void matmul_part_amx(const struct matmul_job *job, const struct matmul_part *par
 void matmul_job_amx(const struct matmul_job *job, const struct parallel *parallel) {
     ASSERT(job->w->dtype == DTYPE_BF16 || job->w->dtype == DTYPE_E4M3);
     const struct matmul_cost cost = {.rows_per_load = 32, .part_min = 256 * 1024};
-    matmul_run(job, matmul_part_amx, job->rows <= TILE_ROWS ? FEW_PANELS : MANY_PANELS, ROW_STEP,
+    matmul_run(job, matmul_part_amx, is_few(job, job->rows) ? FEW_PANELS : MANY_PANELS, ROW_STEP,
                &cost, parallel);
 }
 

@@ -1,8 +1,8 @@
-/* Products of up to 16 rows with AMX: one panel after the other, so that a thread reads its weights
- * from memory in the order in which they lie: one stream is what the processor's own prefetching
- * follows best (four panels at a time took a fifth longer), and the one chain of products is fast
- * enough for what memory gives. E4M3 weights are expanded two tiles ahead of the tile loads, which
- * cannot take what a store has not yet brought to the cache, and wait. */
+/* Products of up to 64 rows with AMX, which wait for memory: one panel after the other, so that a
+ * thread reads its weights in the order in which they lie. One stream is what the processor's own
+ * prefetching follows best (four panels at a time took a fifth longer), and one chain of products
+ * for each 16 rows is fast enough for what memory gives. E4M3 weights are expanded two tiles ahead
+ * of the tile loads, which cannot take what a store has not yet brought to the cache, and wait. */
 #include <string.h>
 
 #include "kernels/x86/matmul_amx.h"
@@ -20,13 +20,15 @@ enum {
 struct few {
     uint32_t rows;
     size_t tile, tiles; /* the next one, and the number of all, counted from the matrix's first */
-    _Alignas(64) float acc[TILE_ROWS * PANEL_OUTPUTS];
-    float sums[2][TILE_ROWS * PANEL_OUTPUTS]; /* a segment is scaled while the next one is summed */
-    bf16 rest[TILE_ROWS][BLOCK_INPUTS];
+    _Alignas(64) float acc[FEW_ROWS * PANEL_OUTPUTS];
+    float sums[2][FEW_ROWS * PANEL_OUTPUTS]; /* a segment is scaled while the next one is summed */
+    bf16 rest[FEW_ROWS][BLOCK_INPUTS];
     bf16 expanded[EXPANDED][TILE_ELEMENTS];
 };
 
-/* Everything below is made twice, for BF16 and for E4M3. */
+/* Sums of rows 16g .. are in tile g. Tile 4 takes inputs of the last, perhaps smaller, group of
+ * rows, tiles 5 and 7 those of the others, tile 6 weights. */
+/* Everything below is made for each type of weights and number of groups. */
 #define INLINE static inline __attribute__((always_inline))
 
 /* Asks for what follows; never faults, not even beyond the end. */
@@ -45,19 +47,60 @@ INLINE void expand(const struct walk *walk, struct few *few, size_t tile) {
         tile_weights(walk, 0, (uint32_t)tile, few->expanded[tile % EXPANDED]);
 }
 
-/* Tile 0 += x times the next tile of weights. */
+/* Sums += x times the next tile of weights. */
 INLINE void few_block(const struct walk *walk, struct few *few, const bf16 *x,
-                      size_t x_stride_bytes, const bool e4m3) {
+                      size_t x_stride_bytes, const bool e4m3, const int groups) {
     const size_t tile_bytes = TILE_ELEMENTS * (e4m3 ? 1 : sizeof(bf16)), row_bytes = 64;
-    const size_t tile = few->tile++;
+    const size_t tile = few->tile++, group_bytes = TILE_ROWS * x_stride_bytes;
     const uint8_t *packed = (const uint8_t *)walk->w->data + tile * tile_bytes;
+    const uint8_t *inputs = (const uint8_t *)x;
     ask_ahead(packed, tile_bytes, e4m3 ? AHEAD_E4M3 : AHEAD_BF16);
     if (e4m3)
         expand(walk, few, tile + EXPAND_AHEAD);
     const void *weights = e4m3 ? (const void *)few->expanded[tile % EXPANDED] : packed;
-    TILE_LOAD(1, x, x_stride_bytes);
-    TILE_LOAD(2, weights, row_bytes);
-    TILE_PRODUCT(0, 1, 2);
+    TILE_LOAD(6, weights, row_bytes);
+    if (groups > 1) {
+        TILE_LOAD(5, inputs, x_stride_bytes);
+        TILE_PRODUCT(0, 5, 6);
+    }
+    if (groups > 2) {
+        TILE_LOAD(7, inputs + group_bytes, x_stride_bytes);
+        TILE_PRODUCT(1, 7, 6);
+    }
+    if (groups > 3) {
+        TILE_LOAD(5, inputs + 2 * group_bytes, x_stride_bytes);
+        TILE_PRODUCT(2, 5, 6);
+    }
+    TILE_LOAD(4, inputs + (size_t)(groups - 1) * group_bytes, x_stride_bytes);
+    if (groups == 1)
+        TILE_PRODUCT(0, 4, 6);
+    else if (groups == 2)
+        TILE_PRODUCT(1, 4, 6);
+    else if (groups == 3)
+        TILE_PRODUCT(2, 4, 6);
+    else
+        TILE_PRODUCT(3, 4, 6);
+}
+
+INLINE void few_zero(const int groups) {
+    TILE_ZERO(0);
+    if (groups > 1)
+        TILE_ZERO(1);
+    if (groups > 2)
+        TILE_ZERO(2);
+    if (groups > 3)
+        TILE_ZERO(3);
+}
+
+INLINE void few_store(float *sums, const int groups) {
+    const size_t row_bytes = 64, group = TILE_ROWS * PANEL_OUTPUTS;
+    TILE_STORE(0, sums, row_bytes);
+    if (groups > 1)
+        TILE_STORE(1, sums + group, row_bytes);
+    if (groups > 2)
+        TILE_STORE(2, sums + 2 * group, row_bytes);
+    if (groups > 3)
+        TILE_STORE(3, sums + 3 * group, row_bytes);
 }
 
 /* acc += sums * scale. */
@@ -80,19 +123,19 @@ static const bf16 *few_rest(struct few *few, const bf16 *x, size_t x_stride, uin
     return few->rest[0];
 }
 
-/* Sums of one segment, into tile 0. */
-INLINE void few_segment(const struct walk *walk, struct few *few, uint32_t segment,
-                        const bool e4m3) {
+/* Sums of one segment, into the tiles. */
+INLINE void few_segment(const struct walk *walk, struct few *few, uint32_t segment, const bool e4m3,
+                        const int groups) {
     const struct matrix *w = walk->w;
     const size_t x_stride = walk->job->x_stride, x_stride_bytes = x_stride * sizeof(bf16);
     const uint32_t begin = w->segment_k[segment], end = w->segment_k[segment + 1];
     const bf16 *x = (const bf16 *)walk->job->x + walk->row_begin * x_stride + begin;
-    TILE_ZERO(0);
+    few_zero(groups);
     for (uint32_t blocks = (end - begin) / BLOCK_INPUTS; blocks > 0; blocks--, x += BLOCK_INPUTS)
-        few_block(walk, few, x, x_stride_bytes, e4m3);
+        few_block(walk, few, x, x_stride_bytes, e4m3, groups);
     const uint32_t left = (end - begin) % BLOCK_INPUTS;
     if (left > 0)
-        few_block(walk, few, few_rest(few, x, x_stride, left), sizeof few->rest[0], e4m3);
+        few_block(walk, few, few_rest(few, x, x_stride, left), sizeof few->rest[0], e4m3, groups);
 }
 
 /* Scales of the panel after this one, and which of its tiles are plain. */
@@ -103,18 +146,18 @@ INLINE void ask_next(const struct walk *walk, const struct few *few, uint32_t pa
     ASK_L1(walk->plain + (few->tile + matrix_blocks(walk->w)) / 32);
 }
 
-INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel, const bool e4m3) {
+INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel, const bool e4m3,
+                      const int groups) {
     const struct matrix *w = walk->w;
     const struct matmul_job *job = walk->job;
-    const size_t row_bytes = 64;
     const bool scaled = e4m3 && w->scales != NULL;
     if (w->segments == 0)
         memset(few->acc, 0, sizeof few->acc);
     if (e4m3)
         ask_next(walk, few, panel);
     for (uint32_t s = 0; s < w->segments; s++) {
-        few_segment(walk, few, s, e4m3);
-        TILE_STORE(0, scaled ? few->sums[s % 2] : few->acc, row_bytes);
+        few_segment(walk, few, s, e4m3, groups);
+        few_store(scaled ? few->sums[s % 2] : few->acc, groups);
         if (scaled && s > 0)
             few_scale(walk, few, panel, s - 1);
     }
@@ -126,27 +169,45 @@ INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel, 
             panel_outputs(w, panel), _mm512_load_ps(few->acc + r * PANEL_OUTPUTS));
 }
 
-static void few_bf16(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end) {
-    for (uint32_t panel = begin; panel < end; panel++)
-        few_panel(walk, few, panel, false);
-}
-
-static void few_e4m3(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end) {
-    for (size_t ahead = 0; ahead < EXPAND_AHEAD; ahead++)
+INLINE void few_panels(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end,
+                       const bool e4m3, const int groups) {
+    for (size_t ahead = 0; e4m3 && ahead < EXPAND_AHEAD; ahead++)
         expand(walk, few, few->tile + ahead);
     for (uint32_t panel = begin; panel < end; panel++)
-        few_panel(walk, few, panel, true);
+        few_panel(walk, few, panel, e4m3, groups);
 }
 
+typedef void few_function(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end);
+
+#define FEW(type, e4m3, groups)                                                                    \
+    static void few_##type##_##groups(const struct walk *walk, struct few *few, uint32_t begin,    \
+                                      uint32_t end) {                                              \
+        few_panels(walk, few, begin, end, e4m3, groups);                                           \
+    }
+FEW(bf16, false, 1)
+FEW(bf16, false, 2)
+FEW(bf16, false, 3)
+FEW(bf16, false, 4)
+FEW(e4m3, true, 1)
+FEW(e4m3, true, 2)
+FEW(e4m3, true, 3)
+FEW(e4m3, true, 4)
+
 void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
+    static few_function *const functions[2][FEW_ROWS / TILE_ROWS] = {
+        {few_bf16_1, few_bf16_2, few_bf16_3, few_bf16_4},
+        {few_e4m3_1, few_e4m3_2, few_e4m3_3, few_e4m3_4},
+    };
     const size_t blocks = matrix_blocks(walk->w);
     struct few few; /* nothing of it is read before it is written */
     few.rows = walk->row_end - walk->row_begin;
     few.tile = panel_begin * blocks;
     few.tiles = panel_end * blocks;
-    ASSERT(few.rows <= TILE_ROWS);
-    const uint8_t rows = (uint8_t)few.rows, full = TILE_ROWS;
-    const uint8_t rows_of[8] = {rows, rows, full, full, full, full, full, full};
+    ASSERT(few.rows > 0 && few.rows <= FEW_ROWS);
+    const uint32_t groups = (few.rows + TILE_ROWS - 1) / TILE_ROWS;
+    const uint8_t full = TILE_ROWS, last = (uint8_t)(few.rows - (groups - 1) * TILE_ROWS);
+    uint8_t rows_of[8] = {full, full, full, full, last, full, full, full};
+    rows_of[groups - 1] = last;
     tiles_configure(rows_of);
-    (walk->e4m3 ? few_e4m3 : few_bf16)(walk, &few, panel_begin, panel_end);
+    functions[walk->e4m3][groups - 1](walk, &few, panel_begin, panel_end);
 }
