@@ -43,10 +43,10 @@ static uint64_t part_bytes(const struct expert_weights *weights, const struct ke
     return kernels->matrix_read != NULL ? matrix->device_bytes : matrix->bytes;
 }
 
-static uint64_t image_bytes(const struct expert_weights *weights, const struct kernels *kernels) {
+static uint64_t image_bytes(const struct expert_weights *weights) {
     uint64_t bytes = sizeof(struct image_header);
     for (int i = 0; i < 3; i++)
-        bytes += part_bytes(weights, kernels, i);
+        bytes += weights->image_part[i];
     return bytes;
 }
 
@@ -61,6 +61,8 @@ void expert_image_prepare(struct expert_weights *weights, const struct kernels *
         weights->shape[i].data = NULL;
         weights->movable = weights->movable && !view[i].transposed && view[i].row0 == 0 && view[i].col0 == 0;
     }
+    for (int i = 0; i < 3; i++)
+        weights->image_part[i] = part_bytes(weights, kernels, i);
     weights->summed = kernels->matrix_read == NULL;
     if (!weights->movable || !weights->summed)
         return;
@@ -72,25 +74,33 @@ void expert_image_prepare(struct expert_weights *weights, const struct kernels *
     }
 }
 
+/* Part of a matrix as it was packed first: the image's form does not depend on what is done with it afterwards. */
+static void copy_part(const struct packed *packed, const struct kernels *kernels, uint64_t offset,
+                      uint32_t bytes, uint8_t *ret) {
+    if (kernels->matrix_read != NULL)
+        kernels->matrix_read(&packed->matrix, offset, bytes, ret);
+    else if (packed->matrix.codes != NULL)
+        matrix_read_packed(&packed->matrix, offset, bytes, ret);
+    else
+        memcpy(ret, (const uint8_t *)packed->memory + offset, bytes);
+}
+
 /* Bytes of the image from `offset` on. */
 static void copy_out(const struct expert_weights *weights, const struct kernels *kernels, uint64_t offset,
                      uint32_t bytes, uint8_t *ret) {
     struct image_header header = header_of(weights);
-    const uint8_t *piece[4] = {(const uint8_t *)&header};
-    uint64_t size[4] = {sizeof header}, begin = 0;
-    for (int i = 0; i < 3; i++) {
-        piece[i + 1] = part_of(&weights->mlp, i)->memory;
-        size[i + 1] = part_bytes(weights, kernels, i);
-    }
-    for (int i = 0; i < 4 && bytes > 0; begin += size[i++]) {
-        if (offset >= begin + size[i])
+    uint64_t begin = 0;
+    for (int i = 0; i < 4 && bytes > 0; i++) {
+        uint64_t size = i == 0 ? sizeof header : weights->image_part[i - 1], at = offset - begin;
+        begin += size;
+        if (at >= size)
             continue;
-        uint64_t at = offset - begin, left = size[i] - at;
+        uint64_t left = size - at;
         uint32_t count = left < bytes ? (uint32_t)left : bytes;
-        if (i > 0 && kernels->matrix_read != NULL)
-            kernels->matrix_read(&part_of(&weights->mlp, i - 1)->matrix, at, count, ret);
+        if (i == 0)
+            memcpy(ret, (const uint8_t *)&header + at, count);
         else
-            memcpy(ret, piece[i] + at, count);
+            copy_part(part_of(&weights->mlp, i - 1), kernels, at, count, ret);
         ret += count;
         offset += count;
         bytes -= count;
@@ -99,7 +109,7 @@ static void copy_out(const struct expert_weights *weights, const struct kernels 
 
 /* Of weights on a device, read back once. */
 static void sum_up(struct expert_weights *weights, const struct kernels *kernels, uint8_t *chunk) {
-    const uint64_t total = image_bytes(weights, kernels);
+    const uint64_t total = image_bytes(weights);
     weights->crc = 0;
     for (uint64_t done = 0; done < total;) {
         const uint32_t count =
@@ -119,7 +129,7 @@ void experts_read(struct engine *self, const struct program *program, struct pro
     ret->total = 0;
     if (weights == NULL || !weights->movable || program->bytes > WEIGHTS_CHUNK_MAX)
         return;
-    uint64_t total = image_bytes(weights, self->kernels);
+    uint64_t total = image_bytes(weights);
     if (program->offset >= total)
         return;
     void *chunk = experts_chunk(self, WEIGHTS_CHUNK_MAX, &failure);
@@ -215,6 +225,11 @@ int engine_expert_unpack(const struct model_config *config, const struct kernels
         return error;
     }
     expert_image_prepare(weights, kernels, view);
+    error = mlp_code(&weights->mlp, kernels, "expert weights", &weights->bytes, failure);
+    if (error < 0) {
+        engine_expert_free(&weights);
+        return error;
+    }
     *ret = weights;
     return 0;
 }

@@ -2,6 +2,9 @@
  * experts have in common. */
 #include "engine/internal.h"
 
+/* Smaller matrices stay in the cache, where expanding them would only cost. */
+#define CODE_BYTES_MIN ((size_t)256 << 10)
+
 int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
                 const char *what, uint64_t *total, struct failure *failure) {
     const size_t bytes = kernels->matrix_bytes(view);
@@ -13,6 +16,27 @@ int packed_open(struct packed *ret, const struct kernels *kernels, const struct 
     ret->memory = memory;
     ret->bytes = bytes;
     return 0;
+}
+
+int packed_code(struct packed *self, const struct kernels *kernels, const char *what,
+                uint64_t *total, struct failure *failure) {
+    struct matrix_coding coding;
+    if (kernels->matrix_code == NULL || self->bytes < CODE_BYTES_MIN)
+        return 0;
+    kernels->matrix_code(&self->matrix, &coding);
+    if (coding.bytes == 0)
+        return 0;
+    void *memory = weight_memory_take(coding.bytes, what, total, failure);
+    if (memory != NULL) {
+        struct packed plain = *self;
+        matrix_place_coded(&self->matrix, &plain.matrix, &coding, memory);
+        self->memory = memory;
+        self->bytes = coding.bytes;
+        *total -= plain.bytes;
+        packed_close(&plain);
+    }
+    matrix_coding_free(&coding);
+    return memory != NULL ? 0 : ERR_NO_MEMORY;
 }
 
 void packed_close(struct packed *self) {
@@ -42,6 +66,14 @@ int mlp_open(struct mlp *ret, const struct kernels *kernels, const struct weight
     if (error != 0)
         mlp_close(ret);
     return error;
+}
+
+int mlp_code(struct mlp *self, const struct kernels *kernels, const char *what, uint64_t *total,
+             struct failure *failure) {
+    int error = packed_code(&self->gate, kernels, what, total, failure);
+    if (error == 0)
+        error = packed_code(&self->up, kernels, what, total, failure);
+    return error == 0 ? packed_code(&self->down, kernels, what, total, failure) : error;
 }
 
 void mlp_close(struct mlp *self) {

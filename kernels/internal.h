@@ -50,6 +50,27 @@ static inline uint32_t tile_index_e4m3(uint32_t o, uint32_t i) {
     return i / 4 * 64 + o / 4 * 16 + i / 2 % 2 * 8 + o % 4 * 2 + i % 2;
 }
 
+/* Coded BF16 (coded.c): tiles of 768 B in the same order: 512 bytes of signs and fractions, in an order such that unpacking
+ * bytes as for E4M3 yields the BF16 tile, then 512 codes of exponents of 4 bits. */
+enum { CODED_TILE_BYTES = TILE_ELEMENTS * 3 / 2 };
+struct exception {
+    uint32_t place; /* tile, element of the BF16 tile */
+    bf16 value;
+    uint16_t reserved;
+};
+void matrix_code_bf16(const struct matrix *w, struct matrix_coding *ret);
+/* Codes one tile, code_of [256] being the code of each exponent or 0xff; returns its exceptions, of which up to `room` are written. */
+typedef size_t code_tile_function(const bf16 tile[TILE_ELEMENTS], size_t index,
+                                  const uint8_t *code_of, uint8_t ret[CODED_TILE_BYTES],
+                                  struct exception *exception, size_t room);
+code_tile_function code_tile_scalar;
+#if defined(__x86_64__)
+code_tile_function code_tile_vbmi;
+#endif
+void tile_decode(const struct matrix *w, size_t index, bf16 ret[TILE_ELEMENTS]);
+/* The first exception of this or a later tile. */
+size_t exception_find(const struct matrix_codes *codes, size_t tile);
+
 /* One weight, scaled. */
 float weight_element(const struct weight_view *view, uint32_t n, uint32_t k);
 

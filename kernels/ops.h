@@ -63,11 +63,31 @@ struct matrix {
     const float *scales;    /* [n / 16 rounded up][segments][16], NULL if unscaled: as weights are read */
     const uint32_t *segment_k; /* [segments + 1]: first k of each */
     const uint32_t *segment_block; /* [segments + 1]: first 32-wide block of each */
+    const struct matrix_codes *codes; /* BF16 in 12 bits a weight (kernels/coded.c); else NULL */
     const uint32_t *plain; /* E4M3: a bit per tile, set where all its weights are normal numbers; else NULL */
     size_t bytes;           /* of memory used */
     size_t device_bytes;    /* of these on a device */
     void (*release)(struct matrix *self); /* gives back what lies elsewhere; NULL: nothing does */
 };
+
+/* The result of matrix_code. */
+struct matrix_codes {
+    uint8_t low[16], high[16]; /* by code: the exponent's part of both bytes of a BF16 value */
+    const struct exception *exception; /* ascending places */
+    uint32_t exceptions;
+    uint32_t reserved[5];
+};
+struct matrix_coding {
+    struct matrix_codes codes;
+    uint8_t *tiles;
+    struct exception *exception;
+    size_t bytes;
+};
+void matrix_place_coded(struct matrix *ret, const struct matrix *w,
+                        const struct matrix_coding *coding, void *memory);
+void matrix_coding_free(struct matrix_coding *self);
+/* Bytes of what `w` was before it was coded, as matrix_pack wrote it. */
+void matrix_read_packed(const struct matrix *w, size_t offset, size_t bytes, void *ret);
 
 /* Shape of multi-head latent attention. */
 struct mla_shape {
@@ -114,6 +134,11 @@ struct kernels {
     /* Whether so much more of `what` fits there now, a reserve kept back; else ERR_NO_MEMORY with what was needed and found. */
     int (*device_fits)(uint64_t bytes, const char *what, struct failure *failure);
     void (*matrix_take_image)(struct matrix *ret, const struct weight_view *view, void *memory, const void *image);
+
+    /* Weights that are read by products of few rows above all, more tightly: what is in *ret serves matrix_place_coded with
+     * ret->bytes of memory (64-byte aligned), which makes another matrix of the same values. ret->bytes is 0 where it does
+     * not pay. NULL: this form does not read coded weights. */
+    void (*matrix_code)(const struct matrix *w, struct matrix_coding *ret);
 
     /* y[r][0..n) = W x[r]. x: [rows, x_stride] activations, y: [rows, y_stride] float. rows may be 0. */
     void (*matmul)(const struct matrix *w, const void *x, size_t x_stride, uint32_t rows, float *y,

@@ -319,6 +319,120 @@ static void forms_give_the_defined_bits_on_odd_shapes(void **unused) {
         }
 }
 
+/* Weights as training leaves them: few powers of two. One in `others` is anything. */
+static bf16 *usual_weights(uint32_t count, uint32_t others) {
+    bf16 *weights = malloc(count * sizeof *weights);
+    for (uint32_t i = 0; i < count; i++) {
+        const uint32_t bits = random_bits();
+        const uint32_t exponent = 120 - (uint32_t)__builtin_ctz(bits | 0x400);
+        weights[i] = (bf16)((bits >> 16 & 0x807f) | exponent << 7);
+        if (below(others) == 0)
+            weights[i] = (bf16)random_bits();
+    }
+    return weights;
+}
+
+static void check_read_back(const struct matrix *plain, const struct matrix *coded) {
+    uint8_t *back = malloc(plain->bytes);
+    for (size_t at = 0, bytes; at < plain->bytes; at += bytes) {
+        bytes = 1 + below(3000);
+        bytes = bytes < plain->bytes - at ? bytes : plain->bytes - at;
+        matrix_read_packed(coded, at, bytes, back + at);
+    }
+    assert_memory_equal(back, plain->data, plain->bytes);
+    free(back);
+}
+
+static void check_coded_product(const struct matrix *plain, const struct matrix *coded,
+                                uint32_t rows) {
+    const size_t x_stride = row_stride(plain->k), count = (size_t)rows * plain->n;
+    bf16 *x = calloc(rows * x_stride, sizeof *x);
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t i = 0; i < plain->k; i++)
+            x[r * x_stride + i] = bf16_from_float((float)below(2001) - 1000);
+    float *expected = malloc(count * sizeof(float)), *found = malloc(count * sizeof(float));
+    matmul_bf16_scalar(plain, x, x_stride, rows, expected, plain->n, &PARALLEL_SERIAL);
+    for (int f = 0; f < form_count; f++) {
+        if (strncmp(forms[f].name, "amx", 3) != 0)
+            continue;
+        product(&forms[f], coded, x, x_stride, rows, found, &PARALLEL_SERIAL);
+        for (size_t i = 0; i < count; i++)
+            if (!same_bits(bits_of(expected[i]), bits_of(found[i])))
+                fail_msg("%s: %u x %u, %u rows: output %zu is %a, expected %a", forms[f].name,
+                         plain->n, plain->k, rows, i, (double)found[i], (double)expected[i]);
+    }
+    free(expected);
+    free(found);
+    free(x);
+}
+
+/* The same bits as without, whatever the number of rows; and it can be read back. */
+static void coded_weights_give_the_same_bits(void **unused) {
+    static const uint32_t shapes[][2] = {{40, 96}, {129, 257}, {64, 1024}, {520, 200}};
+    static const uint32_t rows[] = {1, 3, 16, 17, 32, 33, 48, 50, 64, 65, 100};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        const uint32_t n = shapes[s][0], k = shapes[s][1];
+        bf16 *weights = usual_weights(n * k, 5000);
+        weights[1] = 0x7f80;    /* infinity */
+        weights[n * k - 1] = 1; /* a denormal */
+        const struct weight_view view = {
+            .dtype = DTYPE_BF16, .data = weights, .n = n, .k = k, .stride = k};
+        struct matrix plain = packed(&view, matrix_bytes_bf16, matrix_pack_bf16), coded;
+        struct matrix_coding coding;
+        matrix_code_bf16(&plain, &coding);
+        assert_true(coding.bytes > 0 && coding.bytes < plain.bytes * 8 / 10 + 256);
+        assert_true(s == 0 || coding.codes.exceptions > 0);
+        void *memory = aligned_alloc(64, coding.bytes);
+        matrix_place_coded(&coded, &plain, &coding, memory);
+        check_read_back(&plain, &coded);
+        for (size_t r = 0; r < sizeof rows / sizeof *rows; r++)
+            check_coded_product(&plain, &coded, rows[r]);
+        matrix_coding_free(&coding);
+        free(memory);
+        free(plain.data);
+        free(weights);
+    }
+}
+
+/* Both ways to code a tile do the same. */
+static void tiles_are_coded_alike(void **unused) {
+#if defined(__x86_64__)
+    if (!__builtin_cpu_supports("avx512vbmi"))
+        skip();
+    uint8_t code_of[256];
+    memset(code_of, 0xff, sizeof code_of);
+    for (uint32_t code = 0; code < 16; code++)
+        code_of[code == 0 ? 0 : code == 1 ? 200 : 105 + code] = (uint8_t)code;
+    for (uint32_t i = 0; i < 200; i++) {
+        bf16 *tile = usual_weights(TILE_ELEMENTS, 1 + i);
+        uint8_t expected[CODED_TILE_BYTES], found[CODED_TILE_BYTES];
+        struct exception expected_list[TILE_ELEMENTS] = {0}, found_list[TILE_ELEMENTS] = {0};
+        const size_t room = below(TILE_ELEMENTS + 1);
+        assert_int_equal(code_tile_scalar(tile, i, code_of, expected, expected_list, room),
+                         code_tile_vbmi(tile, i, code_of, found, found_list, room));
+        assert_memory_equal(expected, found, sizeof expected);
+        assert_memory_equal(expected_list, found_list, sizeof expected_list);
+        free(tile);
+    }
+#endif
+}
+
+/* Where coding saves nothing: weights of any exponents at all, or E4M3. */
+static void weights_of_many_exponents_are_not_coded(void **unused) {
+    bf16 *weights = usual_weights(64 * 256, 2);
+    struct weight_view view = {
+        .dtype = DTYPE_BF16, .data = weights, .n = 64, .k = 256, .stride = 256};
+    for (int i = 0; i < 2; i++, view.dtype = DTYPE_E4M3) {
+        struct matrix plain = packed(&view, matrix_bytes_bf16, matrix_pack_bf16);
+        struct matrix_coding coding;
+        matrix_code_bf16(&plain, &coding);
+        assert_int_equal(coding.bytes, 0);
+        assert_null(coding.tiles);
+        free(plain.data);
+    }
+    free(weights);
+}
+
 /* Where forms change their way: more rows than are packed together, more panels than a strip, more
  * K than is expanded at once. */
 static void forms_agree_on_large_shapes(void **unused) {
@@ -806,6 +920,9 @@ int main(void) {
         cmocka_unit_test(forms_agree_on_large_shapes),
         cmocka_unit_test(fp8_quantises_rows_by_segments),
         cmocka_unit_test(e4m3_rows_multiply_as_what_they_were),
+        cmocka_unit_test(coded_weights_give_the_same_bits),
+        cmocka_unit_test(tiles_are_coded_alike),
+        cmocka_unit_test(weights_of_many_exponents_are_not_coded),
         cmocka_unit_test(parts_of_a_file_matrix_keep_their_scales),
         cmocka_unit_test(extreme_values_give_the_same_bits),
         cmocka_unit_test(a_row_does_not_depend_on_its_batch_nor_on_threads),

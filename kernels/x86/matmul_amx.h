@@ -84,6 +84,32 @@ static __attribute__((noinline, unused)) void expand_mixed(const uint8_t *packed
     expand_tile(packed, ret, false);
 }
 
+/* A tile of coded weights but for its exceptions. */
+static inline __attribute__((always_inline)) void expand_coded(const struct matrix_codes *codes,
+                                                               const uint8_t *packed, bf16 *ret) {
+    const __m512i nibble = _mm512_set1_epi8(15), sign = _mm512_set1_epi8((char)0x80);
+    const __m512i high_of = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)codes->high));
+    const __m512i low_of = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)codes->low));
+    enum { OR_AND = 0xf8, OR_ANDNOT = 0xf4 }; /* ternary logic: a | (b & c), a | (b & ~c) */
+#pragma GCC unroll 4
+    for (uint32_t i = 0; i < TILE_ELEMENTS; i += 128) {
+        const __m512i both = _mm512_loadu_si512(packed + TILE_ELEMENTS + i / 2);
+        const __m512i code[2] = {_mm512_and_si512(both, nibble),
+                                 _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble)};
+#pragma GCC unroll 2
+        for (uint32_t j = 0; j < 2; j++) {
+            const __m512i bytes = _mm512_loadu_si512(packed + i + 64 * j);
+            __m512i high = _mm512_shuffle_epi8(high_of, code[j]);
+            __m512i low = _mm512_shuffle_epi8(low_of, code[j]);
+            high = _mm512_ternarylogic_epi32(high, bytes, sign, OR_AND);
+            low = _mm512_ternarylogic_epi32(low, bytes, sign, OR_ANDNOT);
+            bf16 *to = ret + i + (size_t)64 * j;
+            _mm512_store_si512(to, _mm512_unpacklo_epi8(low, high));
+            _mm512_store_si512(to + 32, _mm512_unpackhi_epi8(low, high));
+        }
+    }
+}
+
 /* The weights of one tile as BF16: where they lie, or expanded into `scratch`. */
 static inline const bf16 *tile_weights(const struct walk *walk, uint32_t panel, uint32_t block,
                                        bf16 *scratch) {
@@ -102,6 +128,8 @@ static inline const bf16 *tile_weights(const struct walk *walk, uint32_t panel, 
  * whose inputs should fit into a part of the second-level cache. A job with a sink or with pages of
  * inputs takes the second. */
 enum { FEW_ROWS = 4 * TILE_ROWS };
+/* Tiles of coded weights as BF16. */
+void tiles_decode_amx(const struct matrix *w, size_t first, size_t count, bf16 *ret);
 void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end);
 void matmul_amx_many(struct walk *walk, uint32_t panel_begin, uint32_t panel_end);
 

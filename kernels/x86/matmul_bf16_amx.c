@@ -5,9 +5,11 @@
 
 enum {
     FEW_PANELS = 1,
-    FEW_BF16 = 2 * TILE_ROWS, /* rows up to which few is at least as fast as many; E4M3: FEW_ROWS */
+    FEW_BF16 =
+        2 * TILE_ROWS, /* rows up to which few is at least as fast as many; others: FEW_ROWS */
     MANY_PANELS = 2,
     ROW_STEP = 2 * TILE_ROWS,
+    DECODED_BYTES = 512 * 1024,
     BLOCK_ROWS_MIN = 64,
     BLOCK_ROWS_MAX = 512,      /* rows that pass over a chunk of weights one after the other: */
     BLOCK_BYTES = 1024 * 1024, /* their inputs, half of a second-level cache */
@@ -23,14 +25,44 @@ static uint32_t block_rows(const struct matrix *w, uint32_t rows) {
     return ((rows + times - 1) / times + ROW_STEP - 1) / ROW_STEP * ROW_STEP;
 }
 
-/* Products that wait for memory; a job with a sink or with pages of inputs is for the other kernel. */
+/* Products that wait for memory; a job with a sink or with pages of inputs is for the other kernel.
+ */
 static bool is_few(const struct matmul_job *job, uint32_t rows) {
-    const uint32_t most = job->w->dtype == DTYPE_E4M3 ? (uint32_t)FEW_ROWS : (uint32_t)FEW_BF16;
+    const bool expands = job->w->dtype == DTYPE_E4M3 || job->w->codes != NULL;
+    const uint32_t most = expands ? (uint32_t)FEW_ROWS : (uint32_t)FEW_BF16;
     return rows <= most && job->sink == NULL && job->x_pages == NULL;
+}
+
+/* Many rows of coded weights: some panels at a time as plain BF16, in the second-level cache. */
+static void part_coded(const struct matmul_job *job, const struct matmul_part *part) {
+    const struct matrix *w = job->w;
+    ASSERT(job->sink == NULL && job->x_pages == NULL);
+    const uint32_t blocks = matrix_blocks(w), fit = DECODED_BYTES / (blocks * 1024);
+    const uint32_t most = fit < MANY_PANELS ? MANY_PANELS : fit / MANY_PANELS * MANY_PANELS;
+    const struct scratch_mark mark = scratch_mark();
+    bf16 *tiles = scratch_take((size_t)most * blocks * TILE_ELEMENTS, sizeof(bf16));
+    for (uint32_t panel = part->panel_begin, count; panel < part->panel_end; panel += count) {
+        const uint32_t left = part->panel_end - panel, first = panel * PANEL_OUTPUTS;
+        count = left < most ? left : most;
+        tiles_decode_amx(w, panel * blocks, count * blocks, tiles);
+        struct matrix some = *w;
+        some.codes = NULL;
+        some.data = tiles;
+        some.n = w->n - first < count * PANEL_OUTPUTS ? w->n - first : count * PANEL_OUTPUTS;
+        struct matmul_job some_job = *job;
+        some_job.w = &some;
+        some_job.y = job->y + first;
+        matmul_part_amx(&some_job, &(struct matmul_part){0, count, part->row_begin, part->row_end});
+    }
+    scratch_release(mark);
 }
 
 void matmul_part_amx(const struct matmul_job *job, const struct matmul_part *part) {
     numerics_enter();
+    if (job->w->codes != NULL && !is_few(job, part->row_end - part->row_begin)) {
+        part_coded(job, part);
+        return;
+    }
     const struct matrix *w = job->w;
     struct walk walk = {.job = job,
                         .w = w,
@@ -38,7 +70,7 @@ void matmul_part_amx(const struct matmul_job *job, const struct matmul_part *par
                         .plain = w->plain,
                         .row_begin = part->row_begin,
                         .row_end = part->row_end};
-    walk.tile_bytes = TILE_ELEMENTS * (walk.e4m3 ? 1 : sizeof(bf16));
+    walk.tile_bytes = TILE_ELEMENTS * (walk.e4m3 ? 1 : sizeof(bf16)); /* coded weights: unused */
     walk.panel_bytes = walk.tile_bytes * matrix_blocks(w);
     if (is_few(job, part->row_end - part->row_begin))
         matmul_amx_few(&walk, part->panel_begin, part->panel_end);

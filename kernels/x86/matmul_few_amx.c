@@ -1,8 +1,9 @@
 /* Products of up to 64 rows with AMX, which wait for memory: one panel after the other, so that a
  * thread reads its weights in the order in which they lie. One stream is what the processor's own
  * prefetching follows best (four panels at a time took a fifth longer), and one chain of products
- * for each 16 rows is fast enough for what memory gives. E4M3 weights are expanded two tiles ahead
- * of the tile loads, which cannot take what a store has not yet brought to the cache, and wait. */
+ * for each 16 rows is fast enough for what memory gives. E4M3 and coded weights are expanded two
+ * tiles ahead of the tile loads, which cannot take what a store has not yet brought to the cache,
+ * and wait. */
 #include <string.h>
 
 #include "kernels/x86/matmul_amx.h"
@@ -12,14 +13,17 @@ enum {
     PAGE_LINES = 8,    /* so many lines of the next one are asked for */
     EXPANDED = 4,      /* tiles in the ring of expanded ones, a power of two */
     EXPAND_AHEAD = 2,
-    AHEAD_BF16 = 512,  /* bytes; how far weights are asked for before they are used: little, */
-    AHEAD_E4M3 = 2048, /* to lead the processor's own prefetching; beyond what is expanded */
+    AHEAD_BF16 = 512,      /* bytes; how far weights are asked for before they are used: little, */
+    AHEAD_EXPANDED = 2048, /* to lead the processor's own prefetching; beyond what is expanded */
 };
+
+enum form { FORM_BF16, FORM_E4M3, FORM_CODED };
 
 /* Weights of a part: tiles that lie one after the other, panel by panel. */
 struct few {
     uint32_t rows;
     size_t tile, tiles; /* the next one, and the number of all, counted from the matrix's first */
+    size_t exception, exception_tile; /* coded weights: the next one, and its tile */
     _Alignas(64) float acc[FEW_ROWS * PANEL_OUTPUTS];
     float sums[2][FEW_ROWS * PANEL_OUTPUTS]; /* a segment is scaled while the next one is summed */
     bf16 rest[FEW_ROWS][BLOCK_INPUTS];
@@ -42,22 +46,54 @@ INLINE void ask_ahead(const uint8_t *tile, const size_t bytes, const size_t ahea
             ASK_L2(tile - in_page + PAGE_BYTES + 64 * line);
 }
 
-INLINE void expand(const struct walk *walk, struct few *few, size_t tile) {
-    if (tile < few->tiles)
-        tile_weights(walk, 0, (uint32_t)tile, few->expanded[tile % EXPANDED]);
+static void find_exception(const struct walk *walk, struct few *few, size_t index) {
+    const struct matrix_codes *codes = walk->w->codes;
+    few->exception = index;
+    few->exception_tile = SIZE_MAX;
+    if (index < codes->exceptions)
+        few->exception_tile = codes->exception[index].place / TILE_ELEMENTS;
+}
+
+/* Tiles come in ascending order. */
+static __attribute__((noinline)) void put_exceptions(const struct walk *walk, struct few *few,
+                                                     bf16 *tile) {
+    const struct exception *exception = walk->w->codes->exception;
+    for (size_t index = few->exception_tile; few->exception_tile == index;) {
+        tile[exception[few->exception].place % TILE_ELEMENTS] = exception[few->exception].value;
+        find_exception(walk, few, few->exception + 1);
+    }
+}
+
+INLINE void expand(const struct walk *walk, struct few *few, size_t tile, const enum form form) {
+    bf16 *to = few->expanded[tile % EXPANDED];
+    if (tile >= few->tiles)
+        return;
+    if (form == FORM_E4M3) {
+        tile_weights(walk, 0, (uint32_t)tile, to);
+        return;
+    }
+    expand_coded(walk->w->codes, (const uint8_t *)walk->w->data + tile * CODED_TILE_BYTES, to);
+    if (__builtin_expect(few->exception_tile == tile, 0))
+        put_exceptions(walk, few, to);
+}
+
+INLINE size_t form_tile_bytes(const enum form form) {
+    return form == FORM_E4M3   ? TILE_ELEMENTS
+           : form == FORM_BF16 ? TILE_ELEMENTS * sizeof(bf16)
+                               : (size_t)CODED_TILE_BYTES;
 }
 
 /* Sums += x times the next tile of weights. */
 INLINE void few_block(const struct walk *walk, struct few *few, const bf16 *x,
-                      size_t x_stride_bytes, const bool e4m3, const int groups) {
-    const size_t tile_bytes = TILE_ELEMENTS * (e4m3 ? 1 : sizeof(bf16)), row_bytes = 64;
+                      size_t x_stride_bytes, const enum form form, const int groups) {
+    const size_t tile_bytes = form_tile_bytes(form), row_bytes = 64;
     const size_t tile = few->tile++, group_bytes = TILE_ROWS * x_stride_bytes;
     const uint8_t *packed = (const uint8_t *)walk->w->data + tile * tile_bytes;
     const uint8_t *inputs = (const uint8_t *)x;
-    ask_ahead(packed, tile_bytes, e4m3 ? AHEAD_E4M3 : AHEAD_BF16);
-    if (e4m3)
-        expand(walk, few, tile + EXPAND_AHEAD);
-    const void *weights = e4m3 ? (const void *)few->expanded[tile % EXPANDED] : packed;
+    ask_ahead(packed, tile_bytes, form == FORM_BF16 ? AHEAD_BF16 : AHEAD_EXPANDED);
+    if (form != FORM_BF16)
+        expand(walk, few, tile + EXPAND_AHEAD, form);
+    const void *weights = form != FORM_BF16 ? (const void *)few->expanded[tile % EXPANDED] : packed;
     TILE_LOAD(6, weights, row_bytes);
     if (groups > 1) {
         TILE_LOAD(5, inputs, x_stride_bytes);
@@ -124,18 +160,18 @@ static const bf16 *few_rest(struct few *few, const bf16 *x, size_t x_stride, uin
 }
 
 /* Sums of one segment, into the tiles. */
-INLINE void few_segment(const struct walk *walk, struct few *few, uint32_t segment, const bool e4m3,
-                        const int groups) {
+INLINE void few_segment(const struct walk *walk, struct few *few, uint32_t segment,
+                        const enum form form, const int groups) {
     const struct matrix *w = walk->w;
     const size_t x_stride = walk->job->x_stride, x_stride_bytes = x_stride * sizeof(bf16);
     const uint32_t begin = w->segment_k[segment], end = w->segment_k[segment + 1];
     const bf16 *x = (const bf16 *)walk->job->x + walk->row_begin * x_stride + begin;
     few_zero(groups);
     for (uint32_t blocks = (end - begin) / BLOCK_INPUTS; blocks > 0; blocks--, x += BLOCK_INPUTS)
-        few_block(walk, few, x, x_stride_bytes, e4m3, groups);
+        few_block(walk, few, x, x_stride_bytes, form, groups);
     const uint32_t left = (end - begin) % BLOCK_INPUTS;
     if (left > 0)
-        few_block(walk, few, few_rest(few, x, x_stride, left), sizeof few->rest[0], e4m3, groups);
+        few_block(walk, few, few_rest(few, x, x_stride, left), sizeof few->rest[0], form, groups);
 }
 
 /* Scales of the panel after this one, and which of its tiles are plain. */
@@ -146,17 +182,17 @@ INLINE void ask_next(const struct walk *walk, const struct few *few, uint32_t pa
     ASK_L1(walk->plain + (few->tile + matrix_blocks(walk->w)) / 32);
 }
 
-INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel, const bool e4m3,
-                      const int groups) {
+INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel,
+                      const enum form form, const int groups) {
     const struct matrix *w = walk->w;
     const struct matmul_job *job = walk->job;
-    const bool scaled = e4m3 && w->scales != NULL;
+    const bool scaled = form == FORM_E4M3 && w->scales != NULL;
     if (w->segments == 0)
         memset(few->acc, 0, sizeof few->acc);
-    if (e4m3)
+    if (form == FORM_E4M3)
         ask_next(walk, few, panel);
     for (uint32_t s = 0; s < w->segments; s++) {
-        few_segment(walk, few, s, e4m3, groups);
+        few_segment(walk, few, s, form, groups);
         few_store(scaled ? few->sums[s % 2] : few->acc, groups);
         if (scaled && s > 0)
             few_scale(walk, few, panel, s - 1);
@@ -170,34 +206,42 @@ INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel, 
 }
 
 INLINE void few_panels(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end,
-                       const bool e4m3, const int groups) {
-    for (size_t ahead = 0; e4m3 && ahead < EXPAND_AHEAD; ahead++)
-        expand(walk, few, few->tile + ahead);
+                       const enum form form, const int groups) {
+    if (form == FORM_CODED)
+        find_exception(walk, few, exception_find(walk->w->codes, few->tile));
+    for (size_t ahead = 0; form != FORM_BF16 && ahead < EXPAND_AHEAD; ahead++)
+        expand(walk, few, few->tile + ahead, form);
     for (uint32_t panel = begin; panel < end; panel++)
-        few_panel(walk, few, panel, e4m3, groups);
+        few_panel(walk, few, panel, form, groups);
 }
 
 typedef void few_function(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end);
 
-#define FEW(type, e4m3, groups)                                                                    \
+#define FEW(type, form, groups)                                                                    \
     static void few_##type##_##groups(const struct walk *walk, struct few *few, uint32_t begin,    \
                                       uint32_t end) {                                              \
-        few_panels(walk, few, begin, end, e4m3, groups);                                           \
+        few_panels(walk, few, begin, end, form, groups);                                           \
     }
-FEW(bf16, false, 1)
-FEW(bf16, false, 2)
-FEW(bf16, false, 3)
-FEW(bf16, false, 4)
-FEW(e4m3, true, 1)
-FEW(e4m3, true, 2)
-FEW(e4m3, true, 3)
-FEW(e4m3, true, 4)
+FEW(bf16, FORM_BF16, 1)
+FEW(bf16, FORM_BF16, 2)
+FEW(bf16, FORM_BF16, 3)
+FEW(bf16, FORM_BF16, 4)
+FEW(e4m3, FORM_E4M3, 1)
+FEW(e4m3, FORM_E4M3, 2)
+FEW(e4m3, FORM_E4M3, 3)
+FEW(e4m3, FORM_E4M3, 4)
+FEW(coded, FORM_CODED, 1)
+FEW(coded, FORM_CODED, 2)
+FEW(coded, FORM_CODED, 3)
+FEW(coded, FORM_CODED, 4)
 
 void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t panel_end) {
-    static few_function *const functions[2][FEW_ROWS / TILE_ROWS] = {
+    static few_function *const functions[3][FEW_ROWS / TILE_ROWS] = {
         {few_bf16_1, few_bf16_2, few_bf16_3, few_bf16_4},
         {few_e4m3_1, few_e4m3_2, few_e4m3_3, few_e4m3_4},
+        {few_coded_1, few_coded_2, few_coded_3, few_coded_4},
     };
+    const enum form form = walk->w->codes != NULL ? FORM_CODED : walk->e4m3 ? FORM_E4M3 : FORM_BF16;
     const size_t blocks = matrix_blocks(walk->w);
     struct few few; /* nothing of it is read before it is written */
     few.rows = walk->row_end - walk->row_begin;
@@ -209,5 +253,21 @@ void matmul_amx_few(const struct walk *walk, uint32_t panel_begin, uint32_t pane
     uint8_t rows_of[8] = {full, full, full, full, last, full, full, full};
     rows_of[groups - 1] = last;
     tiles_configure(rows_of);
-    functions[walk->e4m3][groups - 1](walk, &few, panel_begin, panel_end);
+    functions[form][groups - 1](walk, &few, panel_begin, panel_end);
+}
+
+void tiles_decode_amx(const struct matrix *w, size_t first, size_t count, bf16 *ret) {
+    const struct matrix_codes *codes = w->codes;
+    size_t next = exception_find(codes, first);
+    for (size_t i = 0; i < count; i++, ret += TILE_ELEMENTS) {
+        const uint8_t *packed = (const uint8_t *)w->data + (first + i) * CODED_TILE_BYTES;
+        ask_ahead(packed, CODED_TILE_BYTES, AHEAD_EXPANDED);
+        expand_coded(codes, packed, ret);
+        for (; next < codes->exceptions; next++) {
+            const uint32_t place = codes->exception[next].place;
+            if (place / TILE_ELEMENTS != first + i)
+                break;
+            ret[place % TILE_ELEMENTS] = codes->exception[next].value;
+        }
+    }
 }

@@ -106,13 +106,18 @@ static void product_once(void *argument) {
                           &bench.parallel);
 }
 
-static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
+/* coded: BF16 in 12 bits, where the kernels read that. */
+static void bench_product(enum dtype dtype, uint32_t n, uint32_t k, bool coded) {
     static const uint32_t rows[] = {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048};
     const uint32_t most = rows[sizeof rows / sizeof rows[0] - 1];
     char name[96];
-    snprintf(name, sizeof name, "product %s %ux%u rows", dtype == DTYPE_BF16 ? "bf16" : "fp8", n,
-             k);
-    if (bench.filter != NULL && strstr(name, bench.filter) == NULL)
+    snprintf(name, sizeof name, "product %s %ux%u rows",
+             coded                 ? "coded"
+             : dtype == DTYPE_BF16 ? "bf16"
+                                   : "fp8",
+             n, k);
+    const bool can = !coded || bench.kernels->matrix_code != NULL;
+    if (!can || (bench.filter != NULL && strstr(name, bench.filter) == NULL))
         return;
     uint8_t *data = filled((size_t)n * k * dtype_bytes(dtype), dtype);
     const uint32_t scales = (n / 128 + 1) * (k / 128 + 1);
@@ -127,13 +132,21 @@ static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
                                      .scale = dtype == DTYPE_E4M3 ? scale : NULL,
                                      .scale_stride = k / 128 + 1,
                                      .block = 128};
-    const size_t bytes = (bench.kernels->matrix_bytes(&view) + 1023) & ~(size_t)1023; /* as engine/weight_memory.c */
+    size_t bytes =
+        (bench.kernels->matrix_bytes(&view) + 1023) & ~(size_t)1023; /* as engine/weight_memory.c */
     struct product it = {.copies = (uint32_t)(bench.copies_bytes / bytes) + 1};
     it.matrix = malloc(it.copies * sizeof *it.matrix);
     const size_t room = (bytes * it.copies + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     uint8_t *memory = aligned_alloc(HUGE_PAGE, room);
     ask_for_huge_pages(memory, room); /* as the engine does */
     bench.kernels->matrix_pack(&it.matrix[0], &view, memory);
+    if (coded) {
+        struct matrix_coding coding;
+        bench.kernels->matrix_code(&it.matrix[0], &coding);
+        matrix_place_coded(&it.matrix[0], &it.matrix[0], &coding, memory);
+        matrix_coding_free(&coding);
+        bytes = (it.matrix[0].bytes + 1023) & ~(size_t)1023;
+    }
     for (uint32_t i = 1; i < it.copies; i++) {
         memcpy(memory + i * bytes, memory, bytes);
         it.matrix[i] = it.matrix[0];
@@ -146,7 +159,8 @@ static void bench_product(enum dtype dtype, uint32_t n, uint32_t k) {
         const double seconds = measure(product_once, &it);
         char line[128];
         snprintf(line, sizeof line, "%s %u", name, it.rows);
-        report(line, (double)n * k * (double)dtype_bytes(dtype), 2.0 * n * k * it.rows, seconds);
+        report(line, (double)n * k * (coded ? 1.5 : (double)dtype_bytes(dtype)),
+               2.0 * n * k * it.rows, seconds);
     }
     free((void *)(uintptr_t)it.x);
     free(it.y);
@@ -306,10 +320,12 @@ int main(int argc, char **argv) {
            bench.limits.peak_flops / 1e9);
     for (int fp8 = 0; fp8 < 2; fp8++) {
         const enum dtype dtype = fp8 ? DTYPE_E4M3 : DTYPE_BF16;
-        bench_product(dtype, 512, 1024);  /* bench-1b: gate and up of an expert */
-        bench_product(dtype, 1024, 512);  /* and its down */
-        bench_product(dtype, 1024, 2048); /* output of attention */
-        bench_product(dtype, 128, 256);   /* demo: gate and up of an expert */
+        bench_product(dtype, 512, 1024, false); /* bench-1b: gate and up of an expert */
+        if (!fp8)
+            bench_product(dtype, 512, 1024, true);
+        bench_product(dtype, 1024, 512, false);  /* and its down */
+        bench_product(dtype, 1024, 2048, false); /* output of attention */
+        bench_product(dtype, 128, 256, false);   /* demo: gate and up of an expert */
     }
     static const struct mla_shape big = {16, 128, 64, 128, 512, 0.07f, false},
                                   demo = {8, 32, 32, 32, 128, 0.125f, false};
