@@ -11,9 +11,6 @@ int attention_resident_open(struct engine *self, const struct engine_options *op
     if (options->mtp_steps > 0 && self->config->mtp_layers > 0)
         return fail(failure, ERR_UNSUPPORTED,
                     "whole steps on the GPU (resident) have no MTP module yet: --mtp-steps 0");
-    if (options->latent_fp8)
-        return fail(failure, ERR_UNSUPPORTED,
-                    "whole steps on the GPU (resident) keep latents in BF16: --latent-fp8 0");
     a->resident_operations = options->resident;
     return a->resident_operations->open(&a->resident, self->model, options, &self->memory_bytes,
                                         failure);

@@ -67,7 +67,8 @@ static int open_step(struct resident *self, const struct model *model,
         m->gate.k = options->experts_per_token_override;
     if (options->gate_top_p != 0)
         m->gate.top_p = options->gate_top_p;
-    const struct step_options step = {.rows = self->rows_max,
+    const struct step_options step = {.cache = options->latent_fp8 ? CACHE_E4M3 : CACHE_BF16,
+                                      .rows = self->rows_max,
                                       .micro = 1,
                                       .groups = 1,
                                       .slots = c->experts > 0 ? c->experts : 1,

@@ -13,6 +13,7 @@
 
 #include "engine/cuda/step_internal.h"
 #include "kernels/cuda/table.h"
+#include "kernels/latent.h"
 
 #define TICKETS_PER_STEP 4096u /* layers are fewer */
 #define NOBODY           (-1)
@@ -81,10 +82,10 @@ static int clear_memory(struct step *self) {
     const struct step_model *m = self->model;
     const struct step_options *o = &self->options;
     const size_t items = (size_t)o->groups * o->rows * m->gate.k;
-    const size_t layer_bytes = self->layer_elements * sizeof(bf16);
     int error = 0;
     if (o->role != STEP_EXPERTS)
-        error = stream_clear_cuda(self->stream, self->latents, layer_bytes, layer_bytes, m->layers);
+        error = stream_clear_cuda(self->stream, self->latents, self->layer_bytes, self->layer_bytes,
+                                  m->layers);
     for (uint32_t i = 0; i < o->micro && error == 0; i++)
         error = stream_clear_cuda(self->stream, self->micro[i].status, items * sizeof(uint32_t),
                                   items * sizeof(uint32_t), items > 0);
@@ -106,7 +107,10 @@ int step_open(struct step **ret, const struct step_model *model, const struct st
     self->pages_max = up_to(options->positions, PAGE_TOKENS) / PAGE_TOKENS;
     self->hidden_stride = activation_stride(model->hidden);
     self->cache_stride = cache_stride(model->kv_lora, model->rope);
-    self->layer_elements = ((size_t)options->pages + 1) * PAGE_TOKENS * self->cache_stride;
+    self->page_bytes =
+        PAGE_TOKENS * (options->cache == CACHE_E4M3 ? latent_row_bytes(model->kv_lora, model->rope)
+                                                    : self->cache_stride * sizeof(bf16));
+    self->layer_bytes = ((size_t)options->pages + 1) * self->page_bytes;
     self->tables.words_max = 1 + STEP_MICRO_MAX +
                              (size_t)options->micro * options->rows *
                                  (3 + 2 * (size_t)up_to(self->pages_max, MLA_SPLIT_CUDA));
@@ -227,13 +231,11 @@ int step_bias(struct step *self, uint32_t number, const float *delta) {
 }
 
 int step_clear_pages(struct step *self, const uint32_t *pages, uint32_t count) {
-    const size_t elements = PAGE_TOKENS * self->cache_stride;
     int error = device_enter_cuda();
     for (uint32_t i = 0; i < count && error == 0; i++) {
         ASSERT(pages[i] < self->options.pages);
-        error = stream_clear_cuda(self->stream, self->latents + pages[i] * elements,
-                                  self->layer_elements * sizeof(bf16), elements * sizeof(bf16),
-                                  self->model->layers);
+        error = stream_clear_cuda(self->stream, self->latents + pages[i] * self->page_bytes,
+                                  self->layer_bytes, self->page_bytes, self->model->layers);
     }
     return error;
 }

@@ -19,8 +19,13 @@
 /* Which side of the edges a step is: both in one process, or one of them. */
 enum step_role { STEP_WHOLE, STEP_ATTENTION, STEP_EXPERTS };
 
+/* How the cache keeps latents (kernels/latent.h): other bits, those of a table whose profile has
+ * the same form. */
+enum cache_format { CACHE_BF16, CACHE_E4M3 };
+
 struct step_options {
     enum step_role role;
+    enum cache_format cache;
     const struct edge *edges; /* [micro, groups], taken over; NULL: local ones, of a whole step */
     uint32_t rows;            /* most rows of a micro-batch */
     uint32_t micro;           /* micro-batches: 1 or 2 */

@@ -3,6 +3,7 @@
  * order of operations, and so every bit, is that of engine/attention_mla.c and
  * engine/attention_run.c. */
 #include "engine/cuda/step_internal.h"
+#include "kernels/latent.h"
 
 struct micro_tables step_micro_tables(const struct step *self, uint32_t micro) {
     const uint32_t rows = self->now->rows, stride = self->now->splits * MLA_SPLIT_CUDA;
@@ -46,7 +47,7 @@ static void queries(struct step *self, const struct step_layer *layer) {
 }
 
 /* The kernel's description of queries and cache of one layer: made once for each recording. */
-static struct mla_absorbed_cuda *mla_plan(struct step *self, const bf16 *cache,
+static struct mla_absorbed_cuda *mla_plan(struct step *self, const void *cache,
                                           const struct micro_tables *tables) {
     const struct step_model *m = self->model;
     struct step_recording *now = self->now;
@@ -62,14 +63,19 @@ static struct mla_absorbed_cuda *mla_plan(struct step *self, const bf16 *cache,
                                            .pages_stride = tables->pages_stride,
                                            .splits = now->splits,
                                            .work = self->work.mla_work};
-    did(self, mla_absorbed_plan_cuda(plan, self->work.query, self->cache_stride, now->rows, cache,
-                                     self->cache_stride, self->options.pages + 1, &args));
+    if (self->options.cache == CACHE_E4M3)
+        did(self, mla_absorbed_plan_e4m3_cuda(plan, self->work.query, self->cache_stride, now->rows,
+                                              cache, self->options.pages + 1, &args));
+    else
+        did(self,
+            mla_absorbed_plan_cuda(plan, self->work.query, self->cache_stride, now->rows, cache,
+                                   self->cache_stride, self->options.pages + 1, &args));
     now->mlas++;
     return plan;
 }
 
 /* Generated tokens: queries go to the latents (DeepSeek-V2, 2405.04434, section 2.1.2). */
-static void absorbed(struct step *self, const struct step_layer *layer, const bf16 *cache,
+static void absorbed(struct step *self, const struct step_layer *layer, const void *cache,
                      const struct micro_tables *tables, const struct mla_rows_cuda *args) {
     struct step_attention *work = &self->work;
     const struct step_model *m = self->model;
@@ -87,14 +93,33 @@ static void absorbed(struct step *self, const struct step_layer *layer, const bf
                            activation_stride(width)));
 }
 
+/* The latents of all positions that a prompt's last row sees, one after the other, as BF16. */
+static void gather(struct step *self, const uint8_t *cache, const uint32_t *pages) {
+    const struct step_model *m = self->model;
+    const struct step_recording *now = self->now;
+    uint8_t *to = (uint8_t *)self->work.seen;
+    if (self->options.cache == CACHE_E4M3) {
+        did(self, latent_widen_cuda(self->stream, cache, m->kv_lora, m->rope, pages, now->positions,
+                                    self->work.seen, self->cache_stride));
+        return;
+    }
+    for (uint32_t p = 0; p * PAGE_TOKENS < now->positions; p++)
+        did(self,
+            stream_copy_cuda(self->stream, to + p * self->page_bytes,
+                             cache + now->prompt_pages[p] * self->page_bytes, self->page_bytes));
+}
+
 /* Prompt tokens: keys and values of all positions come to the queries. */
-static void expanded(struct step *self, const struct step_layer *layer, const bf16 *cache,
+static void expanded(struct step *self, const struct step_layer *layer, const uint8_t *cache,
                      const struct micro_tables *tables, const struct mla_rows_cuda *args) {
     struct step_attention *work = &self->work;
     const struct step_model *m = self->model;
     const struct step_recording *now = self->now;
     const size_t nope = activation_stride(m->nope), stride = nope + activation_stride(m->rope);
-    const size_t page = PAGE_TOKENS * self->cache_stride;
+    const uint32_t *pages = tables->pages + (now->rows - 1) * (size_t)tables->pages_stride;
+    const size_t key_at = self->options.cache == CACHE_E4M3
+                              ? latent_rope_at(m->kv_lora) / sizeof(bf16)
+                              : activation_stride(m->kv_lora);
     const struct mla_expanded_args own = {.rows = now->rows,
                                           .heads = m->heads,
                                           .nope = m->nope,
@@ -105,18 +130,37 @@ static void expanded(struct step *self, const struct step_layer *layer, const bf
                                           .position = tables->position};
     did(self, mla_query_cuda(self->stream, args, work->q, (size_t)m->heads * (m->nope + m->rope),
                              now->rows, work->expanded, stride, work->expanded + nope, stride));
-    for (uint32_t p = 0; p * PAGE_TOKENS < now->positions; p++)
-        did(self, stream_copy_cuda(self->stream, work->seen + p * page,
-                                   cache + now->prompt_pages[p] * page, page * sizeof(bf16)));
+    gather(self, cache, pages);
     step_product(self, &layer->kv_b, work->seen, self->cache_stride, now->positions, work->seen_kv,
                  layer->kv_b.n);
-    did(self, mla_expand_cuda(self->stream, &own, work->seen_kv, layer->kv_b.n, cache,
-                              self->cache_stride, (uint32_t)activation_stride(m->kv_lora),
-                              tables->pages + (now->rows - 1) * (size_t)tables->pages_stride,
-                              now->positions, work->key, work->value));
+    did(self, mla_expand_cuda(self->stream, &own, work->seen_kv, layer->kv_b.n, (const bf16 *)cache,
+                              self->page_bytes / PAGE_TOKENS / sizeof(bf16), (uint32_t)key_at,
+                              pages, now->positions, work->key, work->value));
     did(self, mla_expanded_cuda(self->stream, &own, work->expanded, work->key, work->value,
                                 now->positions, work->attended,
                                 activation_stride((size_t)m->heads * m->v)));
+}
+
+/* Latents and rotated keys of all rows into the cache. */
+static void append(struct step *self, const struct step_layer *layer, uint8_t *cache,
+                   const struct micro_tables *tables) {
+    const struct step_model *m = self->model;
+    const size_t width = m->kv_lora + m->rope;
+    const struct latent_append_cuda args = {.rows = self->now->rows,
+                                            .kv_lora = m->kv_lora,
+                                            .rope = m->rope,
+                                            .latent = self->work.kv,
+                                            .latent_stride = width,
+                                            .norm = layer->kv_a_norm,
+                                            .eps = m->norm_eps,
+                                            .key = self->work.kv + m->kv_lora,
+                                            .key_stride = width,
+                                            .cos_sin = m->cos_sin,
+                                            .position = tables->position,
+                                            .pages = tables->pages,
+                                            .pages_stride = tables->pages_stride,
+                                            .cache = cache};
+    did(self, latent_append_cuda(self->stream, self->options.cache == CACHE_E4M3, &args));
 }
 
 /* Latents into the cache, then everything that attends to them. */
@@ -126,20 +170,14 @@ static void attend(struct step *self, uint32_t l, uint32_t micro) {
     const struct step_layer *layer = &m->layer[l];
     const struct micro_tables tables = step_micro_tables(self, micro);
     const uint32_t rows = self->now->rows;
-    bf16 *cache = self->latents + l * self->layer_elements;
+    uint8_t *cache = self->latents + l * self->layer_bytes;
     const struct mla_rows_cuda args = {.heads = m->heads,
                                        .nope = m->nope,
                                        .rope = m->rope,
-                                       .kv_lora = m->kv_lora,
                                        .cos_sin = m->cos_sin,
-                                       .position = tables.position,
-                                       .pages = tables.pages,
-                                       .pages_stride = tables.pages_stride,
-                                       .cache_stride = self->cache_stride};
-    ASSERT(self->cache == CACHE_BF16);
+                                       .position = tables.position};
     queries(self, layer);
-    did(self, mla_store_cuda(self->stream, &args, work->kv, m->kv_lora + m->rope, layer->kv_a_norm,
-                             m->norm_eps, rows, cache));
+    append(self, layer, cache, &tables);
     if (self->now->prompt_pages != NULL)
         expanded(self, layer, cache, &tables, &args);
     else

@@ -6,10 +6,8 @@
 #include "engine/cuda/step.h"
 #include "kernels/cuda/streams.h"
 
-/* How activations travel to experts and how the cache holds latents: the places where other formats
- * come in. */
+/* How activations travel to experts: the place where another format comes in. */
 enum dispatch_format { DISPATCH_BF16 };
-enum cache_format { CACHE_BF16 };
 
 /* Routed experts of one layer in one group: slots one after the other. gate_up: gate's n rows, then
  * up's. */
@@ -110,12 +108,13 @@ struct step {
     const struct step_model *model;
     struct step_options options;
     enum dispatch_format dispatch;
-    enum cache_format cache;
     uint32_t moe_layers, pages_max; /* of a sequence */
     uint32_t ticket;
-    size_t hidden_stride, cache_stride, layer_elements; /* of the cache */
-    bf16 *latents; /* [layers][pages + 1][64][cache_stride]; the last page is that of rows that do
-                      not count */
+    size_t hidden_stride;
+    size_t cache_stride; /* of queries, and of latents as BF16 */
+    size_t page_bytes, layer_bytes;
+    uint8_t *latents; /* [layers][pages + 1][64] rows of the cache's format; the last page is that
+                         of rows that do not count */
     struct step_attention work;
     struct step_micro micro[STEP_MICRO_MAX];
     struct step_group group[STEP_GROUPS_MAX];

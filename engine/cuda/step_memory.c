@@ -77,7 +77,7 @@ static int take_attention(struct step *self, struct failure *failure) {
         {&work->mlp_inner, rows * activation_stride(m->mlp_width), sizeof(bf16)},
         {&work->quantised, rows * wide, 1},
         {&work->scales, rows * wide / BLOCK, sizeof(float)},
-        {&self->latents, m->layers * self->layer_elements, sizeof(bf16)},
+        {&self->latents, m->layers * self->layer_bytes, 1},
         {&self->group_of, (size_t)m->layers * m->gate.experts, sizeof(int32_t)},
         {&self->deltas, (size_t)self->options.biases * m->layers * m->gate.experts, sizeof(float)},
         {&self->lost, self->options.micro * rows, sizeof(uint32_t)},

@@ -249,14 +249,16 @@ int gemm_run_cuda(void *stream, const struct gemm_cuda *plan);
 /* The latent cache has pages of 64 positions in one of two forms: BF16, rows of
  * cache_stride(kv_lora, rope) elements, or E4M3, rows of latent_row_bytes(kv_lora, rope) bytes
  * (kernels/latent.h). Both lie in `cache`, [pages, 64, row], 16-byte aligned. Rows with position[r]
- * in the page that the row's table names; same bits as the CPU's. latent: [rows, latent_stride]
- * BF16 after its norm, key: [rows, key_stride] float, rotated. */
+ * go to the page that the row's table names; same bits as the CPU's. */
 struct latent_append_cuda {
     uint32_t rows, kv_lora, rope;
-    const bf16 *latent;
+    const float *latent; /* [rows, latent_stride] */
     size_t latent_stride;
-    const float *key;
+    const float *norm; /* [kv_lora]: RMSNorm comes first, with this weight; NULL: normed */
+    float eps;
+    const float *key; /* [rows, key_stride] */
     size_t key_stride;
+    const float *cos_sin;     /* rope_cuda(): keys are rotated first; NULL: they are */
     const uint32_t *position; /* [rows] */
     const uint32_t *pages;    /* [rows, pages_stride] */
     size_t pages_stride;
@@ -299,18 +301,12 @@ int mla_absorbed_plan_e4m3_cuda(struct mla_absorbed_cuda *ret, const bf16 *q, si
 int mla_absorbed_cuda(void *stream, const struct mla_absorbed_cuda *plan, uint32_t rows, bf16 *ret,
                       size_t ret_stride);
 
-/* What surrounds the absorbed form (mla_rows.cu): same bits as engine/attention_mla.c. */
+/* Queries before either form (mla_rows.cu): same bits as engine/attention_mla.c. */
 struct mla_rows_cuda {
-    uint32_t heads, nope, rope, kv_lora;
+    uint32_t heads, nope, rope;
     const float *cos_sin;     /* rope_cuda() */
     const uint32_t *position; /* [rows], device memory */
-    const uint32_t *pages;    /* [rows, pages_stride] */
-    size_t pages_stride;
-    size_t cache_stride; /* elements of a position */
 };
-/* kv: [rows, kv_lora | rope]. The normed latent and the rotated key go to the row's position. */
-int mla_store_cuda(void *stream, const struct mla_rows_cuda *args, const float *kv,
-                   size_t kv_stride, const float *weight, float eps, uint32_t rows, bf16 *cache);
 /* q: [rows, heads, nope | rope]. Of each head the first part and the rotated one, each padded to
  * 32, nope_stride and rope_stride elements from head to head: apart from each other for the
  * absorbed form (w_uk takes the first), side by side for the expanded one. */

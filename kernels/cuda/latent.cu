@@ -1,4 +1,5 @@
-/* The latent cache on the device: rows appended in either form, E4M3 rows read back for prompts.
+/* The latent cache on the device: rows appended in either form, normed and rotated on the way (the
+ * bits are those of the steps of engine/attention_mla.c), E4M3 rows read back for prompts.
  * The E4M3 form is that of kernels/latent.h, operation by operation, so the bytes are the CPU's
  * (kernels/reference/latent.c). */
 #include "kernels/cuda/elementwise.cuh"
@@ -20,26 +21,46 @@ DEVICE float scale_of(float most) {
     return float_from_bits((exponent < LATENT_EXPONENT_MAX ? exponent : LATENT_EXPONENT_MAX) << 23);
 }
 
-/* One warp for each 128 channels, four a lane; the last groups of a row copy the rotated key. */
-static __global__ void append_e4m3_kernel(const struct latent_append_cuda a, uint32_t rope_padded,
-                                          uint32_t scale_at, uint32_t rope_at, size_t row_bytes) {
-    const uint32_t lane = threadIdx.x % WARP;
-    const uint32_t group = blockIdx.y * (THREADS / WARP) + threadIdx.x / WARP;
-    const size_t r = blockIdx.x;
-    const uint32_t at = a.position[r];
-    const uint32_t page = a.pages[r * a.pages_stride + at / MLA_BLOCK];
-    uint8_t *to = (uint8_t *)a.cache + ((size_t)page * MLA_BLOCK + at % MLA_BLOCK) * row_bytes;
-    if (group * LATENT_GROUP >= scale_at) { /* as many more warps as the key takes */
-        const uint32_t i = group * LATENT_GROUP - scale_at + lane * 4;
-        bf16 *key = (bf16 *)(to + rope_at);
-        for (uint32_t j = i; j < i + 4 && j < rope_padded; j++)
-            key[j] = j < a.rope ? round_bf16(a.key[r * a.key_stride + j]) : (bf16)0;
-        return;
+struct row_layout {
+    uint32_t latent;            /* elements that the latent takes */
+    uint32_t scale_at, rope_at; /* bytes */
+    size_t row_bytes;
+};
+
+/* RMSNorm's factor of a row, for all threads; 1 where there is no norm. */
+static __device__ float norm_factor(const struct latent_append_cuda &a, const float *latent) {
+    DYNAMIC_SHARED(memory);
+    float *square = (float *)memory; /* [kv_lora] */
+    float *factor_at = square + a.kv_lora;
+    if (a.norm == NULL)
+        return 1;
+    for (uint32_t i = threadIdx.x; i < a.kv_lora; i += THREADS)
+        square[i] = latent[i] * latent[i];
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        const float sum = device_sum(square, a.kv_lora);
+        if (threadIdx.x == 0)
+            *factor_at = device_rsqrt(sum / (float)a.kv_lora + a.eps);
     }
+    __syncthreads();
+    return *factor_at;
+}
+
+DEVICE bf16 element(const struct latent_append_cuda &a, const float *latent, float factor,
+                    uint32_t i) {
+    if (i >= a.kv_lora)
+        return 0;
+    return round_bf16(a.norm != NULL ? latent[i] * factor * a.norm[i] : latent[i]);
+}
+
+/* 128 channels by one warp, four a lane. */
+static __device__ void append_group(const struct latent_append_cuda &a, const row_layout &layout,
+                                    const float *latent, float factor, uint32_t group,
+                                    uint8_t *to) {
+    const uint32_t lane = threadIdx.x % WARP;
     float value[4], most = 0;
     for (int j = 0; j < 4; j++) {
-        const uint32_t i = group * LATENT_GROUP + lane * 4 + j;
-        value[j] = i < a.kv_lora ? widen_bf16(a.latent[r * a.latent_stride + i]) : 0.0f;
+        value[j] = widen_bf16(element(a, latent, factor, group * LATENT_GROUP + lane * 4 + j));
         const float magnitude = value[j] < 0 ? -value[j] : value[j];
         most = magnitude > most ? magnitude : most;
     }
@@ -53,46 +74,63 @@ static __global__ void append_e4m3_kernel(const struct latent_append_cuda a, uin
         packed |= (uint32_t)round_e4m3(value[j] / scale) << 8 * j;
     *(uint32_t *)(to + group * LATENT_GROUP + lane * 4) = packed;
     if (lane == 0)
-        *(float *)(to + scale_at + group * sizeof(float)) = scale;
-    const uint32_t groups = scale_at / LATENT_GROUP, scales = (rope_at - scale_at) / 4;
-    if (group == 0 && groups + lane < scales) /* the padding behind the scales */
-        *(float *)(to + scale_at + (groups + lane) * sizeof(float)) = 0;
+        *(float *)(to + layout.scale_at + group * sizeof(float)) = scale;
 }
 
-static __global__ void append_bf16_kernel(const struct latent_append_cuda a, uint32_t latent_padded,
-                                          uint32_t width) {
-    const uint32_t i = element_index();
-    if (i >= width)
-        return;
-    ROW_LOOP(r, a.rows) {
-        const uint32_t at = a.position[r];
-        const uint32_t page = a.pages[r * a.pages_stride + at / MLA_BLOCK];
-        bf16 *to = (bf16 *)a.cache + ((size_t)page * MLA_BLOCK + at % MLA_BLOCK) * width;
-        bf16 element = 0;
-        if (i < a.kv_lora)
-            element = a.latent[r * a.latent_stride + i];
-        else if (i >= latent_padded && i - latent_padded < a.rope)
-            element = round_bf16(a.key[r * a.key_stride + i - latent_padded]);
-        to[i] = element;
+static __device__ void append_key(const struct latent_append_cuda &a, const float *key,
+                                  uint32_t position, bf16 *to) {
+    const uint32_t pairs = a.rope / 2, pairs_wide = (a.rope + 31) / 32 * 16;
+    for (uint32_t p = threadIdx.x; p < pairs_wide; p += THREADS) {
+        float first = p < pairs ? key[2 * p] : 0, second = p < pairs ? key[2 * p + 1] : 0;
+        if (a.cos_sin != NULL && p < pairs) {
+            const float *angle = a.cos_sin + ((size_t)position * pairs + p) * 2;
+            const float x = first, y = second, c = angle[0], s = angle[1];
+            first = x * c - y * s;
+            second = x * s + y * c;
+        }
+        to[2 * p] = round_bf16(first);
+        to[2 * p + 1] = round_bf16(second);
     }
+}
+
+/* One block for each row. */
+template <bool E4M3>
+static __global__ void append_kernel(const struct latent_append_cuda a, const row_layout layout) {
+    const size_t r = blockIdx.x;
+    const uint32_t at = a.position[r];
+    const uint32_t page = a.pages[r * a.pages_stride + at / MLA_BLOCK];
+    const float *latent = a.latent + r * a.latent_stride;
+    uint8_t *to =
+        (uint8_t *)a.cache + ((size_t)page * MLA_BLOCK + at % MLA_BLOCK) * layout.row_bytes;
+    const float factor = norm_factor(a, latent);
+    if (E4M3) {
+        const uint32_t groups = layout.latent / LATENT_GROUP,
+                       scales = (layout.rope_at - layout.scale_at) / sizeof(float);
+        for (uint32_t g = threadIdx.x / WARP; g < groups; g += THREADS / WARP)
+            append_group(a, layout, latent, factor, g, to);
+        for (uint32_t g = groups + threadIdx.x; g < scales; g += THREADS) /* padding behind them */
+            *(float *)(to + layout.scale_at + g * sizeof(float)) = 0;
+    } else {
+        for (uint32_t i = threadIdx.x; i < layout.latent; i += THREADS)
+            ((bf16 *)to)[i] = element(a, latent, factor, i);
+    }
+    append_key(a, a.key + r * a.key_stride, at, (bf16 *)(to + layout.rope_at));
 }
 
 int latent_append_cuda(void *stream, bool e4m3, const struct latent_append_cuda *args) {
     const struct latent_append_cuda a = *args;
     if (a.rows == 0)
         return 0;
-    const uint32_t rope_padded = padded_32(a.rope);
-    if (!e4m3) {
-        const uint32_t latent_padded = padded_32(a.kv_lora), width = latent_padded + rope_padded;
-        LAUNCH(append_bf16_kernel, element_grid(a.rows, width), ELEMENT_THREADS, 0, stream, a,
-               latent_padded, width);
-        return launch_result();
+    const size_t shared = a.norm != NULL ? ((size_t)a.kv_lora + 1) * sizeof(float) : 0;
+    if (e4m3) {
+        const row_layout layout = {latent_scale_at(a.kv_lora), latent_scale_at(a.kv_lora),
+                                   latent_rope_at(a.kv_lora), latent_row_bytes(a.kv_lora, a.rope)};
+        LAUNCH(append_kernel<true>, a.rows, THREADS, shared, stream, a, layout);
+    } else {
+        const uint32_t latent = padded_32(a.kv_lora), key_at = latent * (uint32_t)sizeof(bf16);
+        const row_layout layout = {latent, 0, key_at, key_at + padded_32(a.rope) * sizeof(bf16)};
+        LAUNCH(append_kernel<false>, a.rows, THREADS, shared, stream, a, layout);
     }
-    const uint32_t scale_at = latent_scale_at(a.kv_lora), rope_at = latent_rope_at(a.kv_lora);
-    const uint32_t groups = (scale_at + rope_padded + LATENT_GROUP - 1) / LATENT_GROUP;
-    const uint32_t at_once = THREADS / WARP;
-    LAUNCH(append_e4m3_kernel, dim3(a.rows, (groups + at_once - 1) / at_once), THREADS, 0, stream,
-           a, rope_padded, scale_at, rope_at, (size_t)latent_row_bytes(a.kv_lora, a.rope));
     return launch_result();
 }
 

@@ -32,8 +32,8 @@ static struct {
     struct kernels table;
     const struct kernels *cpu;
     bool fp8;
-    struct room x, y, quantised, scales, cache, packed, key_rows, place, pages, position, work, key,
-        value, ret;
+    struct room x, y, quantised, scales, cache, packed, cache_rows, place, pages, position, work,
+        key, value, ret;
 } device;
 
 /* The device failed: what it holds is lost, and so is this process. */
@@ -416,9 +416,8 @@ static void put_positions(const struct mla_rows *rows) {
 static void pack_cache(const struct mla_shape *shape, uint32_t pages) {
     const size_t stride = cache_stride(shape->kv_lora, shape->rope);
     const uint32_t rows = pages * PAGE_TOKENS;
-    const uint32_t key_stride = (uint32_t)activation_stride(shape->rope);
     room_grow(&device.packed, (size_t)rows * latent_row_bytes(shape->kv_lora, shape->rope));
-    room_grow(&device.key_rows, (size_t)rows * key_stride * sizeof(float));
+    room_grow(&device.cache_rows, (size_t)rows * stride * sizeof(float));
     room_grow(&device.place, 2 * (size_t)rows * sizeof(uint32_t));
     uint32_t *position = (uint32_t *)device.place.host, *page = position + rows;
     for (uint32_t r = 0; r < rows; r++) { /* each row's table has one page: its own */
@@ -426,16 +425,16 @@ static void pack_cache(const struct mla_shape *shape, uint32_t pages) {
         page[r] = r / PAGE_TOKENS;
     }
     must(device_put_cuda(device.place.device, position, 2 * (size_t)rows * sizeof(uint32_t)));
-    const bf16 *cache = device.cache.device;
-    must(widen_cuda(NULL, cache + activation_stride(shape->kv_lora), stride, rows, key_stride,
-                    device.key_rows.device, key_stride));
+    const float *wide = device.cache_rows.device;
+    must(widen_cuda(NULL, device.cache.device, stride, rows, (uint32_t)stride,
+                    device.cache_rows.device, stride));
     const struct latent_append_cuda args = {.rows = rows,
                                             .kv_lora = shape->kv_lora,
                                             .rope = shape->rope,
-                                            .latent = cache,
+                                            .latent = wide,
                                             .latent_stride = stride,
-                                            .key = device.key_rows.device,
-                                            .key_stride = key_stride,
+                                            .key = wide + activation_stride(shape->kv_lora),
+                                            .key_stride = stride,
                                             .position = device.place.device,
                                             .pages = (uint32_t *)device.place.device + rows,
                                             .pages_stride = 1,

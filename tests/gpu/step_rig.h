@@ -63,12 +63,14 @@ static inline void rig_open(struct rig *rig, const char *directory, bool fp8,
     memset(rig, 0, sizeof *rig);
     rig->kernels = kernels_cuda("sm90", fp8, &failure);
     assert_non_null(rig->kernels);
+    one_process_use_latent_fp8(options.cache == CACHE_E4M3);
     char shape[1024];
     snprintf(shape, sizeof shape, RIG_SHAPE, fp8 ? "fp8" : "bf16");
     assert_true(directory != NULL ? one_process_open(&rig->plain, directory, rig->kernels,
                                                      &PARALLEL_SERIAL, 16, RIG_POSITIONS)
                                   : one_process_open_shape(&rig->plain, shape, 7, rig->kernels,
                                                            &PARALLEL_SERIAL, 16, RIG_POSITIONS));
+    one_process_use_latent_fp8(false);
     if (step_weights_open(&rig->weights, rig->plain.model, rig->kernels, &failure) != 0)
         fail_msg("weights: %s", failure.text);
     options.positions = RIG_POSITIONS;

@@ -1,6 +1,7 @@
 /* What the step on the device adds to the kernels: routes, replies and their check against a plain
  * form, batched products and grouped rows against the single ones, latents and queries against the
  * CPU's steps. */
+#include "kernels/latent.h"
 #include "tests/gpu/compare.h"
 
 enum { UNUSED = 0xffff };
@@ -337,78 +338,121 @@ static void test_gate_rows(void **state) {
 
 /* ---- Latents and queries ---- */
 
-static void test_latents_and_queries(void **state) {
-    (void)state;
-    enum { ROWS = 3, HEADS = 2, NOPE = 40, ROPE = 24, LORA = 72, PAGES = 4, CONTEXT = 200 };
-    const uint32_t position[ROWS] = {5, 70, 130}, table[ROWS * 3] = {2, 9, 9, 9, 0, 9, 9, 9, 3};
-    const size_t nope_wide = activation_stride(NOPE), rope_wide = activation_stride(ROPE),
-                 lora_wide = activation_stride(LORA), stride = lora_wide + rope_wide;
-    const size_t kv_width = LORA + ROPE, q_width = HEADS * (NOPE + ROPE);
-    static float cos_sin[CONTEXT * ROPE];
+enum { MLA_ROWS = 3, ROPE = 24, CONTEXT = 200 };
+static const uint32_t mla_position[MLA_ROWS] = {5, 70, 130};
+static float cos_sin[CONTEXT * ROPE];
+
+/* ret: [activation_stride(ROPE)] */
+static void rotated(const struct kernels *cpu, const float *from, uint32_t position, bf16 *ret) {
+    const size_t wide = activation_stride(ROPE);
+    float part[64] = {0};
+    memcpy(part, from, ROPE * sizeof *part);
+    cpu->rope(part, wide, 1, ROPE, cos_sin + position * ROPE);
+    cpu->convert(part, wide, 1, (uint32_t)wide, ret, wide);
+}
+
+static const struct kernels *mla_cpu(void) {
     struct failure failure;
-    const struct kernels *cpu = kernels_select(PROFILE_BF16, ISA_SCALAR, &failure);
     const struct rope_parameters parameters = {.theta = 10000};
     rope_table(&parameters, ROPE, 0, CONTEXT, cos_sin);
+    return kernels_select(PROFILE_BF16, ISA_SCALAR, &failure);
+}
+
+/* Normed, rotated and stored in one go: in either form what the steps give one by one. */
+static void test_latents(void **state) {
+    (void)state;
+    enum { LORA = 72, PAGES = 4 };
+    const uint32_t table[MLA_ROWS * 3] = {2, 9, 9, 9, 0, 9, 9, 9, 3}, kv_width = LORA + ROPE;
+    const size_t lora_wide = activation_stride(LORA), stride = cache_stride(LORA, ROPE);
+    const struct kernels *cpu = mla_cpu();
     uint64_t random = 8;
-    struct array kv = array_make(ROWS * kv_width * 4), q = array_make(ROWS * q_width * 4),
-                 weight = array_make(LORA * 4), angles = array_make(sizeof cos_sin),
-                 at = array_make(sizeof position), pages = array_make(sizeof table),
-                 cache = array_make(PAGES * 64 * stride * 2),
-                 nope = array_make(ROWS * HEADS * nope_wide * 2),
-                 query = array_make(ROWS * HEADS * stride * 2);
+    struct array kv = array_make(MLA_ROWS * kv_width * 4), weight = array_make(LORA * 4),
+                 angles = array_make(sizeof cos_sin), at = array_make(sizeof mla_position),
+                 pages = array_make(sizeof table);
     fill_floats(&kv, &random, -2, 2);
-    fill_floats(&q, &random, -2, 2);
     fill_floats(&weight, &random, 0, 2);
     memcpy(angles.host, cos_sin, sizeof cos_sin);
-    memcpy(at.host, position, sizeof position);
+    memcpy(at.host, mla_position, sizeof mla_position);
     memcpy(pages.host, table, sizeof table);
-    array_put(&kv), array_put(&q), array_put(&weight), array_put(&angles), array_put(&at);
-    array_put(&pages), array_put(&cache), array_put(&nope), array_put(&query);
+    array_put(&kv), array_put(&weight), array_put(&angles), array_put(&at), array_put(&pages);
+    for (int e4m3 = 0; e4m3 < 2; e4m3++) {
+        const size_t row_bytes = e4m3 ? latent_row_bytes(LORA, ROPE) : stride * sizeof(bf16);
+        struct array cache = array_make(PAGES * 64 * row_bytes);
+        fill_bytes(&cache, 0x44);
+        array_put(&cache);
+        const struct latent_append_cuda args = {.rows = MLA_ROWS,
+                                                .kv_lora = LORA,
+                                                .rope = ROPE,
+                                                .latent = array_device(&kv),
+                                                .latent_stride = kv_width,
+                                                .norm = array_device(&weight),
+                                                .eps = 1e-6f,
+                                                .key = (float *)array_device(&kv) + LORA,
+                                                .key_stride = kv_width,
+                                                .cos_sin = array_device(&angles),
+                                                .position = array_device(&at),
+                                                .pages = array_device(&pages),
+                                                .pages_stride = 3,
+                                                .cache = array_device(&cache)};
+        assert_int_equal(latent_append_cuda(NULL, e4m3 != 0, &args), 0);
+        array_get(&cache);
+        for (uint32_t r = 0; r < MLA_ROWS; r++) {
+            bf16 normed[256] = {0};
+            uint8_t expected[512] = {0};
+            const float *from = (const float *)kv.host + r * kv_width;
+            cpu->rms_norm(from, LORA, (const float *)weight.host, 1e-6f, 1, LORA, normed,
+                          lora_wide);
+            if (e4m3)
+                latent_quantise(normed, LORA, expected,
+                                (float *)(expected + latent_scale_at(LORA)));
+            else
+                memcpy(expected, normed, LORA * sizeof(bf16));
+            rotated(cpu, from + LORA, mla_position[r],
+                    (bf16 *)(expected + (e4m3 ? latent_rope_at(LORA) : lora_wide * sizeof(bf16))));
+            const size_t entry = table[r * 3 + mla_position[r] / 64] * 64u + mla_position[r] % 64;
+            assert_memory_equal(cache.host + entry * row_bytes, expected, row_bytes);
+        }
+        array_free(&cache);
+    }
+    array_free(&kv), array_free(&weight), array_free(&angles), array_free(&at), array_free(&pages);
+}
+
+static void test_queries(void **state) {
+    (void)state;
+    enum { HEADS = 2, NOPE = 40, LORA_WIDE = 96 };
+    const size_t nope_wide = activation_stride(NOPE), rope_wide = activation_stride(ROPE),
+                 stride = LORA_WIDE + rope_wide, q_width = HEADS * (NOPE + ROPE);
+    const struct kernels *cpu = mla_cpu();
+    uint64_t random = 9;
+    struct array q = array_make(MLA_ROWS * q_width * 4), angles = array_make(sizeof cos_sin),
+                 at = array_make(sizeof mla_position),
+                 nope = array_make(MLA_ROWS * HEADS * nope_wide * 2),
+                 query = array_make(MLA_ROWS * HEADS * stride * 2);
+    fill_floats(&q, &random, -2, 2);
+    memcpy(angles.host, cos_sin, sizeof cos_sin);
+    memcpy(at.host, mla_position, sizeof mla_position);
+    array_put(&q), array_put(&angles), array_put(&at), array_put(&nope), array_put(&query);
     const struct mla_rows_cuda args = {.heads = HEADS,
                                        .nope = NOPE,
                                        .rope = ROPE,
-                                       .kv_lora = LORA,
                                        .cos_sin = array_device(&angles),
-                                       .position = array_device(&at),
-                                       .pages = array_device(&pages),
-                                       .pages_stride = 3,
-                                       .cache_stride = stride};
-    assert_int_equal(mla_store_cuda(NULL, &args, array_device(&kv), kv_width, array_device(&weight),
-                                    1e-6f, ROWS, array_device(&cache)),
-                     0);
-    assert_int_equal(mla_query_cuda(NULL, &args, array_device(&q), q_width, ROWS,
+                                       .position = array_device(&at)};
+    assert_int_equal(mla_query_cuda(NULL, &args, array_device(&q), q_width, MLA_ROWS,
                                     array_device(&nope), nope_wide,
-                                    (bf16 *)array_device(&query) + lora_wide, stride),
+                                    (bf16 *)array_device(&query) + LORA_WIDE, stride),
                      0);
-    array_get(&cache), array_get(&nope), array_get(&query);
-    for (uint32_t r = 0; r < ROWS; r++) {
-        bf16 expected[256];
-        float part[128];
-        const float *from = (const float *)kv.host + r * kv_width;
-        cpu->rms_norm(from, LORA, (const float *)weight.host, 1e-6f, 1, LORA, expected, lora_wide);
-        memset(part, 0, sizeof part);
-        memcpy(part, from + LORA, ROPE * 4);
-        cpu->rope(part, rope_wide, 1, ROPE, cos_sin + position[r] * ROPE);
-        cpu->convert(part, rope_wide, 1, (uint32_t)rope_wide, expected + lora_wide, rope_wide);
-        const size_t entry = table[r * 3 + position[r] / 64] * 64u + position[r] % 64;
-        assert_memory_equal(cache.host + entry * stride * 2, expected, stride * 2);
-        for (uint32_t h = 0; h < HEADS; h++) {
-            const float *head = (const float *)q.host + r * q_width + h * (NOPE + ROPE);
-            memset(part, 0, sizeof part);
-            memcpy(part, head, NOPE * 4);
-            cpu->convert(part, nope_wide, 1, (uint32_t)nope_wide, expected, nope_wide);
-            assert_memory_equal(nope.host + (r * HEADS + h) * nope_wide * 2, expected,
-                                nope_wide * 2);
-            memset(part, 0, sizeof part);
-            memcpy(part, head + NOPE, ROPE * 4);
-            cpu->rope(part, rope_wide, 1, ROPE, cos_sin + position[r] * ROPE);
-            cpu->convert(part, rope_wide, 1, (uint32_t)rope_wide, expected, rope_wide);
-            assert_memory_equal(query.host + ((r * HEADS + h) * stride + lora_wide) * 2, expected,
-                                rope_wide * 2);
-        }
+    array_get(&nope), array_get(&query);
+    for (uint32_t i = 0; i < MLA_ROWS * HEADS; i++) {
+        bf16 expected[64];
+        float part[64] = {0};
+        const float *head = (const float *)q.host + i * (NOPE + ROPE);
+        memcpy(part, head, NOPE * 4);
+        cpu->convert(part, nope_wide, 1, (uint32_t)nope_wide, expected, nope_wide);
+        assert_memory_equal(nope.host + i * nope_wide * 2, expected, nope_wide * 2);
+        rotated(cpu, head + NOPE, mla_position[i / HEADS], expected);
+        assert_memory_equal(query.host + (i * stride + LORA_WIDE) * 2, expected, rope_wide * 2);
     }
-    array_free(&kv), array_free(&q), array_free(&weight), array_free(&angles), array_free(&at);
-    array_free(&pages), array_free(&cache), array_free(&nope), array_free(&query);
+    array_free(&q), array_free(&angles), array_free(&at), array_free(&nope), array_free(&query);
 }
 
 int main(void) {
@@ -419,7 +463,8 @@ int main(void) {
         cmocka_unit_test(test_grouped_rows),
         cmocka_unit_test(test_batched_products),
         cmocka_unit_test(test_gate_rows),
-        cmocka_unit_test(test_latents_and_queries),
+        cmocka_unit_test(test_latents),
+        cmocka_unit_test(test_queries),
     };
     return cmocka_run_group_tests_name("cuda exchange", tests, device_name, NULL);
 }

@@ -227,6 +227,7 @@ static void test_append(void **state) {
             e4m3 ? latent_row_bytes(kv_lora, rope) : cache_stride(kv_lora, rope) * sizeof(bf16);
         const uint32_t latent_stride = kv_lora + 3, key_stride = rope + 5;
         struct array latent = array_make((size_t)ROWS * latent_stride * 2),
+                     wide = array_make((size_t)ROWS * latent_stride * 4),
                      key = array_make((size_t)ROWS * key_stride * 4), at = array_make(ROWS * 4),
                      pages = array_make(ROWS * TABLE * 4),
                      cache = array_make(PAGES * PAGE_TOKENS * row_bytes);
@@ -259,12 +260,14 @@ static void test_append(void **state) {
             for (uint32_t i = 0; i < rope; i++)
                 keys[i] = bf16_from_float(((float *)key.host)[r * key_stride + i]);
         }
+        for (uint32_t i = 0; i < ROWS * latent_stride; i++)
+            ((float *)wide.host)[i] = bf16_to_float(((bf16 *)latent.host)[i]);
         gpu_schedule(random_next(&random_state));
-        array_put(&latent), array_put(&key), array_put(&at), array_put(&pages), array_put(&cache);
+        array_put(&wide), array_put(&key), array_put(&at), array_put(&pages), array_put(&cache);
         const struct latent_append_cuda args = {.rows = ROWS,
                                                 .kv_lora = kv_lora,
                                                 .rope = rope,
-                                                .latent = array_device(&latent),
+                                                .latent = array_device(&wide),
                                                 .latent_stride = latent_stride,
                                                 .key = array_device(&key),
                                                 .key_stride = key_stride,
@@ -276,8 +279,8 @@ static void test_append(void **state) {
         array_get(&cache);
         assert_same(&cache, expected, e4m3 ? "rows of an E4M3 cache" : "rows of a BF16 cache");
         free(expected);
-        array_free(&latent), array_free(&key), array_free(&at), array_free(&pages);
-        array_free(&cache);
+        array_free(&latent), array_free(&wide), array_free(&key), array_free(&at);
+        array_free(&pages), array_free(&cache);
     }
 }
 

@@ -38,8 +38,9 @@ static void counted_step(void *self, const struct batch_row *row, uint32_t rows)
     RESIDENT_CUDA.step(self, row, rows);
 }
 
-static void open_both(bool fp8) {
+static void open_both(bool fp8, bool latent_fp8) {
     struct failure failure;
+    one_process_use_latent_fp8(latent_fp8);
     const struct kernels *kernels = kernels_cuda("sm90", fp8, &failure);
     one_process_use_resident(NULL);
     assert_true(
@@ -48,6 +49,7 @@ static void open_both(bool fp8) {
     assert_true(
         one_process_open_shape(&whole, SHAPE, 3, kernels, &PARALLEL_SERIAL, ROWS, POSITIONS));
     one_process_use_resident(NULL);
+    one_process_use_latent_fp8(false);
 }
 static void close_both(void) {
     one_process_close(&layers);
@@ -89,8 +91,8 @@ static void test_same_logits(void **state) {
         {2, {{3, 0, 3, MLA_EXPANDED}, {3, 3, 2, MLA_ABSORBED}}},
     };
     static float expected[ROWS * VOCABULARY], got[ROWS * VOCABULARY];
-    for (int fp8 = 0; fp8 < 2; fp8++) {
-        open_both(fp8 != 0);
+    for (int turn = 0; turn < 3; turn++) { /* BF16, FP8, and with an FP8 cache */
+        open_both(turn > 0, turn == 2);
         for (size_t i = 0; i < sizeof batches / sizeof *batches; i++) {
             uint32_t rows = 0;
             for (uint32_t p = 0; p < batches[i].pieces; p++)
@@ -115,7 +117,7 @@ static void test_biases(void **state) {
     const struct piece piece[2] = {{0, 0, 1, MLA_ABSORBED}, {1, 0, 1, MLA_EXPANDED}};
     static float expected[ROWS * VOCABULARY], got[ROWS * VOCABULARY], plain[ROWS * VOCABULARY];
     float delta[2 * 8];
-    open_both(false);
+    open_both(false, false);
     batch(&layers, piece, 2, plain);
     for (uint32_t turn = 0; turn < 2; turn++) {
         for (uint32_t i = 0; i < 16; i++) /* another version at the same place */
@@ -186,7 +188,7 @@ static void test_same_tokens_in_a_troupe(void **state) {
     uint32_t expected[REQUESTS][TOKENS], got[REQUESTS][TOKENS];
     struct failure failure;
     const struct kernels *kernels = kernels_cuda("sm90", true, &failure);
-    open_both(true);
+    open_both(true, false);
     steps = 0;
     run_world(kernels, false, requests, expected);
     assert_int_equal(steps, 0);
@@ -200,19 +202,24 @@ static void test_says_what_it_has_not(void **state) {
     (void)state;
     struct failure failure = {0};
     struct engine *engine = NULL;
-    open_both(false);
+    struct one_process with_mtp;
+    char shape[sizeof SHAPE + 64];
+    snprintf(shape, sizeof shape, "%.*s, \"num_nextn_predict_layers\": 1}", (int)sizeof SHAPE - 2,
+             SHAPE);
+    const struct kernels *kernels = kernels_cuda("sm90", false, &failure);
+    assert_true(one_process_open_shape(&with_mtp, shape, 3, kernels, &PARALLEL_SERIAL, 2, 64));
     const struct engine_options options = {.role = ENGINE_ATTENTION,
-                                           .kernels = kernels_cuda("sm90", false, &failure),
+                                           .kernels = kernels,
                                            .parallel = PARALLEL_SERIAL,
                                            .batch_rows = 2,
                                            .batch_slots = 1,
                                            .pages = 2,
-                                           .latent_fp8 = true,
+                                           .mtp_steps = 1,
                                            .resident = &RESIDENT_CUDA};
-    assert_int_equal(engine_open(&engine, layers.model, &options, &failure), ERR_UNSUPPORTED);
-    assert_non_null(strstr(failure.text, "--latent-fp8 0"));
+    assert_int_equal(engine_open(&engine, with_mtp.model, &options, &failure), ERR_UNSUPPORTED);
+    assert_non_null(strstr(failure.text, "--mtp-steps 0"));
     assert_null(engine);
-    close_both();
+    one_process_close(&with_mtp);
 }
 
 static int open_device(void **state) {

@@ -41,21 +41,60 @@ static void test_same_bits_fp8(void **state) {
     compare(NULL, true, (struct step_options){.rows = 3, .micro = 2, .groups = 2, .graphs = true},
             5, 2, false);
 }
+/* Latents in E4M3: the bits are those of the table's form of the same profile, which differ from
+ * those without. */
+static void test_same_bits_fp8_cache(void **state) {
+    (void)state;
+    compare(NULL, true,
+            (struct step_options){
+                .cache = CACHE_E4M3, .rows = 3, .micro = 2, .groups = 2, .graphs = true},
+            4, 3, true);
+}
+
+static void test_fp8_cache_differs_and_is_smaller(void **state) {
+    (void)state;
+    float *logits[2];
+    uint64_t bytes[2];
+    struct rig rig;
+    for (int e4m3 = 0; e4m3 < 2; e4m3++) {
+        rig_open(&rig, NULL, true,
+                 (struct step_options){
+                     .cache = e4m3 ? CACHE_E4M3 : CACHE_BF16, .rows = 1, .micro = 1, .groups = 1});
+        for (uint32_t p = 0; p < 2; p++)
+            rig_step(&rig, 0, 1, p);
+        logits[e4m3] = malloc(rig.vocabulary * sizeof(float));
+        memcpy(logits[e4m3], rig.logits, rig.vocabulary * sizeof(float));
+        bytes[e4m3] = step_memory_bytes(rig.step);
+        const size_t row = e4m3 ? 0 : 2 * (128 + 32) - (128 + 16 + 2 * 32);
+        bytes[e4m3] -= row * PAGE_TOKENS * (RIG_PAGES + 1) * rig.plain.config->layers;
+        rig_close(&rig);
+    }
+    assert_memory_not_equal(logits[0], logits[1], 264 * sizeof(float));
+    assert_int_equal(bytes[0], bytes[1]);
+    free(logits[0]);
+    free(logits[1]);
+}
+
 static void test_same_bits_demo(void **state) {
     (void)state;
     compare("models/demo", true,
             (struct step_options){.rows = 5, .micro = 1, .groups = 1, .graphs = true}, 2, 2, false);
 }
 
-/* Prompts in pieces of any length, then a generated token, over the end of a page. */
+/* Prompts in pieces of any length, then a generated token, over the end of a page; in the second
+ * turn FP8, in the third with an FP8 cache. */
 static void test_prompts(void **state) {
     (void)state;
     const uint32_t first[] = {62, 64, 65}, rows[] = {2, 1, 3};
-    for (int fp8 = 0; fp8 < 2; fp8++) {
+    for (int turn = 0; turn < 3; turn++) {
         struct rig rig;
-        rig_open(&rig, NULL, fp8 != 0,
-                 (struct step_options){
-                     .rows = 5, .micro = 1, .groups = 2, .prompts = true, .graphs = true});
+        rig_open(&rig, NULL, turn > 0,
+                 (struct step_options){.cache = turn == 2 ? CACHE_E4M3 : CACHE_BF16,
+                                       .rows = 5,
+                                       .micro = 1,
+                                       .groups = 2,
+                                       .prompts = true,
+                                       .graphs = true});
         float *expected = calloc((size_t)8 * rig.vocabulary, sizeof *expected);
         struct batch_row plain[6];
         uint32_t select[6];
@@ -255,6 +294,8 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_same_bits_bf16),
         cmocka_unit_test(test_same_bits_fp8),
+        cmocka_unit_test(test_same_bits_fp8_cache),
+        cmocka_unit_test(test_fp8_cache_differs_and_is_smaller),
         cmocka_unit_test(test_same_bits_demo),
         cmocka_unit_test(test_prompts),
         cmocka_unit_test(test_pages_are_data),
