@@ -68,6 +68,7 @@ static int open_step(struct resident *self, const struct model *model,
     if (options->gate_top_p != 0)
         m->gate.top_p = options->gate_top_p;
     const struct step_options step = {.cache = options->latent_fp8 ? CACHE_E4M3 : CACHE_BF16,
+                                      .dispatch = m->expert_fp8 ? DISPATCH_E4M3 : DISPATCH_BF16,
                                       .rows = self->rows_max,
                                       .micro = 1,
                                       .groups = 1,

@@ -53,6 +53,9 @@ static int check(const struct step_model *m, const struct step_options *o,
         return fail(failure, ERR_UNSUPPORTED,
                     "E4M3 experts on the GPU: expected a width that is a multiple of 128, found %u",
                     m->expert_width);
+    if (o->dispatch == DISPATCH_E4M3 && !m->expert_fp8)
+        return fail(failure, ERR_UNSUPPORTED,
+                    "rows to experts in E4M3: expected experts whose weights are E4M3");
     /* items are numbered in 16 bits */
     if ((uint64_t)o->rows * m->gate.k > UINT16_MAX || m->layers >= TICKETS_PER_STEP)
         return fail(failure, ERR_INVALID, "step on the GPU: %u rows of %u experts are too many",

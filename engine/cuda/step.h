@@ -23,8 +23,13 @@ enum step_role { STEP_WHOLE, STEP_ATTENTION, STEP_EXPERTS };
  * the same form. */
 enum cache_format { CACHE_BF16, CACHE_E4M3 };
 
+/* How rows travel to experts: as BF16, or as kernels/e4m3_row.h has them, for experts in E4M3 (same
+ * bits, half the bytes). The same on both sides of an edge. */
+enum dispatch_format { DISPATCH_BF16, DISPATCH_E4M3 };
+
 struct step_options {
     enum step_role role;
+    enum dispatch_format dispatch;
     enum cache_format cache;
     const struct edge *edges; /* [micro, groups], taken over; NULL: local ones, of a whole step */
     uint32_t rows;            /* most rows of a micro-batch */

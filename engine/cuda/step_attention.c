@@ -3,6 +3,7 @@
  * order of operations, and so every bit, is that of engine/attention_mla.c and
  * engine/attention_run.c. */
 #include "engine/cuda/step_internal.h"
+#include "kernels/e4m3_row.h"
 #include "kernels/latent.h"
 
 struct micro_tables step_micro_tables(const struct step *self, uint32_t micro) {
@@ -199,11 +200,16 @@ static struct exchange_cuda exchange(const struct step *self, uint32_t l) {
                                   .layer = l};
 }
 
+size_t step_row_bytes(const struct step *self) {
+    return self->options.dispatch == DISPATCH_E4M3 ? e4m3_row_bytes(self->model->hidden)
+                                                   : self->hidden_stride * sizeof(bf16);
+}
+
 struct edge_frame step_frame(const struct step *self, uint32_t micro, uint32_t group) {
     const struct step_micro *own = &self->micro[micro];
     const uint32_t rows = self->now->rows, items = rows * self->model->gate.k;
     const size_t note = exchange_note_bytes(rows, self->model->gate.k);
-    const size_t row_bytes = self->hidden_stride * sizeof(bf16);
+    const size_t row_bytes = step_row_bytes(self);
     return (struct edge_frame){.note = own->notes + group * note,
                                .rows = own->rows + (size_t)group * rows * row_bytes,
                                .status = own->status + (size_t)group * items,
@@ -219,6 +225,19 @@ static uint16_t *choice_of(struct step *self, uint32_t l, uint32_t micro) {
            (size_t)step_moe_index(self, l) * self->now->rows * self->model->gate.k;
 }
 
+/* The rows of each group's frame, in the form in which they travel. */
+static void pack(struct step *self, struct step_micro *own, uint32_t rows) {
+    const uint32_t groups = self->options.groups, row_bytes = (uint32_t)step_row_bytes(self);
+    const bf16 *normed = self->work.normed;
+    if (self->options.dispatch == DISPATCH_E4M3)
+        did(self,
+            pack_e4m3_cuda(self->stream, normed, self->hidden_stride, self->model->hidden, 1,
+                           own->sent, own->sent + groups, groups, rows, own->rows, row_bytes));
+    else
+        did(self, pack_cuda(self->stream, normed, row_bytes, row_bytes, 1, own->sent,
+                            own->sent + groups, groups, rows, own->rows, row_bytes));
+}
+
 /* The gate's choice, and what is asked of each group. */
 static void ask(struct step *self, uint32_t l, uint32_t micro) {
     struct step_micro *own = &self->micro[micro];
@@ -227,7 +246,6 @@ static void ask(struct step *self, uint32_t l, uint32_t micro) {
     const struct step_layer *layer = &m->layer[l];
     const struct micro_tables tables = step_micro_tables(self, micro);
     const uint32_t rows = self->now->rows, experts = m->gate.experts;
-    const size_t row_bytes = self->hidden_stride * sizeof(bf16);
     const struct gate_rows_cuda per_row = {.live = tables.live,
                                            .delta = self->deltas + (size_t)l * experts,
                                            .delta_stride = (size_t)m->layers * experts,
@@ -241,10 +259,7 @@ static void ask(struct step *self, uint32_t l, uint32_t micro) {
     did(self,
         exchange_route_cuda(self->stream, &x, choice, self->group_of + (size_t)l * experts, experts,
                             own->notes, own->sent, own->sent + self->options.groups, own->place));
-    ASSERT(self->dispatch == DISPATCH_BF16);
-    did(self, pack_cuda(self->stream, work->normed, row_bytes, (uint32_t)row_bytes, 1, own->sent,
-                        own->sent + self->options.groups, self->options.groups, rows, own->rows,
-                        row_bytes));
+    pack(self, own, rows);
     for (uint32_t g = 0; g < self->options.groups; g++) {
         const struct edge_frame frame = step_frame(self, micro, g);
         step_link_send(self, &own->link[g], own->link[g].edge.operations->ask, &frame,

@@ -5,7 +5,8 @@
 
 enum { BLOCK = 128 };
 
-/* Rows of the frame, by slot: [slots, R]. FP8: quantised first, so that a row is quantised once. */
+/* Rows of the frame, by slot: [slots, R]. FP8: as they came, or quantised first, so that a row is
+ * quantised once. */
 static void pack(struct step *self, struct step_group *group, const struct edge_frame *frame,
                  uint32_t rows, size_t width) {
     const struct step_model *m = self->model;
@@ -17,6 +18,12 @@ static void pack(struct step *self, struct step_group *group, const struct edge_
         return;
     }
     const uint32_t blocks = (uint32_t)(width / BLOCK), scale_bytes = blocks * sizeof(float);
+    if (self->options.dispatch == DISPATCH_E4M3) {
+        did(self, unpack_e4m3_cuda(group->stream, frame->rows, step_row_bytes(self), m->hidden, k,
+                                   group->count, group->item, slots, rows, group->x, width,
+                                   group->x_scale, blocks, 1));
+        return;
+    }
     did(self, quantise_bf16_cuda(group->stream, frame->rows, self->hidden_stride, rows, m->hidden,
                                  group->x_row, width, group->x_row_scale, blocks, 1));
     did(self, pack_cuda(group->stream, group->x_row, width, (uint32_t)width, k, group->count,

@@ -6,9 +6,6 @@
 #include "engine/cuda/step.h"
 #include "kernels/cuda/streams.h"
 
-/* How activations travel to experts: the place where another format comes in. */
-enum dispatch_format { DISPATCH_BF16 };
-
 /* Routed experts of one layer in one group: slots one after the other. gate_up: gate's n rows, then
  * up's. */
 struct step_stack {
@@ -60,7 +57,7 @@ struct step_micro {
     uint32_t *place;    /* [R, k] */
     uint32_t *sent;     /* [groups] rows, [groups, R] which */
     uint8_t *notes;     /* [groups, note] */
-    uint8_t *rows;      /* [groups, R, row_bytes] */
+    uint8_t *rows;      /* [groups, R, step_row_bytes()] */
     uint32_t *status;   /* [groups, items] */
     float *output;      /* [groups, items, hidden] */
     struct step_link link[STEP_GROUPS_MAX];
@@ -74,8 +71,9 @@ struct step_group {
     uint32_t *item;           /* [slots, R] */
     uint32_t *place;          /* [R, k] */
     uint8_t *x;               /* [C, hidden] BF16 or E4M3 */
-    uint8_t *x_row;           /* [R, hidden] E4M3, before packing */
-    float *x_row_scale, *x_scale;
+    float *x_scale;           /* [C, of 128] */
+    uint8_t *x_row;           /* rows that came as BF16: [R, hidden] E4M3, before packing */
+    float *x_row_scale;
     float *gate_up; /* [C, 2 * width] */
     bf16 *inner;    /* [C, width padded] */
     uint8_t *inner_fp8;
@@ -107,7 +105,6 @@ struct step_tables {
 struct step {
     const struct step_model *model;
     struct step_options options;
-    enum dispatch_format dispatch;
     uint32_t moe_layers, pages_max; /* of a sequence */
     uint32_t ticket;
     size_t hidden_stride;
@@ -192,6 +189,7 @@ void step_hear(struct step *self, uint32_t layer, uint32_t micro);
 void step_finish(struct step *self, uint32_t micro);
 void step_experts(struct step *self, uint32_t group, uint32_t layer, uint32_t micro);
 uint32_t step_moe_index(const struct step *self, uint32_t layer);
+size_t step_row_bytes(const struct step *self); /* of a row that travels to experts */
 struct edge_frame step_frame(const struct step *self, uint32_t micro, uint32_t group);
 
 #endif

@@ -119,7 +119,7 @@ static int take_micro(struct step *self, struct step_micro *to, struct failure *
         {&to->place, rows * k, sizeof(uint32_t)},
         {&to->sent, groups * (1 + rows), sizeof(uint32_t)},
         {&to->notes, groups * exchange_note_bytes((uint32_t)rows, (uint32_t)k), 1},
-        {&to->rows, groups * rows * self->hidden_stride, sizeof(bf16)},
+        {&to->rows, groups * rows * step_row_bytes(self), 1},
         {&to->status, groups * rows * k, sizeof(uint32_t)},
         {&to->output, groups * rows * k * hidden, sizeof(float)},
     };
@@ -157,6 +157,8 @@ static int take_group(struct step *self, struct step_group *to, struct failure *
     const size_t width = m->expert_width, blocks = up_to(m->hidden, BLOCK) / BLOCK;
     const size_t inner_blocks = up_to(m->expert_width, BLOCK) / BLOCK;
     const size_t row_bytes = self->hidden_stride * sizeof(bf16);
+    const size_t to_quantise =
+        m->expert_fp8 && self->options.dispatch == DISPATCH_BF16 ? rows * blocks : 0;
     to->stack = calloc(m->layers, sizeof *to->stack);
     if (to->stack == NULL)
         return fail(failure, ERR_NO_MEMORY, "experts: no memory for %u layers", m->layers);
@@ -165,8 +167,8 @@ static int take_group(struct step *self, struct step_group *to, struct failure *
         {&to->item, all, sizeof(uint32_t)},
         {&to->place, rows * m->gate.k, sizeof(uint32_t)},
         {&to->x, all * (row_bytes > blocks * BLOCK ? row_bytes : blocks * BLOCK), 1},
-        {&to->x_row, rows * blocks * BLOCK, 1},
-        {&to->x_row_scale, rows * blocks, sizeof(float)},
+        {&to->x_row, to_quantise * BLOCK, 1},
+        {&to->x_row_scale, to_quantise, sizeof(float)},
         {&to->x_scale, all * blocks, sizeof(float)},
         {&to->gate_up, all * 2 * width, sizeof(float)},
         {&to->inner, all * activation_stride(width), sizeof(bf16)},

@@ -114,10 +114,10 @@ int pack_e4m3_cuda(void *stream, const bf16 *x, size_t x_stride, uint32_t n, uin
                    const uint32_t *count, const uint32_t *item, uint32_t slots, uint32_t capacity,
                    uint8_t *ret, size_t ret_stride_bytes);
 /* Rows that came so to the operand of gemm_plan_cuda: E4M3 of item i of a slot at ret + (slot *
- * capacity + i) * ret_stride, whole groups of 128, and its scales by the two steps. item_row
- * [slots, capacity]: which of the frame's rows an item is. */
+ * capacity + i) * ret_stride, whole groups of 128, and its scales by the two steps. item [slots,
+ * capacity]: the frame's row is item / k. */
 int unpack_e4m3_cuda(void *stream, const uint8_t *rows, size_t row_stride_bytes, uint32_t n,
-                     const uint32_t *count, const uint32_t *item_row, uint32_t slots,
+                     uint32_t k, const uint32_t *count, const uint32_t *item, uint32_t slots,
                      uint32_t capacity, uint8_t *ret, size_t ret_stride, float *ret_scale,
                      size_t scale_row_step, size_t scale_group_step);
 /* combine_rows() of router/combine.h; item (row, slot) has its output at outputs[place[row * k +

@@ -127,7 +127,7 @@ int pack_e4m3_cuda(void *stream, const bf16 *x, size_t x_stride, uint32_t n, uin
 
 /* A frame's rows to the operand of a product, each as often as its items want it. */
 static __global__ void unpack_e4m3_kernel(const uint8_t *rows, size_t row_stride, uint32_t groups,
-                                          const uint32_t *count, const uint32_t *item_row,
+                                          uint32_t k, const uint32_t *count, const uint32_t *item,
                                           uint32_t capacity, uint8_t *ret, size_t ret_stride,
                                           float *ret_scale, size_t scale_row_step,
                                           size_t scale_group_step) {
@@ -137,7 +137,7 @@ static __global__ void unpack_e4m3_kernel(const uint8_t *rows, size_t row_stride
     const uint32_t items = count[slot], group = i / (E4M3_ROW_GROUP / 4);
     ROW_LOOP(r, items) {
         const size_t place = (size_t)slot * capacity + r;
-        const uint8_t *from = rows + item_row[place] * row_stride;
+        const uint8_t *from = rows + (size_t)(item[place] / k) * row_stride;
         *(uint32_t *)(ret + place * ret_stride + 4 * i) = *(const uint32_t *)(from + 4 * i);
         if (i % (E4M3_ROW_GROUP / 4) == 0)
             ret_scale[place * scale_row_step + group * scale_group_step] =
@@ -146,7 +146,7 @@ static __global__ void unpack_e4m3_kernel(const uint8_t *rows, size_t row_stride
 }
 
 int unpack_e4m3_cuda(void *stream, const uint8_t *rows, size_t row_stride_bytes, uint32_t n,
-                     const uint32_t *count, const uint32_t *item_row, uint32_t slots,
+                     uint32_t k, const uint32_t *count, const uint32_t *item, uint32_t slots,
                      uint32_t capacity, uint8_t *ret, size_t ret_stride, float *ret_scale,
                      size_t scale_row_step, size_t scale_group_step) {
     const uint32_t groups = e4m3_row_groups(n);
@@ -154,7 +154,7 @@ int unpack_e4m3_cuda(void *stream, const uint8_t *rows, size_t row_stride_bytes,
         return 0;
     dim3 grid = element_grid(capacity, groups * (E4M3_ROW_GROUP / 4));
     grid.z = slots;
-    LAUNCH(unpack_e4m3_kernel, grid, ELEMENT_THREADS, 0, stream, rows, row_stride_bytes, groups,
-           count, item_row, capacity, ret, ret_stride, ret_scale, scale_row_step, scale_group_step);
+    LAUNCH(unpack_e4m3_kernel, grid, ELEMENT_THREADS, 0, stream, rows, row_stride_bytes, groups, k,
+           count, item, capacity, ret, ret_stride, ret_scale, scale_row_step, scale_group_step);
     return launch_result();
 }

@@ -299,7 +299,9 @@ int main(void) {
         struct step *step;
         struct failure failure;
         make_model(&model, &SHAPES[i]);
-        const struct step_options options = {.rows = 128,
+        const struct step_options options = {.dispatch =
+                                                 SHAPES[i].fp8 ? DISPATCH_E4M3 : DISPATCH_BF16,
+                                             .rows = 128,
                                              .micro = 2,
                                              .groups = 1,
                                              .slots = SHAPES[i].experts,

@@ -172,7 +172,7 @@ static void test_e4m3_rows(void **state) {
                 s + 1 == slots && slots > 1 ? 0 : random_below(&random_state, capacity + 1);
         for (uint32_t i = 0; i < places; i++) {
             ((uint32_t *)item.host)[i] = random_below(&random_state, rows * k);
-            ((uint32_t *)item_row.host)[i] = random_below(&random_state, capacity);
+            ((uint32_t *)item_row.host)[i] = random_below(&random_state, capacity * k);
         }
         fill_bytes(&packed, 0x44), fill_bytes(&wide, 0x55), fill_bytes(&scale, 0x66);
         uint8_t *expected = malloc(packed.bytes), *expected_wide = malloc(wide.bytes);
@@ -188,7 +188,7 @@ static void test_e4m3_rows(void **state) {
         for (uint32_t at = 0; at < places; at++) { /* the packed rows stand in for a frame's */
             if (at % capacity >= ((uint32_t *)count.host)[at / capacity])
                 continue;
-            const uint8_t *from = expected + ((uint32_t *)item_row.host)[at] * stride;
+            const uint8_t *from = expected + ((uint32_t *)item_row.host)[at] / k * stride;
             memcpy(expected_wide + at * (width + 16), from, width);
             for (uint32_t g = 0; g < groups; g++)
                 memcpy(&expected_scale[g * places + at], from + width + 4 * g, 4);
@@ -200,7 +200,7 @@ static void test_e4m3_rows(void **state) {
                                         array_device(&count), array_device(&item), slots, capacity,
                                         array_device(&packed), stride),
                          0);
-        assert_int_equal(unpack_e4m3_cuda(NULL, array_device(&packed), stride, n,
+        assert_int_equal(unpack_e4m3_cuda(NULL, array_device(&packed), stride, n, k,
                                           array_device(&count), array_device(&item_row), slots,
                                           capacity, array_device(&wide), width + 16,
                                           array_device(&scale), 1, places),

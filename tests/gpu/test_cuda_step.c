@@ -36,8 +36,13 @@ static void test_same_bits_bf16(void **state) {
     compare(NULL, false, (struct step_options){.rows = 3, .micro = 2, .groups = 3, .graphs = true},
             5, 4, true);
 }
+/* Rows to the experts as they are, and in E4M3. */
 static void test_same_bits_fp8(void **state) {
     (void)state;
+    compare(NULL, true,
+            (struct step_options){
+                .dispatch = DISPATCH_E4M3, .rows = 3, .micro = 2, .groups = 2, .graphs = true},
+            5, 3, true);
     compare(NULL, true, (struct step_options){.rows = 3, .micro = 2, .groups = 2, .graphs = true},
             5, 2, false);
 }
@@ -287,6 +292,12 @@ static void test_refuses_what_is_not_there(void **state) {
     row[1].bias = STEP_NO_BIAS;
     assert_int_equal(step_begin(rig.step, row, 2), 0);
     rig_end(&rig);
+    struct step *step = NULL;
+    struct failure failure = {0};
+    rig.options.dispatch = DISPATCH_E4M3; /* to experts in BF16 */
+    assert_int_equal(step_open(&step, &rig.weights.model, &rig.options, &failure), ERR_UNSUPPORTED);
+    assert_non_null(strstr(failure.text, "E4M3"));
+    assert_null(step);
     rig_close(&rig);
 }
 

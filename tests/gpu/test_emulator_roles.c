@@ -11,8 +11,11 @@ struct side {
     void *requests, *replies; /* channels, the test's */
 };
 
+static size_t asked_bytes; /* of rows, by the last frame */
+
 static int ask(void *edge, const struct edge_frame *frame, void *stream) {
     struct side *self = edge;
+    asked_bytes = frame->rows_bytes;
     emulated_channel_send(self->requests, stream, frame->rows, frame->rows_bytes);
     return emulated_channel_send(self->requests, stream, frame->note, frame->note_bytes);
 }
@@ -45,9 +48,9 @@ static struct edge edge_of(const struct roles *self, uint32_t micro) {
     return (struct edge){&CHANNELS, side};
 }
 
-static void roles_open(struct roles *self) {
+static void roles_open(struct roles *self, enum dispatch_format dispatch) {
     struct failure failure = {0};
-    rig_open(&self->rig, NULL, false,
+    rig_open(&self->rig, NULL, dispatch == DISPATCH_E4M3,
              (struct step_options){.rows = 3, .micro = MICRO, .groups = 1, .graphs = true});
     struct step_options options = self->rig.options;
     struct edge edges[MICRO];
@@ -55,6 +58,7 @@ static void roles_open(struct roles *self) {
         self->requests[i] = emulated_channel_make();
         self->replies[i] = emulated_channel_make();
     }
+    options.dispatch = dispatch; /* the whole step's rows are BF16 */
     options.edges = edges;
     options.role = STEP_ATTENTION;
     for (uint32_t i = 0; i < MICRO; i++)
@@ -122,10 +126,9 @@ static uint32_t compare(struct roles *self) {
     return lost;
 }
 
-static void test_two_sides_are_one_step(void **state) {
-    (void)state;
+static void two_sides(enum dispatch_format dispatch, size_t row_bytes) {
     struct roles roles;
-    roles_open(&roles);
+    roles_open(&roles, dispatch);
     for (uint32_t p = 0; p < 3; p++) { /* direct, captured, replayed */
         gpu_schedule(p + 1);
         begin(&roles, roles.attention, p);
@@ -135,7 +138,13 @@ static void test_two_sides_are_one_step(void **state) {
     }
     assert_int_equal(step_graphs(roles.attention), 1);
     assert_int_equal(step_graphs(roles.experts), 1);
+    assert_int_equal(asked_bytes, 3 * row_bytes);
     roles_close(&roles);
+}
+static void test_two_sides_are_one_step(void **state) {
+    (void)state;
+    two_sides(DISPATCH_BF16, 2 * 128);
+    two_sides(DISPATCH_E4M3, 128 + 4);
 }
 
 /* One micro-batch's edge is aborted after so many transfers of a captured step, this way or that
@@ -145,7 +154,7 @@ static void test_experts_die_in_the_middle(void **state) {
     (void)state;
     enum { ALL = 4 }; /* two layers, two things each */
     struct roles roles;
-    roles_open(&roles);
+    roles_open(&roles, DISPATCH_BF16);
     for (uint32_t p = 0; p < 2; p++) {
         begin(&roles, roles.attention, p);
         serve(&roles);
