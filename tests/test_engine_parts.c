@@ -108,6 +108,84 @@ static void weights_travel_as_bytes(void **state) {
     engine_close(&engine);
 }
 
+static uint64_t read_image(struct one_process *process, uint32_t expert, uint8_t *ret, uint32_t *ret_crc) {
+    uint64_t total = 1;
+    for (uint64_t at = 0; at < total;) {
+        struct program_result result;
+        struct program read = {.kind = PROGRAM_READ, .layer = LAYER, .items = expert, .offset = at, .bytes = 7001};
+        engine_run(process->expert, &read, &result);
+        assert_true(result.piece_bytes > 0);
+        memcpy(ret + at, result.piece, result.piece_bytes);
+        at += result.piece_bytes;
+        total = result.total;
+        *ret_crc = result.crc;
+    }
+    return total;
+}
+
+/* Experts large enough to be kept in 12 bits a weight, where the instruction set reads that: less memory, the same rows,
+ * and given away as what the others give away. */
+static void coded_experts_are_the_same_experts(void **state) {
+    (void)state;
+    static const char SHAPE[] =
+        "{\"model_type\": \"deepseek_v3\", \"vocab_size\": 64, \"hidden_size\": 512, \"intermediate_size\": 64,"
+        "\"moe_intermediate_size\": 256, \"num_hidden_layers\": 2, \"first_k_dense_replace\": 1, \"num_attention_heads\": 2,"
+        "\"n_shared_experts\": 1, \"n_routed_experts\": 2, \"num_experts_per_tok\": 2, \"n_group\": 1, \"topk_group\": 1,"
+        "\"q_lora_rank\": 32, \"kv_lora_rank\": 32, \"qk_nope_head_dim\": 16, \"qk_rope_head_dim\": 16, \"v_head_dim\": 16,"
+        "\"max_position_embeddings\": 64}";
+    enum { ROWS = 70, HIDDEN = 512 };
+    struct failure failure;
+    const struct kernels *best = kernels_select(PROFILE_BF16, ISA_BEST, &failure);
+    if (best->matrix_code == NULL)
+        skip();
+    struct one_process coded, plain;
+    assert_true(one_process_open_shape(&coded, SHAPE, 5, best, &PARALLEL_SERIAL, 8, 64));
+    assert_true(one_process_open_shape(&plain, SHAPE, 5, kernels_select(PROFILE_BF16, ISA_AVX512, &failure),
+                                       &PARALLEL_SERIAL, 8, 64));
+    const struct matrix *gate = &experts_held(coded.expert, LAYER, 1)->mlp.gate.matrix;
+    assert_non_null(gate->codes);
+    assert_true(gate->bytes * 10 < experts_held(plain.expert, LAYER, 1)->mlp.gate.matrix.bytes * 8);
+    assert_true(coded.expert->memory_bytes < plain.expert->memory_bytes);
+
+    bf16 *rows = calloc((size_t)ROWS * HIDDEN, sizeof *rows);
+    uint32_t item_row[ROWS];
+    for (uint32_t i = 0; i < ROWS * HIDDEN; i++)
+        rows[i] = bf16_from_float((float)(i * 37 % 201) / 100 - 1);
+    for (uint32_t i = 0; i < ROWS; i++)
+        item_row[i] = i;
+    for (uint32_t count = 1; count <= ROWS; count += 23) {
+        struct frame_group group = {.expert = 1, .count = count};
+        struct program program = {.kind = PROGRAM_EXPERT, .layer = LAYER, .rows = count, .items = count, .groups = 1,
+                                  .group = &group, .item_row = item_row, .payload = rows};
+        struct program_result first, second;
+        engine_run(coded.expert, &program, &first);
+        engine_run(plain.expert, &program, &second);
+        assert_memory_equal(first.output, second.output, (size_t)count * HIDDEN * sizeof(float));
+    }
+
+    const struct model_config *config = model_config(coded.model);
+    uint8_t *image[2];
+    uint64_t total[2];
+    uint32_t crc[2];
+    for (int i = 0; i < 2; i++) {
+        image[i] = malloc(engine_expert_image_limit(config));
+        total[i] = read_image(i == 0 ? &coded : &plain, 1, image[i], &crc[i]);
+        assert_int_equal(crc32c(0, image[i], total[i]), crc[i]);
+    }
+    assert_int_equal(total[0], total[1]);
+    assert_memory_equal(image[0], image[1], total[0]);
+    struct expert_weights *weights = NULL; /* and is coded again where it arrives */
+    assert_int_equal(engine_expert_unpack(config, best, LAYER, 1, image[1], total[1], &weights, &failure), 0);
+    assert_non_null(weights->mlp.down.matrix.codes);
+    assert_memory_equal(weights->mlp.gate.matrix.data, gate->data, (size_t)HIDDEN * 256 * 3 / 2);
+    engine_expert_free(&weights);
+    free(image[0]);
+    free(image[1]);
+    free(rows);
+    one_process_close(&coded);
+    one_process_close(&plain);
+}
+
 static void impossible_options_are_refused(void **state) {
     (void)state;
     struct engine_options bad[8];
@@ -536,6 +614,7 @@ static void outputs_may_stay_where_they_arrived(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(coded_experts_are_the_same_experts),
         cmocka_unit_test(impossible_options_are_refused),
         cmocka_unit_test(weights_share_regions),
         cmocka_unit_test(weights_travel_as_bytes),
