@@ -65,7 +65,8 @@ static void region_unlink(struct weight_region *region) {
     *link = region->next;
 }
 
-static void *take_from(struct weight_region *region, size_t bytes) {
+/* One that was given back. */
+static void *take_piece(struct weight_region *region, size_t bytes) {
     for (struct piece **link = &region->pieces; *link != NULL; link = &(*link)->next)
         if ((*link)->bytes == bytes) {
             void *found = *link;
@@ -73,6 +74,10 @@ static void *take_from(struct weight_region *region, size_t bytes) {
             region->live += bytes;
             return found;
         }
+    return NULL;
+}
+
+static void *take_fresh(struct weight_region *region, size_t bytes) {
     if (region->bytes - region->used < bytes)
         return NULL;
     void *fresh = region->memory + region->used;
@@ -94,14 +99,17 @@ void *weight_memory_take(size_t bytes, const char *what, uint64_t *total, struct
     lock();
     for (struct weight_region *region = regions; region != NULL && taken == NULL;
          region = region->next)
-        taken = take_from(region, rounded(bytes));
+        taken = take_piece(region, rounded(bytes));
+    for (struct weight_region *region = regions; region != NULL && taken == NULL;
+         region = region->next)
+        taken = take_fresh(region, rounded(bytes));
     unlock();
     struct weight_region *opened = taken == NULL ? region_open(rounded(bytes)) : NULL;
     if (opened != NULL) {
         lock();
         opened->next = regions;
         regions = opened;
-        taken = take_from(opened, rounded(bytes));
+        taken = take_fresh(opened, rounded(bytes));
         unlock();
     }
     if (taken == NULL) {
