@@ -14,6 +14,7 @@ static struct one_process model;
 static bool opened_fp8; /* its kernels */
 static const int32_t *ids;  /* [sequences, length] */
 static const float *oracle; /* [sequences, length, vocabulary] */
+static const float *mtp_oracle; /* [sequences, length - 1, vocabulary] */
 static uint32_t sequences, length;
 
 static void run(uint32_t sequence, uint32_t first, uint32_t end, enum mla_form form,
@@ -101,6 +102,126 @@ static void test_identity(void **state) {
     print_message("identity: %u positions, whole, in chunks of %u and replayed: the same bits\n",
                   end, chunk);
     free(whole), free(parts);
+}
+
+/* ---- The MTP module (engine/draft.c) with the device's products and attention ---- */
+
+enum { GUESSES = 8, STEPS = 2 }; /* rows whose logits are kept; one_process's guesses of a row */
+
+/* Rows of sequences 1 and on from first to end - 1 through the main layers; their first is row 0 of
+ * the slot. */
+static void through_layers(struct one_process *m, uint32_t beside, uint32_t first, uint32_t end) {
+    struct batch_row row[ROWS];
+    uint32_t rows = 0;
+    for (uint32_t s = 1; s <= 1 + beside; s++)
+        for (uint32_t p = first; p < end; p++)
+            row[rows++] =
+                one_process_row(m, s, p, (uint32_t)ids[(s - 1) * length + p], MLA_EXPANDED);
+    one_process_step(m, row, rows, NULL, 0, NULL);
+}
+
+static struct program_result draft(struct one_process *m, const struct draft_row *row,
+                                   uint32_t rows) {
+    struct sample_spec spec[GUESSES];
+    for (uint32_t i = 0; i < GUESSES; i++)
+        spec[i] = (struct sample_spec){.top_p = 1, .repetition_penalty = 1}; /* greedy */
+    struct program program = {.kind = PROGRAM_DRAFT, .draft = row, .items = rows, .spec = spec};
+    struct program_result result;
+    engine_run(m->attention, &program, &result);
+    assert_int_equal(result.error, 0);
+    return result;
+}
+
+/* A guess after each position: near the oracle, and the CPU's of the same profile unless that has
+ * the device's guess within `margin` of its own best. */
+static void mtp_golden(const char *profile, enum profile cpu_profile, double most_divergence,
+                       float margin) {
+    struct one_process cpu;
+    struct failure failure;
+    const uint32_t n = model.config->vocabulary, end = gpu_is_emulated() ? 8 : length - 1;
+    assert_true(one_process_open(&cpu, DIRECTORY, kernels_select(cpu_profile, ISA_BEST, &failure),
+                                 &PARALLEL_SERIAL, ROWS, POSITIONS));
+    through_layers(&model, 0, 0, end);
+    through_layers(&cpu, 0, 0, end);
+    double sum = 0;
+    uint32_t same = 0;
+    for (uint32_t first = 0; first < end; first += GUESSES) {
+        struct draft_row row[GUESSES];
+        const uint32_t rows = end - first < GUESSES ? end - first : GUESSES;
+        for (uint32_t i = 0; i < rows; i++)
+            row[i] = (struct draft_row){first + i, (uint32_t)ids[first + i + 1], 1};
+        const struct program_result ours = draft(&model, row, rows), its = draft(&cpu, row, rows);
+        for (uint32_t i = 0; i < rows; i++) {
+            const float *own = ours.output + (size_t)i * n, *other = its.output + (size_t)i * n;
+            const uint32_t guess = ours.words[i * STEPS], its_guess = its.words[i * STEPS];
+            sum += divergence(mtp_oracle + (size_t)(first + i) * n, own, n);
+            same += guess == its_guess;
+            assert_true(other[its_guess] - other[guess] <= margin);
+            for (uint32_t v = 0; v < n; v++) /* drawn from the device's own logits */
+                assert_true(own[v] <= own[guess]);
+        }
+    }
+    print_message("MTP: %s: mean divergence %.2g, %u of %u guesses are the CPU's\n", profile,
+                  sum / end, same, end);
+    assert_true(sum / end <= most_divergence);
+    one_process_forget(&model, 1);
+    one_process_close(&cpu);
+}
+
+static void test_mtp_bf16(void **state) {
+    mtp_golden("bf16-sm90", PROFILE_BF16, 2e-3, 0.05f);
+}
+static void test_mtp_fp8(void **state) {
+    mtp_golden("fp8-sm90", PROFILE_FP8, 3e-2, 0.5f);
+}
+
+/* Two guesses in a row: whatever the chunks, whoever is beside, whether rows were remembered
+ * together or one by one; and the main layers go on as if nobody had guessed. */
+static void test_mtp_identity(void **state) {
+    enum { END = 3, CUT = 2 };
+    const uint32_t n = model.config->vocabulary;
+    float *logits = malloc(n * sizeof *logits), *after[3];
+    uint32_t guess[2] = {0, 0};
+    for (uint32_t turn = 0; turn < 3; turn++) { /* whole; in two, another beside; no guesses */
+        const uint32_t beside = turn == 1, cut = turn == 1 ? CUT : 0;
+        struct draft_row known[ROWS];
+        uint32_t count = 0;
+        gpu_schedule(turn + 1);
+        for (uint32_t first = 0; first < END; first = first < cut ? cut : END) {
+            const uint32_t end = first < cut ? cut : END, rows = end - first;
+            through_layers(&model, beside, first, end);
+            count = 0;
+            for (uint32_t s = 0; s <= beside; s++)
+                for (uint32_t p = first; p < end; p++)
+                    if (p + 1 < END)
+                        known[count++] = (struct draft_row){s * rows + p - first,
+                                                            (uint32_t)ids[s * length + p + 1], 0};
+            for (uint32_t s = 0; end == END && s <= beside; s++)
+                known[count++] =
+                    (struct draft_row){s * rows + rows - 1, (uint32_t)ids[s * length + END], 2};
+            if (turn == 2)
+                continue;
+            const struct program_result result = draft(&model, known, count);
+            if (end < END)
+                continue;
+            if (turn == 0) {
+                memcpy(guess, result.words, sizeof guess);
+                memcpy(logits, result.output, n * sizeof *logits);
+            }
+            assert_memory_equal(guess, result.words, sizeof guess);
+            assert_memory_equal(logits, result.output, n * sizeof *logits);
+        }
+        after[turn] = malloc(n * sizeof *after[turn]);
+        const struct batch_row next =
+            one_process_row(&model, 1, END, (uint32_t)ids[END], MLA_ABSORBED);
+        one_process_step(&model, &next, 1, (uint32_t[]){0}, 1, after[turn]);
+        assert_memory_equal(after[0], after[turn], n * sizeof *after[turn]);
+        one_process_forget(&model, 1);
+        one_process_forget(&model, 2);
+    }
+    for (uint32_t turn = 0; turn < 3; turn++)
+        free(after[turn]);
+    free(logits);
 }
 
 /* Rows that are quantised before they go to experts: the same logits. */
@@ -214,9 +335,11 @@ static int open_oracle(void **state) {
     if (bytes == NULL || safetensors_open(&file, bytes, size, "golden", &failure) != 0)
         return -1;
     const struct tensor *input = safetensors_find(file, "input_ids"),
-                        *logits = safetensors_find(file, "logits");
+                        *logits = safetensors_find(file, "logits"),
+                        *mtp_logits = safetensors_find(file, "mtp_logits");
     ids = input->data;
     oracle = logits->data;
+    mtp_oracle = mtp_logits->data;
     sequences = (uint32_t)input->shape[0];
     length = (uint32_t)input->shape[1];
     return 0;
@@ -259,6 +382,9 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_memory_is_told_before, open_bf16, close_model),
         cmocka_unit_test_setup_teardown(test_identity, open_fp8, close_model),
         cmocka_unit_test_setup_teardown(test_identity, open_latent_fp8, close_model),
+        cmocka_unit_test_setup_teardown(test_mtp_bf16, open_bf16, close_model),
+        cmocka_unit_test_setup_teardown(test_mtp_fp8, open_fp8, close_model),
+        cmocka_unit_test_setup_teardown(test_mtp_identity, open_latent_fp8, close_model),
     };
     return cmocka_run_group_tests_name("cuda model", tests, open_oracle, NULL);
 }
