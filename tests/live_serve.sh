@@ -150,7 +150,7 @@ none_left() { [ "$(processes)" -eq 0 ] && [ "$(segments)" -eq 0 ]; }
 eventually none_left
 
 # The directory that is left can be used again; an actor that dies again and again ends the troupe with a reason.
-"$troupe" serve --model models/demo --port 0 --run-dir "$run" --experts 2 --restart-limit 2 >"$scratch/log" 2>&1 &
+"$troupe" serve --model models/demo --port 0 --run-dir "$run" --experts 2 --restart-limit 2 --restart-window-s 600 >"$scratch/log" 2>&1 &
 pid=$!
 eventually grep -q '^serving' "$scratch/log"
 up_or_over() { grep -q 'giving up' "$scratch/log" || is_up "$1"; }
