@@ -68,6 +68,13 @@ static int open_absorbed(struct engine *self, struct attention_layer *layer, uin
         if (error == 0)
             error = packed_open(&layer->w_uv[h], self->kernels, &value, "absorbed value weights",
                                 &self->memory_bytes, failure);
+        const size_t count = (size_t)2 * c->heads * c->layers; /* read for every token */
+        if (error == 0)
+            error = packed_code(&layer->w_uk[h], self->kernels, count, "absorbed key weights",
+                                &self->memory_bytes, failure);
+        if (error == 0)
+            error = packed_code(&layer->w_uv[h], self->kernels, count, "absorbed value weights",
+                                &self->memory_bytes, failure);
         if (error != 0)
             return error;
     }

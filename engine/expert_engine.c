@@ -143,7 +143,7 @@ int engine_expert_pack(const struct model *model, const struct kernels *kernels,
     weights->layer = layer;
     weights->expert = expert;
     expert_image_prepare(weights, kernels, view);
-    error = mlp_code(&weights->mlp, kernels, "expert weights", &weights->bytes, failure);
+    error = mlp_code(&weights->mlp, kernels, c->experts, "expert weights", &weights->bytes, failure);
     if (error != 0) {
         engine_expert_free(&weights);
         return error;

@@ -225,7 +225,7 @@ int engine_expert_unpack(const struct model_config *config, const struct kernels
         return error;
     }
     expert_image_prepare(weights, kernels, view);
-    error = mlp_code(&weights->mlp, kernels, "expert weights", &weights->bytes, failure);
+    error = mlp_code(&weights->mlp, kernels, config->experts, "expert weights", &weights->bytes, failure);
     if (error < 0) {
         engine_expert_free(&weights);
         return error;

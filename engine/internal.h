@@ -61,8 +61,9 @@ struct packed {
 };
 int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
                 const char *what, uint64_t *total, struct failure *failure);
-/* Stores it more tightly where the kernels read that; same values. Best where products have few rows. */
-int packed_code(struct packed *self, const struct kernels *kernels, const char *what,
+/* Stores it more tightly where the kernels read that; same values. For products of few rows, whose
+ * weights come from memory: `count` like it are read in turn. */
+int packed_code(struct packed *self, const struct kernels *kernels, size_t count, const char *what,
                 uint64_t *total, struct failure *failure);
 void packed_close(struct packed *self);
 
@@ -76,8 +77,8 @@ struct mlp {
 };
 int mlp_open(struct mlp *ret, const struct kernels *kernels, const struct weight_view view[3],
              const char *what, uint64_t *total, struct failure *failure);
-int mlp_code(struct mlp *self, const struct kernels *kernels, const char *what, uint64_t *total,
-             struct failure *failure);
+int mlp_code(struct mlp *self, const struct kernels *kernels, size_t count, const char *what,
+             uint64_t *total, struct failure *failure);
 void mlp_close(struct mlp *self);
 
 struct mlp_work {

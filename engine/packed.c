@@ -2,8 +2,10 @@
  * experts have in common. */
 #include "engine/internal.h"
 
-/* Smaller matrices stay in the cache, where expanding them would only cost. */
-#define CODE_BYTES_MIN ((size_t)256 << 10)
+/* What is read in turn and is smaller than this stays in the cache, where expanding would only
+ * cost; in small matrices beginning and end weigh more than what is saved. */
+#define CODE_TOGETHER_MIN ((size_t)4 << 20)
+#define CODE_BYTES_MIN    ((size_t)32 << 10)
 
 int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
                 const char *what, uint64_t *total, struct failure *failure) {
@@ -18,10 +20,11 @@ int packed_open(struct packed *ret, const struct kernels *kernels, const struct 
     return 0;
 }
 
-int packed_code(struct packed *self, const struct kernels *kernels, const char *what,
+int packed_code(struct packed *self, const struct kernels *kernels, size_t count, const char *what,
                 uint64_t *total, struct failure *failure) {
     struct matrix_coding coding;
-    if (kernels->matrix_code == NULL || self->bytes < CODE_BYTES_MIN)
+    if (kernels->matrix_code == NULL || self->bytes < CODE_BYTES_MIN ||
+        self->bytes < CODE_TOGETHER_MIN / (count > 0 ? count : 1))
         return 0;
     kernels->matrix_code(&self->matrix, &coding);
     if (coding.bytes == 0)
@@ -68,12 +71,12 @@ int mlp_open(struct mlp *ret, const struct kernels *kernels, const struct weight
     return error;
 }
 
-int mlp_code(struct mlp *self, const struct kernels *kernels, const char *what, uint64_t *total,
-             struct failure *failure) {
-    int error = packed_code(&self->gate, kernels, what, total, failure);
+int mlp_code(struct mlp *self, const struct kernels *kernels, size_t count, const char *what,
+             uint64_t *total, struct failure *failure) {
+    int error = packed_code(&self->gate, kernels, 3 * count, what, total, failure);
     if (error == 0)
-        error = packed_code(&self->up, kernels, what, total, failure);
-    return error == 0 ? packed_code(&self->down, kernels, what, total, failure) : error;
+        error = packed_code(&self->up, kernels, 3 * count, what, total, failure);
+    return error == 0 ? packed_code(&self->down, kernels, 3 * count, what, total, failure) : error;
 }
 
 void mlp_close(struct mlp *self) {

@@ -130,7 +130,7 @@ static void coded_experts_are_the_same_experts(void **state) {
     static const char SHAPE[] =
         "{\"model_type\": \"deepseek_v3\", \"vocab_size\": 320, \"hidden_size\": 512, \"intermediate_size\": 64,"
         "\"moe_intermediate_size\": 256, \"num_hidden_layers\": 2, \"first_k_dense_replace\": 1, \"num_attention_heads\": 2,"
-        "\"n_shared_experts\": 1, \"n_routed_experts\": 2, \"num_experts_per_tok\": 2, \"n_group\": 1, \"topk_group\": 1,"
+        "\"n_shared_experts\": 1, \"n_routed_experts\": 8, \"num_experts_per_tok\": 2, \"n_group\": 1, \"topk_group\": 1,"
         "\"q_lora_rank\": 32, \"kv_lora_rank\": 32, \"qk_nope_head_dim\": 16, \"qk_rope_head_dim\": 16, \"v_head_dim\": 16,"
         "\"max_position_embeddings\": 64}";
     enum { ROWS = 70, HIDDEN = 512 };
