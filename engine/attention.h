@@ -64,11 +64,11 @@ struct mla_work {
     const void *const **block_pages; /* [b] */
 };
 
-struct draft; /* One head's parts of a layer's kv_b for the absorbed form. */
+/* One head's parts of a layer's kv_b for the absorbed form. */
 void attention_absorbed_views(const struct model *model, uint32_t layer, uint32_t head,
                               struct weight_view *ret_key, struct weight_view *ret_value);
 
-/* engine/draft.c */
+struct draft; /* engine/draft.c */
 
 struct attention {
     struct attention_layer *layer; /* [layers], and the MTP module's */

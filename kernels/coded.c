@@ -35,11 +35,7 @@ void tile_decode(const struct matrix *w, size_t index, bf16 ret[TILE_ELEMENTS]) 
         const uint32_t high = codes->high[code] | (tile[byte] & 0x80u);
         ret[e] = (bf16)(high << 8 | low);
     }
-    for (size_t i = exception_find(codes, index); i < codes->exceptions; i++) {
-        if (codes->exception[i].place / TILE_ELEMENTS != index)
-            break;
-        ret[codes->exception[i].place % TILE_ELEMENTS] = codes->exception[i].value;
-    }
+    exceptions_put(codes, exception_find(codes, index), index, ret);
 }
 
 size_t exception_find(const struct matrix_codes *codes, size_t tile) {
@@ -173,19 +169,20 @@ void matrix_coding_free(struct matrix_coding *self) {
 void matrix_read_packed(const struct matrix *w, size_t offset, size_t bytes, void *ret) {
     const size_t tile_bytes = TILE_ELEMENTS * sizeof(bf16);
     const size_t tiles_end = (size_t)matrix_panels(w) * matrix_blocks(w) * tile_bytes;
-    const uint32_t tables[4] = {0, w->k, 0, matrix_blocks(w)};
+    const uint32_t tables[16] = {0, w->k, 0, matrix_blocks(w)}; /* and the zeros after them */
     uint8_t *to = ret;
-    for (size_t end = offset + bytes, take; offset < end; offset += take, to += take) {
+    for (size_t take; bytes > 0; offset += take, bytes -= take, to += take) {
         bf16 tile[TILE_ELEMENTS];
+        const void *piece = tables;
+        size_t in = offset - tiles_end, size = sizeof tables;
         if (offset < tiles_end) {
-            const size_t in = offset % tile_bytes;
-            take = tile_bytes - in < end - offset ? tile_bytes - in : end - offset;
             tile_decode(w, offset / tile_bytes, tile);
-            memcpy(to, (uint8_t *)tile + in, take);
-            continue;
+            piece = tile;
+            in = offset % tile_bytes;
+            size = tile_bytes;
         }
-        const size_t in = offset - tiles_end; /* the tables, then zeros */
-        take = 1;
-        *to = in < sizeof tables ? ((const uint8_t *)tables)[in] : 0;
+        ASSERT(in < size);
+        take = size - in < bytes ? size - in : bytes;
+        memcpy(to, (const uint8_t *)piece + in, take);
     }
 }

@@ -70,6 +70,18 @@ code_tile_function code_tile_vbmi;
 void tile_decode(const struct matrix *w, size_t index, bf16 ret[TILE_ELEMENTS]);
 /* The first exception of this or a later tile. */
 size_t exception_find(const struct matrix_codes *codes, size_t tile);
+/* Puts right what expanding could not: the exceptions of a tile, of which `next` is the first or one of a later tile. Returns
+ * the one after them: where the next tile begins. */
+static inline size_t exceptions_put(const struct matrix_codes *codes, size_t next, size_t tile,
+                                    bf16 ret[TILE_ELEMENTS]) {
+    for (; next < codes->exceptions; next++) {
+        const uint32_t place = codes->exception[next].place;
+        if (__builtin_expect(place / TILE_ELEMENTS != tile, 1))
+            break;
+        ret[place % TILE_ELEMENTS] = codes->exception[next].value;
+    }
+    return next;
+}
 
 /* One weight, scaled. */
 float weight_element(const struct weight_view *view, uint32_t n, uint32_t k);

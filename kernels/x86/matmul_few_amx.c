@@ -23,7 +23,7 @@ enum form { FORM_BF16, FORM_E4M3, FORM_CODED };
 struct few {
     uint32_t rows;
     size_t tile, tiles; /* the next one, and the number of all, counted from the matrix's first */
-    size_t exception, exception_tile; /* coded weights: the next one, and its tile */
+    size_t exception; /* coded weights: the next one */
     _Alignas(64) float acc[FEW_ROWS * PANEL_OUTPUTS];
     float sums[2][FEW_ROWS * PANEL_OUTPUTS]; /* a segment is scaled while the next one is summed */
     bf16 rest[FEW_ROWS][BLOCK_INPUTS];
@@ -46,24 +46,6 @@ INLINE void ask_ahead(const uint8_t *tile, const size_t bytes, const size_t ahea
             ASK_L2(tile - in_page + PAGE_BYTES + 64 * line);
 }
 
-static void find_exception(const struct walk *walk, struct few *few, size_t index) {
-    const struct matrix_codes *codes = walk->w->codes;
-    few->exception = index;
-    few->exception_tile = SIZE_MAX;
-    if (index < codes->exceptions)
-        few->exception_tile = codes->exception[index].place / TILE_ELEMENTS;
-}
-
-/* Tiles come in ascending order. */
-static __attribute__((noinline)) void put_exceptions(const struct walk *walk, struct few *few,
-                                                     bf16 *tile) {
-    const struct exception *exception = walk->w->codes->exception;
-    for (size_t index = few->exception_tile; few->exception_tile == index;) {
-        tile[exception[few->exception].place % TILE_ELEMENTS] = exception[few->exception].value;
-        find_exception(walk, few, few->exception + 1);
-    }
-}
-
 INLINE void expand(const struct walk *walk, struct few *few, size_t tile, const enum form form) {
     bf16 *to = few->expanded[tile % EXPANDED];
     if (tile >= few->tiles)
@@ -73,8 +55,7 @@ INLINE void expand(const struct walk *walk, struct few *few, size_t tile, const 
         return;
     }
     expand_coded(walk->w->codes, (const uint8_t *)walk->w->data + tile * CODED_TILE_BYTES, to);
-    if (__builtin_expect(few->exception_tile == tile, 0))
-        put_exceptions(walk, few, to);
+    few->exception = exceptions_put(walk->w->codes, few->exception, tile, to);
 }
 
 INLINE size_t form_tile_bytes(const enum form form) {
@@ -208,7 +189,7 @@ INLINE void few_panel(const struct walk *walk, struct few *few, uint32_t panel,
 INLINE void few_panels(const struct walk *walk, struct few *few, uint32_t begin, uint32_t end,
                        const enum form form, const int groups) {
     if (form == FORM_CODED)
-        find_exception(walk, few, exception_find(walk->w->codes, few->tile));
+        few->exception = exception_find(walk->w->codes, few->tile);
     for (size_t ahead = 0; form != FORM_BF16 && ahead < EXPAND_AHEAD; ahead++)
         expand(walk, few, few->tile + ahead, form);
     for (uint32_t panel = begin; panel < end; panel++)
@@ -263,11 +244,6 @@ void tiles_decode_amx(const struct matrix *w, size_t first, size_t count, bf16 *
         const uint8_t *packed = (const uint8_t *)w->data + (first + i) * CODED_TILE_BYTES;
         ask_ahead(packed, CODED_TILE_BYTES, AHEAD_EXPANDED);
         expand_coded(codes, packed, ret);
-        for (; next < codes->exceptions; next++) {
-            const uint32_t place = codes->exception[next].place;
-            if (place / TILE_ELEMENTS != first + i)
-                break;
-            ret[place % TILE_ELEMENTS] = codes->exception[next].value;
-        }
+        next = exceptions_put(codes, next, first + i, ret);
     }
 }
