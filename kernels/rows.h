@@ -21,6 +21,15 @@ static inline float float_from_bits(uint32_t bits) {
 static inline float widen_bf16(bf16 value) {
     return float_from_bits((uint32_t)value << 16);
 }
+/* The largest magnitude; a NaN is not larger. */
+static inline float largest_magnitude(const bf16 *x, uint32_t count) {
+    float most = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const float magnitude = __builtin_fabsf(widen_bf16(x[i]));
+        most = magnitude > most ? magnitude : most;
+    }
+    return most;
+}
 /* bf16_from_float for inner loops. */
 static inline bf16 round_bf16(float value) {
     uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffff;

@@ -15,12 +15,7 @@ float latent_scale(float most) {
 void latent_quantise(const bf16 *latent, uint32_t n, uint8_t *ret, float *ret_scale) {
     for (uint32_t first = 0; first < n; first += LATENT_GROUP) {
         const uint32_t end = n - first < LATENT_GROUP ? n : first + LATENT_GROUP;
-        float most = 0;
-        for (uint32_t i = first; i < end; i++) {
-            const float magnitude = __builtin_fabsf(widen_bf16(latent[i]));
-            most = magnitude > most ? magnitude : most;
-        }
-        const float scale = latent_scale(most);
+        const float scale = latent_scale(largest_magnitude(latent + first, end - first));
         for (uint32_t i = first; i < end; i++)
             ret[i] = e4m3_from_float(widen_bf16(latent[i]) / scale);
         for (uint32_t i = end; i < first + LATENT_GROUP; i++)

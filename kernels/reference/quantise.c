@@ -5,17 +5,18 @@
 #include "kernels/internal.h"
 #include "kernels/rows.h"
 
+static float group_scale(const bf16 *x, uint32_t count) {
+    const float most = largest_magnitude(x, count);
+    return (most > QUANTISE_LEAST ? most : QUANTISE_LEAST) / 448.0f;
+}
+
 void quantise_scalar(const struct matrix *w, const bf16 *x, size_t x_stride, uint32_t rows,
                      bf16 *ret, size_t ret_stride, float *ret_scale) {
     for (uint32_t r = 0; r < rows; r++, x += x_stride, ret += ret_stride)
         for (uint32_t s = 0; s < w->segments; s++) {
-            float most = 0;
-            for (uint32_t k = w->segment_k[s]; k < w->segment_k[s + 1]; k++) {
-                const float magnitude = __builtin_fabsf(widen_bf16(x[k]));
-                most = magnitude > most ? magnitude : most;
-            }
-            const float scale = (most > QUANTISE_LEAST ? most : QUANTISE_LEAST) / 448.0f;
-            for (uint32_t k = w->segment_k[s]; k < w->segment_k[s + 1]; k++)
+            const uint32_t begin = w->segment_k[s], end = w->segment_k[s + 1];
+            const float scale = group_scale(x + begin, end - begin);
+            for (uint32_t k = begin; k < end; k++)
                 ret[k] = e4m3_to_bf16(e4m3_from_float(widen_bf16(x[k]) / scale));
             *ret_scale++ = scale;
         }
@@ -27,12 +28,7 @@ void row_to_e4m3_scalar(const void *row, uint32_t n, uint8_t *ret) {
     memset(ret + n, 0, e4m3_row_scales_at(n) - n);
     for (uint32_t first = 0; first < n; first += E4M3_ROW_GROUP) {
         const uint32_t end = n - first < E4M3_ROW_GROUP ? n : first + E4M3_ROW_GROUP;
-        float most = 0;
-        for (uint32_t k = first; k < end; k++) {
-            const float magnitude = __builtin_fabsf(widen_bf16(x[k]));
-            most = magnitude > most ? magnitude : most;
-        }
-        const float scale = (most > QUANTISE_LEAST ? most : QUANTISE_LEAST) / 448.0f;
+        const float scale = group_scale(x + first, end - first);
         for (uint32_t k = first; k < end; k++)
             ret[k] = e4m3_from_float(widen_bf16(x[k]) / scale);
         *ret_scale++ = scale;
