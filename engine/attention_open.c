@@ -60,21 +60,15 @@ static int open_absorbed(struct engine *self, struct attention_layer *layer, uin
     if (layer->w_uk == NULL || layer->w_uv == NULL)
         return fail(failure, ERR_NO_MEMORY, "absorbed weights of layer %u: no memory for %u heads",
                     l, c->heads);
+    const size_t count = (size_t)2 * c->heads * c->layers; /* read for every token */
     for (uint32_t h = 0; h < c->heads; h++) {
         struct weight_view key, value;
         attention_absorbed_views(self->model, l, h, &key, &value);
-        int error = packed_open(&layer->w_uk[h], self->kernels, &key, "absorbed key weights",
-                                &self->memory_bytes, failure);
+        int error = packed_open_coded(&layer->w_uk[h], self->kernels, &key, count,
+                                      "absorbed key weights", &self->memory_bytes, failure);
         if (error == 0)
-            error = packed_open(&layer->w_uv[h], self->kernels, &value, "absorbed value weights",
-                                &self->memory_bytes, failure);
-        const size_t count = (size_t)2 * c->heads * c->layers; /* read for every token */
-        if (error == 0)
-            error = packed_code(&layer->w_uk[h], self->kernels, count, "absorbed key weights",
-                                &self->memory_bytes, failure);
-        if (error == 0)
-            error = packed_code(&layer->w_uv[h], self->kernels, count, "absorbed value weights",
-                                &self->memory_bytes, failure);
+            error = packed_open_coded(&layer->w_uv[h], self->kernels, &value, count,
+                                      "absorbed value weights", &self->memory_bytes, failure);
         if (error != 0)
             return error;
     }

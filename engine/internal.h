@@ -61,6 +61,10 @@ struct packed {
 };
 int packed_open(struct packed *ret, const struct kernels *kernels, const struct weight_view *view,
                 const char *what, uint64_t *total, struct failure *failure);
+/* packed_open, then packed_code. */
+int packed_open_coded(struct packed *ret, const struct kernels *kernels,
+                      const struct weight_view *view, size_t count, const char *what,
+                      uint64_t *total, struct failure *failure);
 /* Stores it more tightly where the kernels read that; same values. For products of few rows, whose
  * weights come from memory: `count` like it are read in turn. */
 int packed_code(struct packed *self, const struct kernels *kernels, size_t count, const char *what,

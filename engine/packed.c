@@ -42,6 +42,13 @@ int packed_code(struct packed *self, const struct kernels *kernels, size_t count
     return memory != NULL ? 0 : ERR_NO_MEMORY;
 }
 
+int packed_open_coded(struct packed *ret, const struct kernels *kernels,
+                      const struct weight_view *view, size_t count, const char *what,
+                      uint64_t *total, struct failure *failure) {
+    const int error = packed_open(ret, kernels, view, what, total, failure);
+    return error == 0 ? packed_code(ret, kernels, count, what, total, failure) : error;
+}
+
 void packed_close(struct packed *self) {
     if (self->matrix.release != NULL)
         self->matrix.release(&self->matrix);

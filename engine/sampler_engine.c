@@ -69,11 +69,8 @@ int sampler_open(struct engine *self, struct failure *failure) {
     if (error != 0)
         return error;
     struct weight_view view = model_weight(self->model, W_LM_HEAD, 0);
-    error = packed_open(&s->head, self->kernels, &view, "LM head weights", &self->memory_bytes,
-                        failure);
-    return error == 0 ? packed_code(&s->head, self->kernels, 1, "LM head weights",
-                                    &self->memory_bytes, failure)
-                      : error;
+    return packed_open_coded(&s->head, self->kernels, &view, 1, "LM head weights",
+                             &self->memory_bytes, failure);
 }
 
 void sampler_close(struct engine *self) {
