@@ -11,7 +11,6 @@
  * weights' way from memory cheap. */
 #define CHUNK    256
 #define WORK_MAX 64 /* threads that take groups: bits of experts.taken */
-#define SUM_PARTS_MAX 16
 /* From so many rows of an expert on threads work inside its products together: both read the same
  * megabyte faster than two of them, and none is left over at the end. */
 #define ROWS_TOGETHER 16
@@ -216,33 +215,6 @@ static void gather_rows(void *argument, uint32_t first, uint32_t end, int part) 
     }
 }
 
-struct sum_job {
-    const uint8_t *rows;
-    size_t row_bytes;
-    struct {
-        uint32_t crc;
-        size_t bytes;
-    } part[SUM_PARTS_MAX];
-};
-
-static void sum_some_rows(void *argument, uint32_t first, uint32_t end, int part) {
-    struct sum_job *job = argument;
-    job->part[part].bytes = (end - first) * job->row_bytes;
-    job->part[part].crc = crc32c(0, job->rows + first * job->row_bytes, job->part[part].bytes);
-}
-
-/* Continues `crc` over rows. */
-static uint32_t sum_rows(const struct parallel *parallel, uint32_t crc, const void *rows,
-                         uint32_t count, size_t row_bytes) {
-    struct sum_job job = {.rows = rows, .row_bytes = row_bytes};
-    struct parallel some = *parallel;
-    some.width = some.width < SUM_PARTS_MAX ? some.width : SUM_PARTS_MAX;
-    rows_run(&some, count, row_bytes / 8, sum_some_rows, &job);
-    for (int part = 0; part < some.width; part++)
-        crc = crc32c_join(crc, job.part[part].crc, job.part[part].bytes);
-    return crc;
-}
-
 /* One group, a chunk of items at a time. Outputs are summed up while they are in the cache. */
 static void run_group(const struct engine *self, const struct program *program, uint32_t group,
                       const struct expert_work *work, const struct parallel *parallel) {
@@ -267,7 +239,8 @@ static void run_group(const struct engine *self, const struct program *program, 
             mlp_run(&weights->mlp, kernels, work->x, self->hidden_stride, rows, &work->mlp, y,
                     self->hidden, parallel);
         if (program->sum)
-            at->crc = sum_rows(parallel, at->crc, y, rows, self->hidden * sizeof *y);
+            at->crc =
+                crc32c_parallel(parallel, at->crc, y, (size_t)rows * self->hidden * sizeof *y);
     }
 }
 

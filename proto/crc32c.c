@@ -1,7 +1,9 @@
 /* CRC32C (Castagnoli, reflected polynomial 0x82f63b78, as in iSCSI: RFC 3720) for machines without
- * an instruction for it, and the choice between that and the hardware forms. */
+ * an instruction for it, the choice between that and the hardware forms, and sums by many threads.
+ */
 #include "proto/crc32c.h"
 
+#include "kernels/parallel.h"
 #include "proto/frame.h"
 
 #define POLYNOMIAL 0x82f63b78u
@@ -88,4 +90,38 @@ __attribute__((constructor(103))) static void choose(void) {
 
 uint32_t crc32c(uint32_t crc, const void *bytes, size_t size) {
     return form(crc, bytes, size);
+}
+
+enum { PARTS_MAX = 16, PART_BYTES = 128 * 1024 };
+
+struct sum {
+    const uint8_t *bytes;
+    size_t size;
+    uint32_t crc[PARTS_MAX];
+};
+
+static size_t sum_border(const struct sum *sum, int part, int parts) {
+    return sum->size / (size_t)parts * (size_t)part +
+           (part == parts ? sum->size % (size_t)parts : 0);
+}
+
+static void sum_part(void *argument, int part, int parts) {
+    struct sum *sum = argument;
+    const size_t first = sum_border(sum, part, parts);
+    sum->crc[part] = crc32c(0, sum->bytes + first, sum_border(sum, part + 1, parts) - first);
+}
+
+uint32_t crc32c_parallel(const struct parallel *parallel, uint32_t crc, const void *bytes,
+                         size_t size) {
+    struct sum sum = {.bytes = bytes, .size = size};
+    int parts = parallel->width < PARTS_MAX ? parallel->width : PARTS_MAX;
+    if (size / PART_BYTES < (size_t)parts)
+        parts = (int)(size / PART_BYTES);
+    if (parts <= 1)
+        return crc32c(crc, bytes, size);
+    parallel->run(parallel->pool, sum_part, &sum, parts);
+    for (int part = 0; part < parts; part++)
+        crc = crc32c_join(crc, sum.crc[part],
+                          sum_border(&sum, part + 1, parts) - sum_border(&sum, part, parts));
+    return crc;
 }

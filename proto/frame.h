@@ -100,6 +100,10 @@ int frame_check_summed(const void *bytes, size_t available, uint32_t payload_crc
 uint32_t crc32c(uint32_t crc, const void *bytes, size_t size);
 /* The CRC32C of two pieces one after the other, each given by its own. */
 uint32_t crc32c_join(uint32_t first, uint32_t second, size_t second_bytes);
+/* crc32c with the threads of `parallel` (at most 16), where a part of 128 KiB is left for each. */
+struct parallel;
+uint32_t crc32c_parallel(const struct parallel *parallel, uint32_t crc, const void *bytes,
+                         size_t size);
 /* Fills header->crc. header and payload are contiguous. */
 void frame_seal(struct frame_header *header);
 /* The same where the rows, from rows_offset (counted from the header's start) to the end, have that CRC32C. */

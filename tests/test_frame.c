@@ -1,6 +1,7 @@
 /* Data frames: layout, checks against damage and lies, checksum in all its forms. */
 #include "actors/limits.h"
 #include "engine/sample.h"
+#include "kernels/parallel.h"
 #include "proto/crc32c.h"
 #include "proto/frame.h"
 #include "tests/support/random.h"
@@ -399,6 +400,24 @@ static void test_crc_forms(void **state) {
     free(bytes);
 }
 
+/* Whatever the number of threads, from any sum before. */
+static void test_sum_by_many_threads(void **state) {
+    enum { MOST = 3 << 20 };
+    uint64_t random = 11;
+    uint8_t *bytes = malloc(MOST);
+    for (size_t i = 0; i < MOST; i++)
+        bytes[i] = (uint8_t)random_next(&random);
+    for (int width = 1; width <= 20; width++) {
+        struct parallel parallel = PARALLEL_SERIAL;
+        parallel.width = width;
+        const size_t size = random_below(&random, MOST + 1);
+        const uint32_t crc = (uint32_t)random_next(&random);
+        assert_int_equal(crc32c_parallel(&parallel, crc, bytes, size), crc32c(crc, bytes, size));
+        assert_int_equal(crc32c_parallel(&parallel, crc, bytes, 0), crc);
+    }
+    free(bytes);
+}
+
 static void test_rows_summed_before(void **state) {
     for (size_t i = 0; i < sizeof KINDS / sizeof *KINDS; i++) {
         struct buffer buffer;
@@ -421,7 +440,7 @@ int main(void) {
         cmocka_unit_test(test_every_bit),      cmocka_unit_test(test_truncated),
         cmocka_unit_test(test_sealed_lies),    cmocka_unit_test(test_dispatch_lies),
         cmocka_unit_test(test_random_headers), cmocka_unit_test(test_crc_vectors),
-        cmocka_unit_test(test_crc_forms),      cmocka_unit_test(test_rows_summed_before),
+        cmocka_unit_test(test_crc_forms),      cmocka_unit_test(test_sum_by_many_threads), cmocka_unit_test(test_rows_summed_before),
     };
     return cmocka_run_group_tests_name("frame", tests, NULL, NULL);
 }

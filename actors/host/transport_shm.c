@@ -30,7 +30,6 @@
 #define FRAME_NEED     4     /* a ring made for a large frame holds this many of them */
 #define AWAITED_BYTES  32768 /* frames so small that their answers are awaited together */
 #define SUM_TOGETHER   (512u << 10) /* bytes of a frame that are worth a second thread */
-#define SUM_PARTS      4
 #define KEPT_PART      3 / 4 /* of a ring, at most, holds frames that are kept */
 #define WAKE_PART      1 / 4 /* of a ring is free: whoever could be left asleep must be woken */
 
@@ -428,36 +427,15 @@ static bool next_record(struct shm *self, struct shm_edge *edge, const void **by
     return false;
 }
 
-struct sum {
-    const uint8_t *bytes;
-    size_t size;
-    uint32_t crc[SUM_PARTS];
-};
-
-static size_t sum_border(const struct sum *sum, int part, int parts) {
-    return sum->size * (size_t)part / (size_t)parts;
-}
-
-static void sum_part(void *argument, int part, int parts) {
-    struct sum *sum = argument;
-    size_t first = sum_border(sum, part, parts);
-    sum->crc[part] = crc32c(0, sum->bytes + first, sum_border(sum, part + 1, parts) - first);
-}
-
 /* The gate for everything that has come: large frames are summed up by several threads. */
 static int check_frame(const struct shm *self, const void *bytes, size_t size,
                        struct failure *failure) {
     const struct parallel *parallel = self->options.parallel;
     if (!self->options.check_crc || size < SUM_TOGETHER || parallel == NULL || parallel->width <= 1)
         return frame_check(bytes, size, self->options.check_crc, failure);
-    int parts = parallel->width < SUM_PARTS ? parallel->width : SUM_PARTS;
-    struct sum sum = {.bytes = (const uint8_t *)bytes + sizeof(struct frame_header),
-                      .size = size - sizeof(struct frame_header)};
-    parallel->run(parallel->pool, sum_part, &sum, parts);
-    uint32_t crc = 0;
-    for (int part = 0; part < parts; part++)
-        crc = crc32c_join(crc, sum.crc[part],
-                          sum_border(&sum, part + 1, parts) - sum_border(&sum, part, parts));
+    const size_t header = sizeof(struct frame_header);
+    const uint32_t crc =
+        crc32c_parallel(parallel, 0, (const uint8_t *)bytes + header, size - header);
     return frame_check_summed(bytes, size, crc, failure);
 }
 
