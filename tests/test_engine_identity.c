@@ -139,6 +139,12 @@ static void check_model(const char *directory, size_t variants) {
     free(expected);
 }
 
+/* NULL: this processor has them not. */
+static const struct kernels *fp8_kernels(enum isa isa) {
+    struct failure failure;
+    return isa_available(isa) ? kernels_select(PROFILE_FP8, isa, &failure) : NULL;
+}
+
 /* Rows quantised before they are sent: the bits of rows that experts quantise. */
 static void rows_may_travel_in_e4m3(void **state) {
     (void)state;
@@ -146,10 +152,9 @@ static void rows_may_travel_in_e4m3(void **state) {
     float *expected = NULL;
     load_tokens(directory);
     for (int isa = ISA_SCALAR; isa <= ISA_AMX; isa++) {
-        struct failure failure;
-        if (!isa_available((enum isa)isa))
+        const struct kernels *kernels = fp8_kernels((enum isa)isa);
+        if (kernels == NULL)
             continue;
-        const struct kernels *kernels = kernels_select(PROFILE_FP8, (enum isa)isa, &failure);
         run_variants(directory, kernels, &PARALLEL_SERIAL, 1, &expected);
         one_process_use_e4m3_rows(true);
         run_variants(directory, kernels, &PARALLEL_SERIAL, 2, &expected);
@@ -167,10 +172,9 @@ static void latents_in_fp8_are_as_identical(void **state) {
     size_t bytes = 0;
     load_tokens(directory);
     for (int isa = ISA_SCALAR; isa <= ISA_AMX; isa++) {
-        struct failure failure;
-        if (!isa_available((enum isa)isa))
+        const struct kernels *kernels = fp8_kernels((enum isa)isa);
+        if (kernels == NULL)
             continue;
-        const struct kernels *kernels = kernels_select(PROFILE_FP8, (enum isa)isa, &failure);
         run_variants(directory, kernels, &PARALLEL_SERIAL, 1, &plain);
         one_process_use_latent_fp8(true);
         run_variants(directory, kernels, &PARALLEL_REVERSED, 6, &expected);

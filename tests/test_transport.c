@@ -214,6 +214,14 @@ static int end_connect(struct end *end, actor_id id, const struct end *peer) {
                                           &failure);
 }
 
+/* Two ends that know each other, as 20 and 10. */
+static void pair_open(struct end *a, struct end *b) {
+    end_open(a, 1, 0xaaaa);
+    end_open(b, 2, 0xbbbb);
+    end_connect(a, 20, b);
+    end_connect(b, 10, a);
+}
+
 static void fill_rows(void *context, void *ret_rows) {
     memset(ret_rows, *(const uint8_t *)context, 64);
 }
@@ -364,10 +372,7 @@ static void test_rows_written_in_their_place(void **state) {
 /* Frames that others follow wake nobody, until half of the ring is full. */
 static void test_frames_that_others_follow_wake_nobody(void **state) {
     struct end a, b;
-    end_open(&a, 1, 0xaaaa);
-    end_open(&b, 2, 0xbbbb);
-    end_connect(&a, 20, &b);
-    end_connect(&b, 10, &a);
+    pair_open(&a, &b);
     a.transport->class->flush(a.transport);
     uint32_t rung = bell_seen(&b.bell), quiet = 0;
     struct outgoing frame = make(&a, 20, &b, 10, 1);
@@ -596,10 +601,7 @@ static void test_large_frames_are_summed_together(void **state) {
  */
 static void test_full_edge_defers(void **state) {
     struct end a, b;
-    end_open(&a, 1, 0xaaaa);
-    end_open(&b, 2, 0xbbbb);
-    end_connect(&a, 20, &b);
-    end_connect(&b, 10, &a);
+    pair_open(&a, &b);
     uint64_t posted = 0;
     while (post(&a, 20, &b, 10, posted + 1) == 0)
         posted++;
@@ -698,10 +700,7 @@ static void test_a_peer_gets_another_id(void **state) {
 
 static void test_disconnect_with_a_frame_out(void **state) {
     struct end a, b;
-    end_open(&a, 1, 0xaaaa);
-    end_open(&b, 2, 0xbbbb);
-    end_connect(&a, 20, &b);
-    end_connect(&b, 10, &a);
+    pair_open(&a, &b);
     post(&a, 20, &b, 1, 7);
     struct incoming frame;
     b.transport->class->progress(b.transport);
